@@ -62,8 +62,7 @@ class Injection(nn.Module):
         if model in _ATTACHED or any(isinstance(m, AdaptedLayer | ModulesToSaveWrapper) for m in model.modules()):
             raise ConfigError(
                 Bilingual(
-                    "This base model has adapters already: use the PeftModel that holds it, or unload() that "
-                    "one first.",
+                    "This base model has adapters already: use the PeftModel that holds it, or unload() that one.",
                     "这个基座模型已接有适配器：请使用持有它的 PeftModel，或先 unload()。",
                 )
             )

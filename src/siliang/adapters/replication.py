@@ -115,10 +115,10 @@ def _stack_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     try:
         layers = layer_stack(model)
-    except NoLayerStackError as error:
+    except NoLayerStackError:
         raise ConfigError(
             Bilingual(
-                f"layer_replication is for models with one stack of layers: {error}.",
+                f"layer_replication is for models with one stack of layers, and {type(model).__name__} has not one.",
                 f"layer_replication 用于只有一组层的模型：{type(model).__name__} 不是。",
             )
         ) from None

@@ -53,7 +53,7 @@ def check_ranges(ranges: list[list[int]] | None) -> None:
         raise ConfigError(
             Bilingual(
                 f"layer_replication: {short_repr(wrong)} must be [first, end], with 0 <= first < end.",
-                f"layer_replication：{short_repr(wrong)} 应为 [起, 止]，且 0 <= 起 < 止。",
+                f"layer_replication：{short_repr(wrong)} 应为 [first, end]，且 0 <= first < end。",
             )
         )
     if (total := sum(end - start for start, end in ranges or ())) > MOST_LAYERS:
