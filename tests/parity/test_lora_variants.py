@@ -355,6 +355,13 @@ def test_kasa_beside_other_adapters() -> None:
         there(r=4, kasa_config={}).add_adapter("plain", peft.LoraConfig(r=4))
 
 
+def test_kasa_is_no_start_to_be_saved_as_lora(tmp_path: Path) -> None:
+    model = adapted(r=4, kasa_config={})
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(ConfigError, match="With kasa_config the change of the weight is not a product of B and A"):
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
+
+
 @pytest.mark.parametrize("settings", [{"kasa_config": {}}, {"init_lora_weights": "pissa"}])
 @pytest.mark.filterwarnings("ignore:.*is LoRA already.*")
 def test_as_lora_on_the_whole_base_weight(settings: dict[str, Any]) -> None:

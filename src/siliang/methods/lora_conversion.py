@@ -38,11 +38,13 @@ def as_plain_lora(
                 f"只有 LoRA 能转换成普通基座模型上的 LoRA，{config.peft_type} 不能。",
             )
         )
-    if config.use_dora or config.init_lora_weights == "loftq":
+    other = config.variant if config.variant != "velora_config" else None  # whose update is LoRA's own
+    if other is not None or config.init_lora_weights == "loftq":
+        what = other or "init_lora_weights='loftq'"
         raise ConfigError(
             Bilingual(
-                "With use_dora or init_lora_weights='loftq' the change of the weight is not a product of B and A.",
-                "使用 use_dora 或 init_lora_weights='loftq' 时，权重的变化不是 B 与 A 的乘积。",
+                f"With {what} the change of the weight is not a product of B and A.",
+                f"使用 {what} 时，权重的变化不是 B 与 A 的乘积。",
             )
         )
     found = twice_the_rank(tensors, start(), source)
