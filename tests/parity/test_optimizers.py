@@ -1,4 +1,4 @@
-"""LoRA+ and LoRA-FA beside the live `peft`: five steps of the same gradients give the same weights."""
+"""LoRA+, LoRA-FA and the preconditioner beside the live `peft`: five steps of the same gradients, the same weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import peft.optimizers
 import pytest
 import torch
 from closeness import assert_close
+from peft.optimizers import create_riemannian_optimizer
 from tiny import batch, make
 
 import siliang
@@ -122,3 +123,36 @@ def test_what_they_refuse() -> None:
         p.requires_grad_(False)
     with pytest.raises(ConfigError, match="trains nothing"):
         optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=2)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_riemannian(kind: Any) -> None:
+    """Five steps on the same gradients; a magnitude, which has no pair, takes the class's own step."""
+    settings: Any = {"r": 4, "init_lora_weights": False, "use_dora": True}
+    ours: Any = siliang.get_peft_model(make("llama"), siliang.LoraConfig(**settings))
+    theirs: Any = peft.get_peft_model(make("llama"), peft.LoraConfig(**settings))
+    theirs.load_state_dict(ours.state_dict())
+    steps = (optimizers.create_riemannian_optimizer, create_riemannian_optimizer)
+    made = [step(m, kind, lr=1e-2, reg=0.1) for step, m in zip(steps, (ours, theirs), strict=True)]
+    for _ in range(5):
+        for (name, p), (other, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+            assert name == other
+            if p.requires_grad:
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+        for optimizer in made:
+            optimizer.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert_close(p, q, what=name)
+
+
+def test_what_riemannian_refuses() -> None:
+    model: Any = siliang.get_peft_model(make("llama"), siliang.LoraConfig())
+    with pytest.raises(ConfigError, match="LBFGS computes the gradients anew"):
+        optimizers.create_riemannian_optimizer(model, torch.optim.LBFGS, lr=0.1)
+    optimizer = optimizers.create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1)
+    with pytest.raises(ConfigError, match="takes no closure"):
+        optimizer.step(lambda: 0.0)
+    mica: Any = siliang.get_peft_model(make("llama"), siliang.LoraConfig(init_lora_weights="mica"))
+    with pytest.raises(ConfigError, match="of which both A and B are trained"):
+        optimizers.create_riemannian_optimizer(mica, torch.optim.SGD, lr=0.1)

@@ -1,15 +1,20 @@
-"""Optimizers for LoRA, under the names of Hugging Face PEFT's: LoRA+ and LoRA-FA.
+"""Optimizers for LoRA, under the names of Hugging Face PEFT's: LoRA+, LoRA-FA, and a Riemannian preconditioner.
 
 LoRA+ (Hayou et al. 2024, arXiv:2402.12354) trains B at a higher rate than A. LoRA-FA (Zhang et al. 2023,
 arXiv:2308.03303) freezes A, and gives B the step that comes nearest to a step of the whole weight:
 
     g_B = 1/s^2 g (A A^T)^-1        g the gradient of B; AdamW takes its step with g_B
 
+The preconditioner (Zhang and Pilanci 2024, arXiv:2402.02347) changes the gradients before each step of any optimizer:
+
+    g_A = (B^T B + reg 1)^-1 g_A,  g_B = g_B (A A^T + reg 1)^-1
+
 Shapes: A (R, I), B and g (O, R).
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -144,6 +149,66 @@ def create_lorafa_optimizer(
         adapter.A.requires_grad_(False)
     params = list(_trained(model).values())
     return LoraFAOptimizer(params, {adapter.B: adapter for adapter in adapters}, lr=lr, weight_decay=weight_decay)
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+) -> Optimizer:
+    """An optimizer of the given class that preconditions the gradients of LoRA's A and B, of layers whose both are
+    trained matrices, before each step. All else takes the class's own step.
+
+    Args:
+        reg: The damping of the matrices that are inverted.
+        kwargs: Of the class.
+
+    Raises:
+        ConfigError: The model trains no such pair, or the class evaluates the loss within its step, as LBFGS does.
+    """
+    named = _trained(model)
+    pairs = [(A, named.get(name.replace(".lora_A.", ".lora_B."))) for name, A in named.items() if ".lora_A." in name]
+    factors = [(A, B) for A, B in pairs if B is not None and A.ndim == B.ndim == 2]
+    if not factors:
+        raise ConfigError(
+            Bilingual(
+                "create_riemannian_optimizer needs LoRA layers of which both A and B are trained.",
+                "create_riemannian_optimizer 需要 A 和 B 都训练的 LoRA 层。",
+            )
+        )
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            Bilingual(
+                f"{optimizer_cls.__name__} computes the gradients anew within its step: use another, such as AdamW.",
+                f"{optimizer_cls.__name__} 在更新时会重新计算梯度：请换一个优化器，例如 AdamW。",
+            )
+        )
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **{"lr": lr, **kwargs})
+
+    def precondition(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            raise ConfigError(
+                Bilingual(
+                    "An optimizer of create_riemannian_optimizer takes no closure: call step() after backward().",
+                    "create_riemannian_optimizer 的优化器不接受 closure：请在 backward() 之后调用 step()。",
+                )
+            )
+        for A, B in factors:
+            _precondition(A, B, reg)
+
+    optimizer.register_step_pre_hook(precondition)
+    return optimizer
+
+
+@torch.no_grad()
+def _precondition(A: nn.Parameter, B: nn.Parameter, reg: float) -> None:
+    """Multiplies the gradients of A and B, in place."""
+    wide = torch.promote_types(A.dtype, torch.float32)
+    A_RI, B_OR = A.detach().to(wide), B.detach().to(wide)
+    one = torch.eye(len(A_RI), device=A.device, dtype=wide)
+    if A.grad is not None:
+        A.grad.copy_(torch.linalg.pinv(B_OR.T @ B_OR + reg * one) @ A.grad.to(wide))
+    if B.grad is not None:
+        B.grad.copy_(B.grad.to(wide) @ torch.linalg.pinv(A_RI @ A_RI.T + reg * one))
 
 
 class LoraFAOptimizer(Optimizer):
