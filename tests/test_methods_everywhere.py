@@ -43,6 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "randlora": {"r": 4},
     "vblora": {"r": 2, "num_vectors": 8, "vector_length": 8},
     "lily": {"r": 2, "stride_A": 2},
+    "adaption_prompt": {"adapter_len": 3},
     "hra": {"r": 2},
     "waveft": {"n_frequency": 40},
     "road": {"group_size": 8},
@@ -141,7 +142,7 @@ def run_of(
 
 
 # one of each family in `make test`; all of them in `make test-long`
-FAMILIES = ("lily", "loha", "oft", "osf", "road", "vera", "trainable_tokens")
+FAMILIES = ("adaption_prompt", "lily", "loha", "oft", "osf", "road", "vera", "trainable_tokens")
 SOME = [method if method in FAMILIES else pytest.param(method, marks=pytest.mark.long) for method in EVERY]
 
 

@@ -44,6 +44,7 @@ METHODS: dict[str, Any] = {
     "ln_tuning": siliang.LNTuningConfig(),
     "prompt_tuning": siliang.PromptTuningConfig(num_virtual_tokens=4),
     "p_tuning": siliang.PromptEncoderConfig(num_virtual_tokens=4),
+    "adaption_prompt": siliang.AdaptionPromptConfig(adapter_len=4),
     "prefix_tuning": siliang.PrefixTuningConfig(num_virtual_tokens=4),
     "bitfit": siliang.BitFitConfig(),
 }
@@ -71,16 +72,17 @@ def load(folder: Path, task: str = "CAUSAL_LM", dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method: str, bits: int, dtype: torch.dtype, folders: dict[str, Path]) -> None:
     compute = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    base = load(folders["bloom"], dtype=dtype, bits=bits, compute_dtype=compute)
+    name = "llama" if method == "adaption_prompt" else "bloom"
+    base = load(folders[name], dtype=dtype, bits=bits, compute_dtype=compute)
     stored = {n: p.data.clone() for n, p in base.named_parameters() if not p.is_floating_point()}
-    assert len(stored) == 8  # four linear layers a block; the head is the embedding
+    assert len(stored) == {"bloom": 8, "llama": 14}[name]  # four or seven linear layers a block, and no head
     config = METHODS[method]
     config.task_type = "CAUSAL_LM"
     model: Any = siliang.get_peft_model(base, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(6):
-        loss = model(**batch("bloom")).loss
+        loss = model(**batch(name)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siliang.methods.adalora import AdaLoraConfig
+    from siliang.methods.adaption_prompt import AdaptionPromptConfig
     from siliang.methods.bdlora import BdLoraConfig
     from siliang.methods.beft import BeftConfig
     from siliang.methods.bitfit import BitFitConfig
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     )
     from siliang.peft_api.tuners import (
         AdaLoraModel,
+        AdaptionPromptModel,
         BeftModel,
         BOFTModel,
         C3AModel,
@@ -252,6 +254,8 @@ _HOME = {
     "OSFModel": "siliang.peft_api.tuners",
     "LilyConfig": "siliang.methods.lily",
     "LilyModel": "siliang.peft_api.tuners",
+    "AdaptionPromptConfig": "siliang.methods.adaption_prompt",
+    "AdaptionPromptModel": "siliang.peft_api.tuners",
     "WaveFTConfig": "siliang.methods.waveft",
     "WaveFTModel": "siliang.peft_api.tuners",
     "XLoraConfig": "siliang.methods.xlora",
@@ -283,6 +287,8 @@ __all__ = [
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdaLoraConfig",
     "AdaLoraModel",
+    "AdaptionPromptConfig",
+    "AdaptionPromptModel",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

@@ -51,6 +51,7 @@ class PeftType(StrEnum):
     ROAD = "ROAD"
     OSF = "OSF"
     LILY = "LILY"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

@@ -3,6 +3,7 @@ five steps, generation, bf16, and files both ways.
 """
 
 import copy
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "PromptEncoderConfig",
         {"num_virtual_tokens": 5, "encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"},
     ),
+    "adaption": ("AdaptionPromptConfig", {"adapter_len": 5, "adapter_layers": 2}),
+    "adaption-top": ("AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 1}),
     "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 5}),
     "prefix-projected": (
         "PrefixTuningConfig",
@@ -137,6 +140,8 @@ PLAIN = ("shira_indices.default",)  # no buffers in peft
 TABLES = ("tokens", "tokens-random")
 NO_TABLES = ("plain", "bert", "roberta")
 PROMPTS = ("prompt", "multitask", "cpt", "p-mlp", "p-lstm", "prefix", "prefix-projected")
+ATTENTIONS = ("adaption", "adaption-top")  # which know those of some models
+WITH_ATTENTIONS = ("llama", "gpt2")
 MODELS = ("llama", "bloom", "gpt2", "qwen2", "bert", "roberta", "t5", "bart", "plain")
 # where PEFT knows no default targets, or the model has no types
 TARGETS: dict[tuple[str, str], list[str]] = {
@@ -145,7 +150,9 @@ TARGETS: dict[tuple[str, str], list[str]] = {
     ("ln", "bert"): ["LayerNorm"],
     ("ln", "roberta"): ["LayerNorm"],
     ("ln", "plain"): ["norm"],
-} | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, *TABLES, "ln")}
+} | {
+    (method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, *TABLES, *ATTENTIONS, "ln")
+}
 # where PEFT's method does not know GPT-2's transposed layers
 LINEAR_ALONE = {
     "C3AConfig",
@@ -179,6 +186,7 @@ CASES = [
     if not (m in PROMPTS and n == "plain")
     and not (m == "lora-alora" and n not in WITH_A_CACHE)
     and not (m in TABLES and n in NO_TABLES)
+    and not (m in ATTENTIONS and n not in WITH_ATTENTIONS)
     and (m, n) not in NOT_IN_PEFT
 ]
 # In `make test` the methods that most use run on every model, the others on some; `make test-long` runs them all.
@@ -266,9 +274,15 @@ def is_shared(name: str) -> bool:
     return name.split(".")[-2] in SHARED
 
 
+def in_peft(name: str) -> str:
+    """A tensor's name there: LLaMA-Adapter's have no adapter's name, and the attention that they are in is `model`."""
+    name = name.replace("adaption_prompt.default", "adaption_prompt").replace("adaption_gate.default", "adaption_gate")
+    return re.sub(r"(self_attn|attn)\.base_layer\.", r"\1.model.", name)
+
+
 def named(model: Any) -> list[tuple[str, Any]]:
     """The parameters by name: those of all layers once, by their name in the file."""
-    found = [(n, p) for n, p in model.named_parameters()]
+    found = [(in_peft(n), p) for n, p in model.named_parameters()]
     return [("base_model." + ".".join(n.split(".")[-2:]) if is_shared(n) else n, p) for n, p in found]
 
 
@@ -279,7 +293,8 @@ def pair(method: str, name: str, seed: int = 0) -> tuple[Any, Any]:
     theirs = peft.get_peft_model(make(name, seed), theirs_config)
     randomize(ours)
     # every name is the same; with prompts peft lists the word embeddings a second time
-    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    state = {in_peft(n): t for n, t in ours.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
     missing = [n for n in missing if not (n.startswith("base_model.model.") and is_shared(n))]
     unexpected = [n for n in unexpected if not n.endswith(PLAIN)]
     assert not unexpected and set(missing) <= {"word_embeddings.weight"}

@@ -12,6 +12,7 @@ from siliang.adapters.peft_layer import PeftLayer
 from siliang.language import Bilingual
 from siliang.methods.layer import BaseForward, LayerAdapter
 from siliang.methods.rows import Rows, by_row
+from siliang.models.introspect import parameters_of
 from siliang.models.quantized import is_quantized
 from siliang.types import MergeError
 
@@ -42,7 +43,11 @@ class AdaptedLayer(PeftLayer):
         self._replaced: dict[str, nn.Parameter] = {}  # the base layer's own parameters that others replace now
         self._merged: dict[str, nn.Parameter] = {}
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: object, **kwargs: object) -> Tensor:
+        if x is None:  # an attention's input has a name
+            named = kwargs.pop(next(iter(parameters_of(self.base_layer))))
+            assert isinstance(named, Tensor)
+            x = named
         if self.rows is None:
             return self._compute(() if self.disabled or self.merged else self.active, x, args, kwargs)
 

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from siliang.language import Bilingual
 from siliang.methods.adalora import AdaLora, AdaLoraConfig
+from siliang.methods.adaption_prompt import AdaptionPrompt, AdaptionPromptConfig
 from siliang.methods.beft import Beft, BeftConfig
 from siliang.methods.bitfit import BitFit, BitFitConfig
 from siliang.methods.boft import BOFT, BOFTConfig
@@ -87,6 +88,7 @@ METHODS: dict[str, AnyMethod] = {
         CPT(),
         PTuning(),
         PrefixTuning(),
+        AdaptionPrompt(),
         Head(),
         Full(),
     )
@@ -145,6 +147,7 @@ def method_of(config: PeftConfig) -> AnyMethod:
 __all__ = [
     "METHODS",
     "AdaLoraConfig",
+    "AdaptionPromptConfig",
     "BOFTConfig",
     "BeftConfig",
     "BitFitConfig",

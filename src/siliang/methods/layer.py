@@ -178,6 +178,10 @@ class BaseForward:
         """The other adapters, the innermost first."""
         return self._inner
 
+    def named(self, name: str) -> object:
+        """What the layer was called with under a name, other than its input; None for nothing."""
+        return self._kwargs.get(name)
+
     @property
     def is_base_layer(self) -> bool:
         """Whether it is the base layer alone."""
@@ -237,7 +241,8 @@ def new_parameter(layer: Layer, *shape: int, start: Callable[[Tensor], object] =
     Args:
         start: Fills it.
     """
-    weight = layer.base_layer.weight
+    weight = getattr(layer.base_layer, "weight", None)
+    weight = next(layer.base_layer.parameters()) if weight is None else weight  # of an attention that of a projection
     values = torch.empty(shape, device=weight.device, dtype=trained_dtype(weight))
     start(values)
     return nn.Parameter(values)

@@ -346,6 +346,10 @@ class XLoraModel(TunerModel):
     """With X-LoRA."""
 
 
+class AdaptionPromptModel(TunerModel):
+    """With LLaMA-Adapter."""
+
+
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
     PeftType.ADALORA: AdaLoraModel,
@@ -374,4 +378,5 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LILY: LilyModel,
     PeftType.POLY: PolyModel,
     PeftType.XLORA: XLoraModel,
+    PeftType.ADAPTION_PROMPT: AdaptionPromptModel,
 }
