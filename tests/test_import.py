@@ -49,7 +49,7 @@ def test_public_names() -> None:
     import siliang
 
     other = {"NoMatchingPeftModuleError": "TargetError", "PeftError": "SiliangError", "PromptEmbedding": "Prompt"}
-    other |= {"PromptEncoder": "EncodedPrompt", "PromptLearningConfig": "PromptConfig"}
+    other |= {"CPTEmbedding": "ContextPrompt", "PromptEncoder": "EncodedPrompt", "PromptLearningConfig": "PromptConfig"}
     for name in siliang.__all__:
         found = getattr(siliang, name)
         assert isinstance(found, dict) if name.isupper() else found.__name__ == other.get(name, name)
