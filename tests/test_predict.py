@@ -126,7 +126,7 @@ def test_a_text_file_in_the_home_folder(runs: dict[str, Path], tmp_path: Path, m
 def test_who_writes_is_sent_to_generate(runs: dict[str, Path]) -> None:
     for task in ("causal_lm", "seq_2_seq_lm"):
         assert "use `siliang generate`" in refused("predict", runs[task], "the film")
-    assert "--context is for a run" in refused("predict", runs["seq_cls"], "a", "--context", "b")
+    assert "--context is only for runs of question_ans" in refused("predict", runs["seq_cls"], "a", "--context", "b")
     with pytest.raises(ConfigError, match="use `siliang generate`"):
         predict(open_run(runs["causal_lm"]), ["a film"])
     assert isinstance(next(predict(open_run(runs["token_cls"]), ["a film"])), TaggedWords)
