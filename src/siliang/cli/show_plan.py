@@ -13,6 +13,7 @@ from siliang.terminal import one_line, shell_command
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
 # the pieces of the bar, in order; the last one is the overhead
@@ -28,7 +29,7 @@ PIECES: tuple[tuple[Bilingual, tuple[Category, ...], str, str], ...] = (
     (Bilingual("logits, workspace", "logits、临时张量"), ("logits", "workspace"), "░", "yellow"),
     (Bilingual("outside the tensors", "张量以外"), (), "·", "bright_black"),
 )
-BAR = 24
+BAR, SHORTEST_BAR = 24, 4  # columns
 SOURCES = {
     "free here": Bilingual("free here", "本机可用"),
     "as asked": Bilingual("as asked", "按设置"),
@@ -89,6 +90,15 @@ def headline(record: PlanRecord) -> list[str]:
 
 
 def _show_table(console: Console, record: PlanRecord) -> None:
+    """Prints the table. Its bars become shorter where the console is too narrow; numbers are cut last."""
+    for bar in range(BAR, SHORTEST_BAR - 1, -2):
+        table = _table(record, bar)
+        if console.measure(table, options=console.options.update(max_width=1000)).maximum <= console.width:
+            break
+    console.print(table)
+
+
+def _table(record: PlanRecord, bar: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -126,7 +136,7 @@ def _show_table(console: Console, record: PlanRecord) -> None:
         ]
         if compared:
             cells.append(size(m.baseline_bytes) if m.baseline_bytes else "")
-        cells.append(_bar(m, widest))
+        cells.append(_bar(m, widest, bar))
         if record.memory_bytes is not None:
             cells.append(_fits(m))
         if record.devices > 1:
@@ -134,16 +144,16 @@ def _show_table(console: Console, record: PlanRecord) -> None:
         if timed and m.tokens_per_s:
             cells.append(duration(m.epoch_s) if m.epoch_s else f"{m.tokens_per_s:,.3g}")
         table.add_row(*cells)
-    console.print(table)
+    return table
 
 
-def _bar(m: MethodPlan, widest: int) -> Text:
+def _bar(m: MethodPlan, widest: int, longest: int) -> Text:
     from rich.text import Text
 
     text = Text()
     for _, names, glyph, style in PIECES:
         part = sum(m.parts.get(name, 0) for name in names) if names else m.overhead_bytes
-        text.append(glyph * round(BAR * part / widest), style=style)
+        text.append(glyph * round(longest * part / widest), style=style)
     return text
 
 
