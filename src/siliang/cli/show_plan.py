@@ -91,10 +91,11 @@ def headline(record: PlanRecord) -> list[str]:
 
 def _show_table(console: Console, record: PlanRecord) -> None:
     """Prints the table. Its bars become shorter where the console is too narrow; numbers are cut last."""
-    for bar in range(BAR, SHORTEST_BAR - 1, -2):
-        table = _table(record, bar)
+    table = _table(record, BAR)
+    for bar in range(BAR - 2, SHORTEST_BAR - 1, -2):
         if console.measure(table, options=console.options.update(max_width=1000)).maximum <= console.width:
             break
+        table = _table(record, bar)
     console.print(table)
 
 

@@ -21,6 +21,7 @@ from siliang.language import Bilingual
 from siliang.methods.config import CONFIG_NAME, LayerConfig
 from siliang.methods.find_targets import find_targets
 from siliang.methods.method import Method, Parts, TableRows
+from siliang.methods.targets import DefaultTargets
 from siliang.models.introspect import word_embeddings
 from siliang.module_paths import inside, plain_modules
 from siliang.types import ConfigError, PeftType, TargetError, nearest
@@ -72,7 +73,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
             )
         if config.target_modules is None:
             config.target_modules = input_embeddings(model)  # as in PEFT: the path, as a regular expression
-        paths = find_targets(model, config, is_table, defaults={}, outside=saved, lenient=from_file)
+        paths = find_targets(model, config, is_table, defaults=DefaultTargets(), outside=saved, lenient=from_file)
         kind = TableRows((), at_random=not config.init_weights)
         rows = rows_of_tables(model, dict.fromkeys(paths, config.token_indices), kind)
         if len(rows) < len(paths):  # PEFT cannot read a file that names a table and a head that is tied to it
