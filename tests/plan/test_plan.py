@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,21 @@ def test_a_shape_in_another_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "GPT2").mkdir()
     assert shape_name("GPT2") == "GPT2"  # a folder of that name is meant
+
+
+def test_a_folder_with_a_shapes_name_is_the_model(
+    reviews: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.move(reviews.model, tmp_path / "bert-base-uncased")
+    monkeypatch.chdir(tmp_path)
+    config = reviews.model_copy(update={"model": "bert-base-uncased"})
+    planner = Planner(target(None))
+    prepare(config, Listener(), tmp_path, planner=planner)
+    assert planner.last_plan is not None and planner.last_plan.total < 1e6
+    done = run_siliang("plan", "--model", "bert-base-uncased", "--method", "lora", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["methods"][0]["total"] < 1e6
+    assert f"as the folder {tmp_path / 'bert-base-uncased'}, not as the known model" in done.stderr
 
 
 @pytest.fixture(scope="module")

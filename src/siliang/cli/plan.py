@@ -12,6 +12,7 @@ import typer
 
 from siliang.cli.console import command_line, named, print_json
 from siliang.cli.options import Json, Task
+from siliang.cli.used_run import show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both, local
 from siliang.terminal import one_line, raw_stream
@@ -259,15 +260,16 @@ def _config(values: dict[str, Any], source: str, *, with_data: bool) -> tuple[Ru
     """
     from siliang.config import RunConfig
     from siliang.plan import model_config
-    from siliang.plan.shapes import SHAPES, shape_name, task_of
+    from siliang.plan.shapes import meant_by, shape_name, shape_of, task_of
 
-    values["model"] = shape_name(str(values["model"]))
+    name = values["model"] = shape_name(str(values["model"]))
+    show_notes(meant_by(name))
     base_config = None
     if "task" not in values:
         base_config = model_config(RunConfig.build(values | {"task": "causal_lm"}, source=source))
         values["task"] = task_of(values["model"], base_config).title
     config = RunConfig.build(values, source=source)
-    if with_data and config.model in SHAPES and not Path(config.model).is_dir():
+    if with_data and shape_of(config.model) is not None:
         raise ConfigError(
             Bilingual(
                 f"{config.model} is an architecture without a tokenizer, which the data needs: give the model's "

@@ -61,7 +61,13 @@ class Planner:
         planned = self._cache.get(key)
         if planned is None or planned.fits is False:
             planned = plan(
-                config, device, data=subject.prepared, invented=subject.invented, timed=False, mesh=mesh
+                config,
+                device,
+                data=subject.prepared,
+                invented=subject.invented,
+                base_config=subject.model_config,  # what is loaded, whatever its name
+                timed=False,
+                mesh=mesh,
             ).methods[0]
         if planned.error:
             # a fault of the run will stop it soon

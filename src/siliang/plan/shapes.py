@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from siliang.config import RunConfig
+from siliang.language import Bilingual
 from siliang.models.base_config import load_config
 from siliang.models.extra import CHATGLM
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
@@ -113,13 +114,18 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+def shape_of(name: str) -> Shape | None:
+    """The known model of this name; None where a folder has it, for the folder is the model, as in training."""
+    return None if Path(name).is_dir() else SHAPES.get(name)
+
+
 def model_config(config: RunConfig) -> PretrainedConfig:
-    """The base model's config: from the table of shapes, from its folder, or from the hub.
+    """The base model's config: from its folder, from the table of shapes, or from the hub.
 
     Raises:
         ModelError: There is no such model.
     """
-    shape = SHAPES.get(config.model)
+    shape = shape_of(config.model)
     return shape.config() if shape else load_config(config.model, revision=config.revision)
 
 
@@ -128,10 +134,22 @@ def shape_name(name: str) -> str:
     return next((known for known in SHAPES if known.lower() == name.lower() and not Path(name).is_dir()), name)
 
 
+def meant_by(name: str) -> list[Bilingual]:
+    """Says that the folder is meant where a known model has the same name; empty otherwise."""
+    if name not in SHAPES or shape_of(name) is not None:
+        return []
+    return [
+        Bilingual(
+            f"{name} is planned as the folder {Path(name).absolute()}, not as the known model of that name.",
+            f"{name} 按文件夹 {Path(name).absolute()} 预估，而不是同名的已知模型。",
+        )
+    ]
+
+
 def task_of(name: str, config: PretrainedConfig) -> Task:
     """The task that a model of this name or config is most often trained for."""
-    if name in SHAPES:
-        return SHAPES[name].task
+    if (shape := shape_of(name)) is not None:
+        return shape.task
     if getattr(config, "is_encoder_decoder", False):
         return SEQ_2_SEQ_LM
     architecture = (getattr(config, "architectures", None) or [""])[0]
