@@ -106,6 +106,30 @@ def test_tied_names_answers_and_steps(settings: dict[str, Any]) -> None:
 
 
 @PEFTS
+@pytest.mark.parametrize("init", [True, "gaussian", False])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["q_proj", "lm_head", "embed_tokens"]], ids=str)
+def test_tied_start_is_that_of_the_head(targets: list[str], init: bool | str) -> None:
+    """The shared B starts as the A of a linear layer, which an embedding's own B does not: nn.Embedding's is normal."""
+    found = []
+    for library in (siliang, peft):
+        torch.manual_seed(0)
+        config: Any = library.LoraConfig(
+            r=16, target_modules=targets, ensure_weight_tying=True, init_lora_weights=init, task_type="CAUSAL_LM"
+        )
+        model: Any = library.get_peft_model(tied(), config)
+        start = {key.rpartition("lora_embedding_")[2]: p for key, p in model.named_parameters() if "embedding_" in key}
+        found.append([start[key].detach() for key in ("A.default", "B.default")])
+    (A, B), (A_peft, B_peft) = found
+    assert A.count_nonzero() == A_peft.count_nonzero() == (0 if init else A.numel())
+    assert B.shape == B_peft.shape
+    assert B.std().item() == pytest.approx(B_peft.std().item(), rel=0.1)
+    bound = B.shape[0] ** -0.5  # of U(-1/sqrt(D), 1/sqrt(D)), which is what the start is with True alone
+    for values in (B, B_peft):
+        largest = values.abs().max().item()
+        assert 0.95 * bound < largest <= bound if init is True else largest > bound
+
+
+@PEFTS
 @pytest.mark.parametrize("settings", TIED, ids=str)
 def test_tied_files_go_both_ways(settings: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = both(settings)

@@ -1,6 +1,7 @@
 """`ensure_weight_tying`: what an adapter does to an embedding it does to the head that is tied to it, as in PEFT.
 
     LoRA: W + s (B A)^T on both, of one A and one B; the head's A is B^T, and its B is A^T
+    the start is that of LoRA on the head, a linear layer: B^T ~ U(kaiming), A = 0
     modules_to_save: one copy for both
 
 PEFT has it where a setting names embed_tokens or lm_head, and nowhere else; files mean that, so that this has it there.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
-from siliang.methods.layer import BaseForward, Layer, MakeAdapter
+from siliang.methods.layer import BaseForward, Layer, MakeAdapter, kaiming
 from siliang.methods.lora_embedding import LoraEmbedding
 from siliang.methods.low_rank import FactorModules, LoraSpec
 from siliang.models.introspect import is_linear, output_layer, word_embeddings
@@ -145,12 +146,23 @@ def on_both(tied: Tied, embedding: LoraSpec, head: LoraSpec) -> dict[str, MakeAd
 
     def make(layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LoraEmbedding:
         made[name] = LoraEmbedding(layer, name, embedding)
+        _start_as_head(made[name], embedding)
         return made[name]
 
     def make_head(layer: Layer, name: str, shared: Mapping[str, Tensor]) -> TiedHead:
         return TiedHead(layer, name, head, made[name])
 
     return {tied.embedding: make, tied.head: make_head}
+
+
+@torch.no_grad()
+def _start_as_head(adapter: LoraEmbedding, spec: LoraSpec) -> None:
+    """Starts B^T, the head's A, as LoRA starts a linear layer's A: PEFT starts the head last, on the one memory."""
+    A_RD = adapter.B.T
+    if spec.init == "gaussian":
+        nn.init.normal_(A_RD, std=1 / spec.r)
+    elif spec.init not in (False, "mica"):
+        kaiming(A_RD)
 
 
 def targets_with(tied: Tied, targets: list[str] | str) -> list[str] | str:
