@@ -66,6 +66,45 @@ def test_the_same_losses(name: str, room: tuple[int, int]) -> None:
     assert engine.padding.frozen.hits == 4 and len(engine.padding.frozen.store) == 6
 
 
+PLACES = {
+    "bert": {
+        "position_embeddings": "bert.embeddings.position_embeddings.modules_to_save.default.weight",
+        "embeddings.LayerNorm": "bert.embeddings.LayerNorm.modules_to_save.default",
+        "token_type_embeddings": "bert.embeddings.token_type_embeddings.modules_to_save.default.weight",
+    },
+    "gpt2": {"wpe": "transformer.wpe.modules_to_save.default.weight"},
+    "bloom": {"word_embeddings_layernorm": "transformer.word_embeddings_layernorm.modules_to_save.default"},
+}
+
+
+@pytest.mark.parametrize(("name", "module"), [(name, module) for name, found in PLACES.items() for module in found])
+def test_what_is_trained_before_the_layers_turns_it_off(name: str, module: str) -> None:
+    task, losses = TASKS[TaskType(TASK[name])], []
+    config = siliang.LoraConfig(task_type=task.adapter_type, layers_to_transform=[1], modules_to_save=[module])
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model: Any = siliang.get_peft_model(make(name), config).train()
+        without_dropout(model)
+        found, engine = epochs(model, task, keep=keep)
+        losses.append(found)
+    assert losses[0] == losses[1]
+    assert engine.padding is not None and engine.padding.frozen is None and not engine.frozen_layers
+    assert f"{PLACES[name][module]}" in engine.notes[0] and "is trained, below layer 1" in engine.notes[0]
+    model = siliang.get_peft_model(make(name), config).train()
+    without_dropout(model)  # a plan's answer is the same
+    base = model.get_base_model()
+    assert not find_frozen_layers(base, layer_stack(base), comparing=False).count
+
+
+def test_a_gradient_of_the_embeddings_output_is_no_training() -> None:
+    """Gradient checkpointing asks for it."""
+    model, _ = model_and_task("llama")
+    base = model.get_base_model()
+    base.enable_input_require_grads()
+    for comparing in (True, False):
+        assert find_frozen_layers(base, layer_stack(base), comparing=comparing).count == 1
+
+
 def test_no_room_no_harm() -> None:
     losses = []
     for keep in (False, True):
@@ -149,7 +188,7 @@ def test_where_the_cut_is() -> None:
     assert find_frozen_layers(model, layers).count == 0
     layers[0].requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
-    assert find_frozen_layers(model, layers).why_not == "the embeddings are trained"
+    assert find_frozen_layers(model, layers).why_not == "model.embed_tokens.weight is trained, below layer 1"
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from siliang.ops.lora_linear import lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
-from siliang.ops.packed_attention import Layout, packed_attention, prefix_places, repeatable
+from siliang.ops.packed_attention import BUCKET_RATIO, BUCKET_WASTE, Layout, packed_attention, prefix_places, repeatable
 from siliang.ops.place import planned_for
 from siliang.ops.recomputed import recomputed_linear
 from siliang.ops.rms_norm import rms_norm
@@ -273,7 +273,7 @@ def test_packed_attention(lengths: tuple[int, ...], causal: bool, extra: str, im
     P = 3 if extra in ("prefix", "all") else 0
     G = 2 if extra in ("grouped", "all") else H
     bias = torch.randn(H, P + max(lengths)) if extra in ("bias", "all") else None
-    window = 4 if extra in ("window", "all") and causal else None
+    window = 4 if extra in ("window", "all") else None
     layout = Layout.of(lengths, max(lengths), torch.device("cpu"))
 
     def go(impl: Any) -> Callable[..., Tensor]:
@@ -282,6 +282,30 @@ def test_packed_attention(lengths: tuple[int, ...], causal: bool, extra: str, im
         )
 
     same(go(impl), go("reference"), heads(T, H, K), heads(T, G, K, prefix=P), heads(T, G, K, prefix=P))
+
+
+@pytest.mark.parametrize("waste", [0, 3_000])
+def test_sequences_of_one_bucket_are_of_about_the_same_length(waste: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order: each of these is nearly as long as the one before it, and the last ten times as long as the
+    first."""
+    monkeypatch.setitem(BUCKET_WASTE, "cpu", waste)
+    lengths = [10]
+    while lengths[-1] < 100:
+        lengths.append(lengths[-1] * 6 // 5)
+    torch.manual_seed(0)
+    tensors = [heads(sum(lengths), 2, 8) for _ in range(3)]
+    for order in (lengths, lengths[::-1], lengths[::2] + lengths[1::2]):
+        layout = Layout.of(tuple(order), max(order), torch.device("cpu"))
+        buckets = [bucket.lengths for bucket in layout.buckets]
+        assert sum(buckets, ()) == tuple(order) and len(buckets) > 1
+        for found in buckets:
+            wasted = sum(max(found) ** 2 - n**2 for n in found)
+            assert min(found) >= BUCKET_RATIO * max(found) or wasted <= waste
+
+        def go(impl: Any, layout: Layout = layout) -> Callable[..., Tensor]:
+            return lambda q, k, v: packed_attention(q, k, v, layout, scaling=0.3, causal=False, impl=impl)
+
+        same(go("sdpa"), go("reference"), *tensors)
 
 
 def test_nothing_leaks_between_sequences() -> None:

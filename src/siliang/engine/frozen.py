@@ -25,6 +25,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from siliang.data.cache import cache_folder
@@ -32,7 +33,7 @@ from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import Undo, replace_forward
 from siliang.engine.random_state import numpy_state
 from siliang.language import Bilingual, local
-from siliang.models.introspect import backbone
+from siliang.models.introspect import backbone, named_arguments, parameters_of
 
 DISK_SHARE = 0.25  # share of the free disk space
 RANDOM = Bilingual("something random", "随机的部分")
@@ -53,21 +54,24 @@ class FrozenLayers:
 
 
 def find_frozen_layers(model: PreTrainedModel, layers: list[nn.Module], *, comparing: bool = True) -> FrozenLayers:
-    """The layers below the lowest trained one, if their output is deterministic.
+    """The layers below the lowest trained one, if their output is deterministic and nothing before them is trained.
 
     Args:
         comparing: Compare outputs. False on fake tensors, where random operators are looked for instead.
     """
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     first = min(trained.index(True) if any(trained) else len(layers), len(layers) - 1)
-    embeddings = model.get_input_embeddings()
     if first == 0:
         return FrozenLayers(0)
-    if any(p.requires_grad for p in embeddings.parameters()):
-        return FrozenLayers(0, Bilingual("the embeddings are trained", "嵌入层要训练"))
+    trial = _Trial(model, layers[first])
     if not comparing:
-        return FrozenLayers(0 if _draws_on_paper(model, layers[first]) else first)
-    if (random_part := _find_randomness(model, layers[first])) is not None:
+        return FrozenLayers(0 if _draws_on_fake(trial) or trial.trained() else first)
+    random_part = _find_randomness(trial)
+    if (below := trial.trained()) is not None:
+        return FrozenLayers(
+            0, Bilingual(f"{below} is trained, below layer {first}", f"{below} 在第 {first} 层之下，而它要训练")
+        )
+    if random_part is not None:
         what, where = random_part
         return FrozenLayers(
             0,
@@ -79,15 +83,63 @@ def find_frozen_layers(model: PreTrainedModel, layers: list[nn.Module], *, compa
     return FrozenLayers(first)
 
 
-@torch.no_grad()
-def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None:
-    """The random operation in training before the layer `end`, and its place; None if there is none.
+class _Trial:
+    """A forward pass in training, of a few tokens, up to the layer `end`."""
+
+    def __init__(self, model: PreTrainedModel, end: nn.Module) -> None:
+        self.model, self.end, self.backbone = model, end, backbone(model)
+        self.device = next(model.parameters()).device
+        self._input: Tensor | None = None
+
+    def run(self) -> None:
+        """Runs it with gradients. The modules are in their own modes again afterwards."""
+
+        def stop(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            self._input = named_arguments(module, args, kwargs)[next(iter(parameters_of(module)))]
+            raise StopForwardError
+
+        ids = torch.ones(1, 4, dtype=torch.long, device=self.device)
+        handle = self.end.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            self.model.train()
+            with torch.enable_grad(), suppress(StopForwardError):
+                self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
+        finally:
+            handle.remove()
+            self.model.eval()
+            for module in training:
+                module.training = True
+
+    def trained(self) -> str | None:
+        """A trained parameter that the input of `end` depends on, by its path; None if there is none.
+
+        Position embeddings, norms and projections before the layers have different names in each model, and so the
+        parameters are those of the graph. A tensor of the graph that is no parameter is not trained: with gradient
+        checkpointing, the embeddings' output may ask for a gradient.
+        """
+        x, self._input = self._input, None
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        nodes, seen = [x.grad_fn if x is not None else None], set[object]()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            variable = getattr(node, "variable", None)  # of a leaf
+            if isinstance(variable, nn.Parameter):
+                return names.get(id(variable), "a parameter")
+        return None
+
+
+def _find_randomness(trial: _Trial) -> tuple[str, str] | None:
+    """The random operation of a trial, and its place; None if there is none.
 
     This is found by running the model, not from settings: dropout, skipped layers and jitter have different names in
     each model.
     """
-    device = next(model.parameters()).device
-    ids = torch.ones(1, 4, dtype=torch.long, device=device)
+    device = trial.device
     before: dict[nn.Module, tuple[object, ...]] = {}
     found: list[tuple[str, str]] = []
 
@@ -100,56 +152,33 @@ def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None
             what = Bilingual(f"dropout of {max(named):g}", f" {max(named):g} 的 dropout") if named else RANDOM
             found.append((what, path or type(module).__name__))
 
-    def stop(module: nn.Module, args: object) -> None:
-        raise StopForwardError
-
-    handles = [end.register_forward_pre_hook(stop, prepend=True)]
-    for path, module in backbone(model).named_modules():
+    handles: list[RemovableHandle] = []
+    for path, module in trial.backbone.named_modules():
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(partial(leave, path)))
-    training = [module for module in model.modules() if module.training]
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             first = _random_state(device)
-            model.train()
-            with suppress(StopForwardError):
-                backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+            trial.run()
             if not found and first != _random_state(device):  # between its layers, such as layer skipping
-                found.append((RANDOM, type(backbone(model)).__name__))
+                found.append((RANDOM, type(trial.backbone).__name__))
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         for handle in handles:
             handle.remove()
-        model.eval()
-        for module in training:
-            module.training = True
     return found[0] if found else None
 
 
-@torch.no_grad()
-def _draws_on_paper(model: nn.Module, end: nn.Module) -> bool:
-    """Whether a fake model uses random numbers in training before the layer `end`; True if it does not run."""
-
-    def stop(module: nn.Module, args: object) -> None:
-        raise StopForwardError
-
-    ids = torch.ones(1, 4, dtype=torch.long, device=next(model.parameters()).device)
-    handle = end.register_forward_pre_hook(stop, prepend=True)
-    training = [module for module in model.modules() if module.training]
+def _draws_on_fake(trial: _Trial) -> bool:
+    """Whether a trial on fake tensors uses random numbers; True if it does not run."""
     draws = _Draws()
     try:
-        model.train()
-        with draws, suppress(StopForwardError):
-            backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+        with draws:
+            trial.run()
     except Exception:  # a model may raise any exception on tensors without values
         return True
-    finally:
-        handle.remove()
-        model.eval()
-        for module in training:
-            module.training = True
     return draws.found
 
 

@@ -117,19 +117,18 @@ class Layout:
         """Neighbours of about the same length, which are computed in one; sorted rows make the fewest."""
         found: list[list[int]] = []
         most_waste = BUCKET_WASTE["cuda" if kind_of(self.index) == "cuda" else "cpu"]
-        longest = wasted = 0
+        longest = shortest = wasted = 0  # of the last bucket
         for n in self.lengths:
-            more = abs(longest**2 - n**2)
             if found and (
-                min(found[-1][-1], n) >= BUCKET_RATIO * max(longest, n)
-                or (wasted + more <= most_waste and n <= longest)
+                min(shortest, n) >= BUCKET_RATIO * max(longest, n)
+                or (n <= longest and wasted + longest**2 - n**2 <= most_waste)
             ):
+                wasted += len(found[-1]) * max(n**2 - longest**2, 0) + max(longest**2 - n**2, 0)
+                longest, shortest = max(longest, n), min(shortest, n)
                 found[-1].append(n)
-                wasted += more
             else:
+                longest, shortest, wasted = n, n, 0
                 found.append([n])
-                wasted = 0
-            longest = max(found[-1])
         buckets: list[Bucket] = []
         for lengths in found:
             width = max(lengths)
@@ -242,7 +241,12 @@ def packed_attention(
         real = None if causal else bucket.real(q.device)
         if real is not None:
             real = F.pad(real, (P, 0), value=True)
-            mask = real if mask is None else mask.masked_fill(~real, float("-inf"))
+            if window is not None:  # padding sees itself: a softmax over nothing is NaN
+                real = real | F.pad(torch.eye(n, dtype=torch.bool, device=q.device), (P, 0))
+            if mask is None or mask.dtype == torch.bool:
+                mask = real if mask is None else mask & real
+            else:
+                mask = mask.masked_fill(~real, float("-inf"))
         attention = (
             _products if by_products and (impl == "products" or n <= PRODUCTS_MAX_LEN.get(q.dtype, 0)) else _sdpa
         )
