@@ -60,6 +60,18 @@ def test_task_ids_that_cannot_be(method: str) -> None:
         model.get_base_model()(**inputs)
 
 
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([0.0, 1.0, 2.0]), [0.5, 1, 2], 1.0, "1", ["0", "1", "2"], [[0], [1, 2]], True, [None, 0, 1]]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_task_ids_are_whole_numbers(method: str, ids: Any) -> None:
+    model, inputs = with_tasks(method), batch("llama")
+    for call in (lambda: model(**inputs, task_ids=ids), lambda: model.generate(**inputs, task_ids=ids)):
+        with pytest.raises(ConfigError, match="task_ids = .*: must be whole numbers, the task of each row"):
+            call()
+    model(**inputs, task_ids=torch.tensor([0, 1, 2], dtype=torch.int32))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_one_task_needs_no_ids(method: str) -> None:
     setting = "num_tasks" if "prompt" in method else "n_tasks"

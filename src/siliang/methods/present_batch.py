@@ -17,7 +17,10 @@ from siliang.language import Bilingual
 from siliang.methods.rows import token_tensors
 from siliang.models.introspect import backbone, encoder, is_encoder_decoder
 from siliang.ops.packed_attention import Layout
+from siliang.secrets import short_repr
 from siliang.types import ConfigError
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class PresentBatch:
@@ -126,10 +129,9 @@ class TaskIds(PresentBatch):
             repeated: A batch may hold each row several times, one after the other, as beams are.
 
         Raises:
-            ConfigError: There is no such task.
+            ConfigError: There is no such task, or the ids are no whole numbers.
         """
-        if ids is not None and not isinstance(ids, int):
-            ids = torch.as_tensor(ids).reshape(-1)
+        ids = _whole_numbers(ids)
         found: list[int] = [ids] if isinstance(ids, int) else []
         if isinstance(ids, Tensor) and not hasattr(ids, "fake_mode"):  # a plan's tensors have no values
             found = ids.tolist()
@@ -176,6 +178,29 @@ class TaskIds(PresentBatch):
         if isinstance(ids, Tensor):
             return ids.to(self.device)
         return torch.full((self.rows,), ids or 0, device=self.device)
+
+
+def _whole_numbers(ids: Tensor | Sequence[int] | int | None) -> Tensor | int | None:
+    """(B,), or one number for all rows.
+
+    Raises:
+        ConfigError: The ids are no whole numbers.
+    """
+    if ids is None or (isinstance(ids, int) and not isinstance(ids, bool)):
+        return ids
+    try:
+        found = torch.as_tensor(ids).reshape(-1)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # text, lists of lists that differ in length
+        found = None
+    if found is None or found.dtype not in _WHOLE:
+        shown = f"<{ids.dtype}>" if isinstance(ids, Tensor) else short_repr(ids)
+        raise ConfigError(
+            Bilingual(
+                f"task_ids = {shown}: must be whole numbers, the task of each row, or one number for all.",
+                f"task_ids = {shown}：须为整数，即每条样本的任务，或用一个编号表示全部。",
+            )
+        )
+    return found.long()
 
 
 def no_such_task(task: int, tasks: int, setting: str) -> ConfigError:
