@@ -67,7 +67,7 @@ def test_task_ids_that_cannot_be(method: str) -> None:
 def test_task_ids_are_whole_numbers(method: str, ids: Any) -> None:
     model, inputs = with_tasks(method), batch("llama")
     for call in (lambda: model(**inputs, task_ids=ids), lambda: model.generate(**inputs, task_ids=ids)):
-        with pytest.raises(ConfigError, match="task_ids = .*: must be whole numbers, the task of each row"):
+        with pytest.raises(ConfigError, match=r"task_ids = .*: must be whole numbers, the task of each row"):
             call()
     model(**inputs, task_ids=torch.tensor([0, 1, 2], dtype=torch.int32))
 

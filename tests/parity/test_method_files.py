@@ -77,3 +77,16 @@ def test_shiras_places_are_in_the_weight(place: int, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="shira_indices holds places outside of the weight"):
         siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+def test_what_peft_saves_of_boft_without_its_extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One factor, beside a config that has two. The error says so, and what to write there."""
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: None)
+    settings: dict[str, Any] = {"boft_n_butterfly_factor": 2, "init_weights": False}
+    theirs = peft.get_peft_model(make("llama"), peft.BOFTConfig(task_type="CAUSAL_LM", **settings))
+    theirs.save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterError, match=r"The file has 1 factor where .* boft_n_butterfly_factor = 2: PEFT without"):
+        siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"boft_n_butterfly_factor": 1}))
+    assert_close(logits(siliang.PeftModel.from_pretrained(make("llama"), tmp_path)), logits(theirs))

@@ -15,7 +15,7 @@ S = boft_block_size, N = boft_block_num, M = boft_n_butterfly_factor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
+from siliang.methods.config import CONFIG_NAME
 from siliang.methods.layer import BaseForward, Layer, new_parameter
 from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_divides, check_one_set
 from siliang.methods.oft import cayley
@@ -129,6 +130,18 @@ class BOFT(LayerMethod[BOFTConfig]):
 
     def make(self, config: BOFTConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> BOFTLayer:
         return BOFTLayer(config, layer, name)
+
+    def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
+        if "boft_R" not in key or len(found) != 4 or tuple(found[1:]) != tuple(needed[1:]):
+            return ""
+        file = f"The file has {found[0]} factor{'s' * (found[0] != 1)} where {CONFIG_NAME} has boft_n_butterfly_factor"
+        file_zh = f"文件中有 {found[0]} 个因子，而 {CONFIG_NAME} 中 boft_n_butterfly_factor"
+        if found[0] == 1:
+            return Bilingual(
+                f"{file} = {needed[0]}: PEFT without its CUDA extension trains and saves one. Set it to 1 there.",
+                f"{file_zh} = {needed[0]}：PEFT 没有其 CUDA 扩展时只训练并保存一个因子。请在该文件中把它设为 1。",
+            )
+        return Bilingual(f"{file} = {needed[0]}: was it changed?", f"{file_zh} = {needed[0]}：它是否被改过？")
 
 
 def _size_and_blocks(config: BOFTConfig, in_features: int) -> tuple[int, int]:

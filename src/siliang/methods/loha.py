@@ -3,9 +3,10 @@ arXiv:2108.06098).
 
     y = W x + s (A1 B1 * A2 B2) x        s = alpha / r,  B2 = 0: at the start y = W x exactly
 
-The elementwise product of two matrices of rank R has rank up to R squared.
+The elementwise product of two matrices of rank R has rank up to R squared. On a convolution with use_effective_conv2d
+Ai^T Ti Bi at each place of the window stands for Ai Bi.
 
-Shapes: W (O, I), A1, A2 (O, R), B1, B2 (R, I); I in, O out, R = r.
+Shapes: W (O, I), A1, A2 (O, R), B1, B2 (R, I); I in, O out, R = r. With cores: T1, T2 (R, R, *window), A1, A2 (R, O).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from siliang.language import Bilingual
 from siliang.methods.layer import Layer, kaiming, new_parameter
 from siliang.methods.layer_method import LayerMethod
-from siliang.methods.lycoris import LycorisAdapter, LycorisConfig
+from siliang.methods.lycoris import LycorisAdapter, LycorisConfig, core_window, with_core
 from siliang.models.introspect import flat_features, is_convolution, is_linear
 from siliang.ops.hadamard import low_rank_hadamard
 from siliang.types import PeftType
@@ -30,16 +31,24 @@ class LoHaConfig(LycorisConfig):
     """LoHa's settings, with PEFT's names and defaults."""
 
     peft_type: ClassVar[str] = PeftType.LOHA
-    UNSUPPORTED: ClassVar[dict[str, object]] = {"use_effective_conv2d": False}
 
 
 class LoHaLayer(LycorisAdapter):
-    """LoHa on a layer: `hada_w1_a.<adapter>` (O, R), `hada_w1_b` (R, I), and `hada_w2_a`, `hada_w2_b` likewise."""
+    """LoHa on a layer: `hada_w1_a.<adapter>` (O, R), `hada_w1_b` (R, I), and `hada_w2_a`, `hada_w2_b` likewise;
+    with cores `hada_t1`, `hada_t2` too.
+    """
 
     def __init__(self, config: LoHaConfig, layer: Layer, name: str) -> None:
-        in_features, out_features = flat_features(layer.base_layer)
-        shapes = {"a": (out_features, config.r), "b": (config.r, in_features)}
         parts: dict[str, nn.Module | nn.Parameter] = {}
+        self.window = core_window(config, layer.base_layer)
+        if self.window:
+            out_features, in_features = layer.base_layer.weight.shape[:2]
+            shapes = {"a": (config.r, out_features), "b": (config.r, in_features)}
+            for key in ("t1", "t2"):
+                parts[f"hada_{key}"] = new_parameter(layer, config.r, config.r, *self.window, start=kaiming)
+        else:
+            in_features, out_features = flat_features(layer.base_layer)
+            shapes = {"a": (out_features, config.r), "b": (config.r, in_features)}
         for key in ("w1_a", "w1_b", "w2_a", "w2_b"):
             start = nn.init.zeros_ if key == "w2_b" and config.init_weights else kaiming
             parts[f"hada_{key}"] = new_parameter(layer, *shapes[key[-1]], start=start)
@@ -48,6 +57,9 @@ class LoHaLayer(LycorisAdapter):
     def delta(self) -> Tensor:
         """s (A1 B1 * A2 B2), in the shape of the layer's weight."""
         A1, B1, A2, B2 = (self.part(f"hada_{key}") for key in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        if self.window:
+            T1, T2 = self.part("hada_t1"), self.part("hada_t2")
+            return self.as_weight(self.s * with_core(T1, A1, B1) * with_core(T2, A2, B2))
         return self.as_weight(low_rank_hadamard(A1, B1, A2, B2, self.s))
 
 

@@ -5,7 +5,7 @@
 (C ⊗ D) x is C X D^T for x as a matrix X, so that no matrix of the size of W is formed on a linear layer.
 
 Shapes: W (O, I), C (E, F), D (G, H), A (G, R), B (R, H); I = F H in, O = E G out, R = r. On a convolution H counts the
-places of the window too.
+places of the window too; with use_effective_conv2d D is A^T T B at each of them: T (R, R, *window), A (R, G).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from siliang.language import Bilingual
 from siliang.methods.layer import Layer, kaiming, new_parameter
 from siliang.methods.layer_method import LayerMethod
-from siliang.methods.lycoris import LycorisAdapter, LycorisConfig
+from siliang.methods.lycoris import LycorisAdapter, LycorisConfig, core_window, with_core
 from siliang.models.introspect import features, is_convolution, is_linear
 from siliang.types import ConfigError, PeftType
 
@@ -43,7 +43,6 @@ class LoKrConfig(LycorisConfig):
     init_weights: bool | Literal["lycoris"] = True  # type: ignore[assignment]
 
     peft_type: ClassVar[str] = PeftType.LOKR
-    UNSUPPORTED: ClassVar[dict[str, object]] = {"use_effective_conv2d": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +56,9 @@ class LoKrConfig(LycorisConfig):
 
 
 class LoKrLayer(LycorisAdapter):
-    """LoKr on a layer: `lokr_w1.<adapter>` for C, or `lokr_w1_a` and `lokr_w1_b`; `lokr_w2` for D likewise."""
+    """LoKr on a layer: `lokr_w1.<adapter>` for C, or `lokr_w1_a` and `lokr_w1_b`; `lokr_w2` for D likewise, and
+    `lokr_t2` for its core.
+    """
 
     def __init__(self, config: LoKrConfig, layer: Layer, name: str) -> None:
         base = layer.base_layer
@@ -75,18 +76,28 @@ class LoKrLayer(LycorisAdapter):
             parts["lokr_w1_b"] = new_parameter(layer, config.r, f, start=kaiming)
         else:
             parts["lokr_w1"] = new_parameter(layer, e, f, start=start_C)
-        if config.r < max(g, h) / 2:
+        core = core_window(config, base)
+        if config.r < max(g, h) / 2 and core:
+            parts["lokr_t2"] = new_parameter(layer, config.r, config.r, *core, start=kaiming)
+            parts["lokr_w2_a"] = new_parameter(layer, config.r, g, start=kaiming)
+            parts["lokr_w2_b"] = new_parameter(layer, config.r, h, start=start_D)
+        elif config.r < max(g, h) / 2:
             parts["lokr_w2_a"] = new_parameter(layer, g, config.r, start=kaiming)
             parts["lokr_w2_b"] = new_parameter(layer, config.r, h * math.prod(window), start=start_D)
         else:
             parts["lokr_w2"] = new_parameter(layer, g, h, *window, start=start_D)
         self.whole = {key for key in ("lokr_w1", "lokr_w2") if key in parts}
+        self.has_core = "lokr_t2" in parts
         self.keeps_mean = config.rank_dropout_scale
         super().__init__(config, layer, name, parts)
 
     def delta(self) -> Tensor:
         """s (C ⊗ D), in the shape of the layer's weight."""
-        C, D = self._factor("lokr_w1"), self._factor("lokr_w2")
+        C = self._factor("lokr_w1")
+        if self.has_core:
+            D = with_core(self.part("lokr_t2"), self.part("lokr_w2_a"), self.part("lokr_w2_b"))
+        else:
+            D = self._factor("lokr_w2")
         # of three dimensions PEFT takes the product as torch has it: outputs stand in another order
         product = torch.kron(C.contiguous(), D.contiguous() if D.dim() == 3 else D.flatten(1))
         return self.as_weight(self.s * product)

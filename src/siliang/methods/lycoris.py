@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from siliang.methods.additive import Additive
 from siliang.methods.layer import BaseForward, Layer
 from siliang.methods.layer_method import BlocksConfig, check_ranks
-from siliang.models.introspect import is_linear
+from siliang.models.introspect import is_convolution, is_linear
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,8 @@ class LycorisConfig(BlocksConfig):
         rank_dropout: Probability of zeroing a row of the update during training.
         module_dropout: Probability of leaving a layer's whole update out during training.
         init_weights: The update is zero at the start. False: random, for tests.
+        use_effective_conv2d: On a convolution whose window is more than one place, low-rank factors share a small core
+            for the window (Proposition 3 of the FedPara paper), where otherwise the window counts as inputs.
         rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
         alpha_pattern: alpha likewise.
     """
@@ -34,6 +37,7 @@ class LycorisConfig(BlocksConfig):
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     init_weights: bool = True
+    use_effective_conv2d: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -43,6 +47,19 @@ class LycorisConfig(BlocksConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranks("rank_pattern", self.rank_pattern)
+
+
+def core_window(config: LycorisConfig, layer: nn.Module) -> tuple[int, ...]:
+    """The window of a core (R, R, *window); () where the factors have none. PEFT gives Conv1d's a second size of 1."""
+    window = tuple(layer.weight.shape[2:]) if is_convolution(layer) else ()
+    if not config.use_effective_conv2d or math.prod(window) == 1:
+        return ()
+    return (*window, 1) if len(window) == 1 else window
+
+
+def with_core(T: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """A^T T B at each place of the window, (O, I, *window), of T (R, R, *window), A (R, O), B (R, I)."""
+    return torch.einsum("ij...,io,jk->ok...", T, A, B)
 
 
 class LycorisAdapter(Additive):
