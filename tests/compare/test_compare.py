@@ -154,7 +154,7 @@ def test_killed_and_gone_on(killed_then_finished: tuple[Path, dict[str, str], st
     assert {t.status for t in comparison.trials if t.method != "lost"} == {"completed"}
     # once more: only what failed is tried again
     again = here("compare", folder / "compare.yaml")
-    assert len(re.findall(r"^ +\d+/12 ", again, re.MULTILINE)) == 2 and "10 of 12 runs are there" in again
+    assert len(re.findall(r"^ +\d+/12 ", again, re.MULTILINE)) == 2 and "10 of 12 runs are completed" in again
 
 
 @pytest.mark.parametrize("way", ["Ctrl-C", "SIGKILL"])
@@ -271,7 +271,7 @@ def test_wrong_input(
         (["compare", settings, "--output", tmp_path / "new", "--set", "data.test_size=0"], "held-out rows"),
         (["compare", settings, "--output", tmp_path / "new", "--data", tmp_path / "none.csv"], "no data file"),
         (["report", tmp_path], "is not a run's folder"),
-        (["report", folder, "--output", tmp_path / "no" / "page.html"], "name a file in a folder"),
+        (["report", folder, "--output", tmp_path / "no" / "page.html"], "give a file name in an existing folder"),
         (["chat", folder], "is not a run's folder"),
     ]
     for arguments, message in cases:

@@ -124,7 +124,7 @@ def test_errors(ranges: Any, message: str) -> None:
     base: Any = make("llama")
     with pytest.raises(ConfigError, match=message):
         siliang.get_peft_model(base, siliang.LoraConfig(layer_replication=ranges))
-    with pytest.raises(ConfigError, match="T5ForConditionalGeneration has not one"):
+    with pytest.raises(ConfigError, match="T5ForConditionalGeneration has none"):
         siliang.get_peft_model(make("t5"), siliang.LoraConfig(layer_replication=RANGES))
     model: Any = siliang.get_peft_model(base, siliang.LoraConfig())
     with pytest.raises(ConfigError, match="changes the base model's layers, on which adapter 'default' is"):

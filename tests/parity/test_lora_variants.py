@@ -208,7 +208,7 @@ def test_what_alora_refuses() -> None:
     with pytest.raises(ConfigError, match="called without input_ids"):
         ours(inputs_embeds=torch.zeros(1, 3, 32))
     ours.add_adapter("plain", siliang.LoraConfig(r=2))
-    with pytest.raises(ConfigError, match="not biases, prompts or aLoRA"):
+    with pytest.raises(ConfigError, match="need a batch of their own"):
         ours.generate(input_ids=ROWS[:2], adapter_names=["default", "plain"])
     with pytest.raises(ConfigError, match="120 is not a token of the model, which has 120"):
         adapted(alora_invocation_tokens=[7, 120])

@@ -113,7 +113,7 @@ def check_rows(names: Sequence[str], *, merged: bool, alone: Collection[str]) ->
     Args:
         names: The adapter of each row of a batch.
         merged: Adapters are merged into the weights.
-        alone: The adapters that a batch cannot mix with others: they replace the base model's own parameters.
+        alone: The adapters that a batch cannot mix with others, such as biases and prompts.
 
     Raises:
         ConfigError: The rows cannot be computed so.
@@ -133,9 +133,12 @@ def check_rows(names: Sequence[str], *, merged: bool, alone: Collection[str]) ->
             )
         )
     if len(set(names)) > 1 and alone:
+        which = ", ".join(sorted(alone))
         raise ConfigError(
             Bilingual(
-                "adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases, prompts or aLoRA.",
-                "adapter_names 只能混用层内的适配器（LoRA、IA3、LN tuning），不能混用偏置、提示或 aLoRA。",
+                f"adapter_names cannot mix {which} with other adapters in one batch: biases, prompts, aLoRA and "
+                "adapters with a router need a batch of their own.",
+                f"adapter_names 不能把 {which} 与其他适配器放在同一批里："
+                "偏置、提示、aLoRA 和带路由的适配器须单独成批。",
             )
         )

@@ -229,7 +229,7 @@ class Injection(nn.Module):
             repeated: The model may be given each row several times, one after the other, as beams are.
 
         Raises:
-            ConfigError: Adapters are merged, or are of a kind that replaces the base model's own parameters.
+            ConfigError: Adapters are merged, or of a kind that cannot share a batch.
         """
         names = tuple(names)
         if self.is_disabled:

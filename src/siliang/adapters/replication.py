@@ -36,7 +36,7 @@ class Replication:
     def __init__(self, model: Any, adapter: str, ranges: Sequence[Sequence[int]]) -> None:
         """
         Raises:
-            ConfigError: The model has not these layers, or its layers cannot be replicated.
+            ConfigError: The model does not have these layers, or its layers cannot be replicated.
         """
         self.adapter, self._model = adapter, model
         self._path, self._stack = _stack_of(model)
@@ -118,7 +118,7 @@ def _stack_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     except NoLayerStackError:
         raise ConfigError(
             Bilingual(
-                f"layer_replication is for models with one stack of layers, and {type(model).__name__} has not one.",
+                f"layer_replication is only for models with one stack of layers: {type(model).__name__} has none.",
                 f"layer_replication 用于只有一组层的模型：{type(model).__name__} 不是。",
             )
         ) from None

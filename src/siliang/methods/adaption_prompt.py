@@ -3,8 +3,8 @@ arXiv:2303.16199). PEFT calls it adaption prompt.
 
     y = W_o (attention(Q, K, V) + g softmax(Q K_P^T / sqrt(d)) V_P)        K_P = W_k P,  V_P = W_v P
 
-P is a prompt of its own for each of the uppermost layers, and the gate g is 0 at the start. K_P has no position. In
-GPT-2, as in PEFT, the prompt's part is added behind W_o.
+Each of the last layers has its own prompt P. The gate g is 0 at the start. K_P has no position. In GPT-2, as in PEFT,
+the part of the prompt is added after W_o.
 
 Shapes: x, y (B, T, D), P (1, N, D), g (1,), Q (B, H, T, d), K_P and V_P (1, H, N, d), fewer heads repeated to H;
 N = adapter_len.
@@ -45,7 +45,7 @@ class AdaptionPromptConfig(PeftConfig):
     Attributes:
         target_modules: What the attentions are called; None: as the model's type has it.
         adapter_len: Length of a layer's prompt; None: 10, as in the paper. PEFT needs one.
-        adapter_layers: How many layers have prompts, counted from the uppermost; None: all. PEFT needs one.
+        adapter_layers: How many layers have prompts, counted from the last; None: all. PEFT needs one.
     """
 
     target_modules: str | None = None
@@ -115,7 +115,7 @@ class LlamaPrompt(AttentionPrompt):
 
 
 class GPT2Prompt(AttentionPrompt):
-    """Behind W_o, of GPT-2's attention, which makes queries, keys and values in one layer."""
+    """Added after W_o of GPT-2's attention, which makes queries, keys and values in one layer."""
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         c_attn = self.layer.base_layer.c_attn
@@ -127,7 +127,7 @@ class GPT2Prompt(AttentionPrompt):
 
 
 class AdaptionPrompt(Method[AdaptionPromptConfig]):
-    """Prompts inside the attention of the uppermost layers, each behind a gate that is shut at the start."""
+    """Prompts inside the attention of the last layers, each scaled by a gate that is 0 at the start."""
 
     name = "adaption_prompt"
     config = AdaptionPromptConfig
@@ -136,7 +136,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         "PEFT's comparison on MetaMathQA: 5e-3 with adapter_len = 100",
         "PEFT 在 MetaMathQA 上的对比：5e-3，adapter_len = 100",
     )
-    trains = Bilingual("a prompt inside each layer's attention, behind a gate", "各层注意力内部的提示，由门控加入")
+    trains = Bilingual("a prompt inside each layer's attention, scaled by a gate", "各层注意力内部的提示，由门控加入")
     why_not_mergeable = WHY_NOT_MERGEABLE
 
     def attach(self, model: nn.Module, config: AdaptionPromptConfig, *, saved: Sequence[str], from_file: bool) -> Parts:

@@ -32,7 +32,7 @@ class LoraGAConfig:
 
     Attributes:
         direction: Which singular vectors A and B take. "ArB2r": A the first r, B the next; "A2rBr": the other way
-            round; "ArBr": in turns; "random": both the same r, by chance.
+            round; "ArBr": interleaved; "random": both the same r, drawn at random.
         scale: "stable"; "weight_svd": B as large as the weight; "gd_scale": A and B divided by the scaling; "unit":
             as they are.
         stable_gamma: Of "stable".

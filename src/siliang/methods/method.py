@@ -142,7 +142,7 @@ class Method(ABC, Generic[C]):
             padding in then, so that the results are those of the model itself.
         why_not_mergeable: Why what it trains cannot become a part of the base model's own weights; None where it can.
         tunes: What it must find in the model; `siliang check` reports where there are none.
-        needs_settings: It does nothing until the user says what it is to tune: it is no choice where nothing is said.
+        needs_settings: It tunes only what the user names, so that it is not chosen by default.
         is_baseline: The others are measured against it; it is not offered as a choice.
         has_smaller_files: A file may hold less than the adapter has: `from_file` puts the rest back.
         has_lora_factors: Its layers have LoRA's A and B, by these names: LoRA+ gives B a learning rate of its own.

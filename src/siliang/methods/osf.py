@@ -4,9 +4,9 @@ arXiv:2504.07097).
     W = U_k S_k V_k + U_0 S_0 V_0        the K largest singular values, and the R others
     y = (W + U S V - U_0 S_0 V_0) x      U, S and V start at U_0, S_0 and V_0: at the start y = W x exactly
 
-U_k, S_k and V_k, what the base model knows best, stay as they are. The gradients lose what lies in their directions:
+U_k, S_k and V_k are what the base model knows best. They are frozen, and projected out of the gradients:
 
-    dU <- (1 - U_k U_k^T) dU        dV <- dV (1 - V_k^T V_k)
+    dU := (1 - U_k U_k^T) dU        dV := dV (1 - V_k^T V_k)
 
 Where U is square 1 - U_k U_k^T = U_0 U_0^T, and V likewise. The file holds U, S and V; all else follows from the base.
 

@@ -49,7 +49,8 @@ FUSED = (
     "in_proj_qkvz",
     "kv_proj",
 )
-# What a feed-forward ends with. Some attentions end with a layer of that name too: it is not in the module of queries.
+# What a feed-forward ends with. A layer of such a name inside the module that makes queries does not count. BERT's
+# attention.output.dense is outside of it, and counts, as in PEFT.
 FEEDFORWARD = (
     "down_proj",
     "fc2",
@@ -120,7 +121,7 @@ def queries_and_values(layers: BaseLayers) -> list[str]:
 
 
 def values(layers: BaseLayers) -> list[str]:
-    """What makes values alone."""
+    """What makes values and nothing else: not a layer that makes keys and values, or all three."""
     alone = [names[1] for names, keys in layers.attentions.values() if names != keys and names[1] != keys[0]]
     return layers.named(alone)
 
