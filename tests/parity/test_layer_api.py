@@ -94,6 +94,24 @@ def test_weighted_adapters_that_cannot_be(call: tuple[Any, ...], message: str) -
     assert list(model.peft_config) == list(model.injection.adapters) == list(RANKS)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "its start has changed the base weight"),
+        ({"init_lora_weights": "olora"}, "its start has changed the base weight"),
+        ({"bias": "lora_only"}, "has bias = 'lora_only': only A and B"),
+        ({"bias": "all"}, "has bias = 'all': only A and B"),
+    ],
+)
+def test_what_is_more_than_a_and_b_is_not_lost_in_weighted_adapters(settings: dict[str, Any], message: str) -> None:
+    """PEFT refuses neither: its adapter then computes s B A alone."""
+    model = several(siliang, target_modules=["q_proj"])
+    model.add_adapter("other", siliang.LoraConfig(r=4, target_modules=["q_proj"], **settings))
+    with pytest.raises(ConfigError, match=message):
+        model.add_weighted_adapter(["first", "other"], [1.0, 1.0], "new", "cat")
+    assert "new" not in model.peft_config
+
+
 def layer_of(model: Any) -> Any:
     return model.base_model.model.model.layers[0].self_attn.q_proj
 

@@ -135,3 +135,12 @@ def test_errors(ranges: Any, message: str) -> None:
     with pytest.raises(ConfigError, match="matches no module"):
         siliang.get_peft_model(other, wrong)
     assert len(other.model.layers) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*is LoRA already")
+def test_as_lora_it_keeps_the_replication(tmp_path: Path) -> None:
+    ours, _ = pair("llama")
+    wanted = ours(**batch("llama")).logits
+    siliang.save_as_lora(tmp_path, ours, 4)
+    again = siliang.PeftModel.from_pretrained(make("llama"), tmp_path).eval()
+    assert_close(again(**batch("llama")).logits, wanted)

@@ -1,6 +1,6 @@
 """LILY: Low-Rank Interconnected Adaptation across Layers (Zhong et al., 2025, arXiv:2407.09946).
 
-    y = W x + s h B        h = A x,  B = p_1 B_1 + ... + p_E B_E,  p = mean over the batch of softmax(W_r h)
+    y = x W^T + s h B        h = x A^T,  B = p_1 B_1 + ... + p_E B_E,  p = mean over the batch of softmax(h W_r^T)
 
 Layers with the same name and shape share the B_e, all of them, and A in groups of `stride_A` that follow each other.
 Each has its own W_r, a router, that says how it mixes the B_e. B_e = 0 at the start.

@@ -4,7 +4,7 @@ routing (Caccia et al., 2022, arXiv:2211.03831).
     y = W x + B_t A_t x / R        A_t = sum_s w_ts A_s,  B_t = sum_s w_ts B_s        w_t = a_t / sum_s a_ts
 
 Each task t mixes S skills, which are low-rank updates, by weights of its own: a_t = sigmoid(Z_t), and in training a
-relaxed Bernoulli sample of it for each row: sigmoid(Z_t + log u / (1 - u)), u uniform in (0, 1). With Q > 1 splits the
+relaxed Bernoulli sample of it for each row: sigmoid(Z_t + log(u / (1 - u))), u uniform in (0, 1). With Q > 1 splits the
 inputs of A and the outputs of B are cut into Q parts, each of which has weights of its own.
 
 Shapes: Z (tasks, Q S), A (Q, S, I / Q, R), B (Q, S, R, O / Q), w (rows, Q, S); I in, O out, R = r.

@@ -102,6 +102,7 @@ def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, pro
         alpha_pattern={key: float(r) for key, r in own.items()},
         target_modules=sorted(layers),
         modules_to_save=config.modules_to_save,
+        layer_replication=getattr(config, "layer_replication", None),
     )
     return Conversion(lora, {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, errors)
 

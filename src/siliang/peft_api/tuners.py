@@ -23,7 +23,7 @@ from siliang.methods.lora_config import LoraConfig
 from siliang.methods.low_rank import LowRank
 from siliang.methods.method import Adapter
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
-from siliang.peft_api.weighted import Combination
+from siliang.peft_api.weighted import Combination, check_base_unchanged
 from siliang.types import ConfigError, PeftType
 
 
@@ -169,6 +169,8 @@ class TunerModel(Injection):
                     "add_weighted_adapter 用于合成 LoRA 适配器，而其中一个是别的方法。",
                 )
             )
+        for name in adapters:
+            check_base_unchanged(name, self.adapters[name].layers.values())
         copied = [path for name in adapters for path in self.adapters[name].parts.modules]
         if twice := next((path for path in copied if copied.count(path) > 1), None):
             raise ConfigError(

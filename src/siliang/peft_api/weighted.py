@@ -8,7 +8,7 @@ cat                   A and B of all, one behind the other: exact, of the sum of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,7 +72,8 @@ class Combination:
         for name, config in zip(self.adapters, configs, strict=True):
             more = ("target_parameters", "trainable_token_indices", "ensure_weight_tying")
             others = (*config.VARIANTS, "lora_bias", *more)
-            if field := next((field for field in others if getattr(config, field)), None):
+            trained = next((field for field in others if getattr(config, field)), None)
+            if field := trained or (f"bias = {config.bias!r}" if config.bias != "none" else None):
                 raise ConfigError(
                     Bilingual(
                         f"adapter {name!r} has {field}: only A and B can be combined.",
@@ -142,6 +143,25 @@ class Combination:
         way = "linear" if self._way == "svd" else self._way.removesuffix("_svd")
         delta = combined(way, [one.delta().flatten(1) for one, _ in parts], [w for _, w in parts])
         return main_directions(delta, len(new.A), clamp=self.svd_clamp)
+
+
+def check_base_unchanged(name: str, layers: Iterable[object]) -> None:
+    """
+    Args:
+        layers: The adapter's parts on layers.
+
+    Raises:
+        ConfigError: A and B belong to a base weight that the adapter's start has changed: its update is W' + s B A - W.
+    """
+    if any(isinstance(layer, LowRank) and layer.residual is not None for layer in layers):
+        raise ConfigError(
+            Bilingual(
+                f"adapter {name!r}: its start has changed the base weight, which A and B alone lack. Convert the "
+                "adapter with save_as_lora, and combine what that writes.",
+                f"适配器 {name!r}：它的初始化改动了基座权重，只有 A 和 B 是不完整的。请先用 save_as_lora 转换该适配器，"
+                "再合成得到的结果。",
+            )
+        )
 
 
 def lora_layers(model: nn.Module) -> list[LowRank]:
