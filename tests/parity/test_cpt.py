@@ -7,7 +7,9 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
+from datasets import Dataset
 from tiny import batch, make
+from transformers import Trainer, TrainingArguments
 
 import siliang
 from siliang.config import RunConfig
@@ -108,6 +110,28 @@ def test_the_loss_of_the_context_alone() -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         siliang.get_peft_model(make("llama"), siliang.CPTConfig(**CONTEXT | settings))
+
+
+def test_the_stock_trainers_accumulation(tmp_path: Path) -> None:
+    """Two batches of two rows are one of four: CPT's loss is a mean, and has no use for the count of labels.
+
+    With PEFT's own model the Trainer takes the base model's loss for the one that is computed, and adds the means up.
+    """
+    ids = [[5, 9, 11, 4, 20, 31], [8, 5, 9, 12, 4, 21], [7, 6, 9, 11, 3, 20], [4, 9, 8, 12, 5, 30]]
+    data = Dataset.from_list([{"input_ids": i, "attention_mask": [1] * 6, "labels": i} for i in ids])
+    found = []
+    for rows in (4, 2):
+        model, _ = pair()
+        settings: dict[str, Any] = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 4 // rows}
+        settings |= {"max_steps": 1, "learning_rate": 0.5, "optim": "sgd", "lr_scheduler_type": "constant"}
+        settings |= {"report_to": [], "save_strategy": "no", "use_cpu": True, "max_grad_norm": 0.0, "seed": 1}
+        trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), **settings), train_dataset=data)
+        loss = trainer.train().training_loss
+        found.append((torch.tensor(loss), model.prompt_encoder["default"].delta_embedding.weight.detach()))
+        with model.disable_adapter():
+            assert model.accepts_loss_kwargs
+    for one, two in zip(*found, strict=True):
+        assert_close(one, two)
 
 
 def test_training(model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path) -> None:

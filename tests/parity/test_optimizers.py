@@ -153,6 +153,17 @@ def test_what_riemannian_refuses() -> None:
     optimizer = optimizers.create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1)
     with pytest.raises(ConfigError, match="takes no closure"):
         optimizer.step(lambda: 0.0)
+    blocks: Any = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2}
+    settings: list[dict[str, Any]] = [
+        {"use_bdlora": siliang.BdLoraConfig(**blocks)},
+        {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+    ]
+    for own in settings:
+        other: Any = siliang.get_peft_model(make("llama"), siliang.LoraConfig(**own))
+        with pytest.raises(ConfigError, match=f"adapter 'default' has {list(own)[-1]}, whose A and B"):
+            optimizers.create_riemannian_optimizer(other, torch.optim.SGD, lr=0.1)
     mica: Any = siliang.get_peft_model(make("llama"), siliang.LoraConfig(init_lora_weights="mica"))
+    with pytest.raises(ConfigError, match="LoRA-FA trains B alone, and MiCA's B is frozen"):
+        optimizers.create_lorafa_optimizer(mica, 4, 8, 1e-3)
     with pytest.raises(ConfigError, match="of which both A and B are trained"):
         optimizers.create_riemannian_optimizer(mica, torch.optim.SGD, lr=0.1)

@@ -1,5 +1,7 @@
 """X-LoRA beside the live `peft`, and through the rest of siliang."""
 
+import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ from siliang.use.evaluate import evaluate
 from siliang.use.merge import merge
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*pin_memory.*", "ignore:.*Could not find a config file.*", "ignore:.*use_cache.*"
+    "ignore:.*pin_memory.*",
+    "ignore:.*Could not find a config file.*",
+    "ignore:.*use_cache.*",
+    "ignore:.*softmax_topk.*",
 )
 NETWORK = "internal_xlora_classifier"
 CASES: dict[str, dict[str, Any]] = {
@@ -32,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "by-layer": {"layerwise_scalings": True, "global_scaling_weight": 0.7, "scaling_pass_value": 0.3},
     "top": {"top_k_lora": 1},
     "top-softmax": {"top_k_lora": 2, "enable_softmax_topk": True, "enable_softmax": False, "xlora_dropout_p": 0.0},
+    "top-two-softmaxes": {"top_k_lora": 2, "enable_softmax_topk": True, "xlora_dropout_p": 0.0},
 }
 
 
@@ -179,13 +185,42 @@ def test_experts_that_cannot_be(experts: dict[str, dict[str, str]], tmp_path: Pa
     dora = siliang.get_peft_model(make("llama"), siliang.LoraConfig(task_type="CAUSAL_LM", use_dora=True))
     dora.save_pretrained(tmp_path / "dora")
     for folder, said in (
-        (str(tmp_path / "dora"), "'x' has .*lora_magnitude_vector.*, and X-LoRA mixes plain LoRA"),
+        (str(tmp_path / "dora"), "'x' has use_dora, and X-LoRA mixes plain LoRA"),
         (experts["gpt2"]["0"], "'x' does not fit transformer.h.0.attn.c_attn: was it trained on another base model"),
     ):
         with pytest.raises(ConfigError, match=said):
             siliang.get_peft_model(make("llama"), siliang.XLoraConfig(task_type="CAUSAL_LM", adapters={"x": folder}))
     with pytest.raises(ConfigError, match="T5ForConditionalGeneration is neither"):
         siliang.get_peft_model(make("t5"), siliang.XLoraConfig(adapters=experts["llama"]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("alora_invocation_tokens", [1, 2]),
+        ("layer_replication", [[0, 2], [0, 1]]),
+        ("use_bdlora", {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2}),
+        ("velora_config", {}),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "corda"),
+    ],
+)
+def test_experts_that_only_look_plain(
+    setting: str, value: object, experts: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """Their tensors are called as plain LoRA's: the config tells them apart. PEFT takes them as plain."""
+    folder = tmp_path / "expert"
+    shutil.copytree(experts["llama"]["0"], folder)
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(values | {setting: value}))
+    config = siliang.XLoraConfig(task_type="CAUSAL_LM", adapters={"x": str(folder)})
+    with pytest.raises(ConfigError, match=f"'x' has {setting}.*, and X-LoRA mixes plain LoRA"):
+        siliang.get_peft_model(make("llama"), config)
+
+
+def test_a_softmax_of_a_softmax_is_told() -> None:
+    with pytest.warns(UserWarning, match="softmax of the softmax.*set enable_softmax = False"):
+        siliang.XLoraConfig(top_k_lora=2, enable_softmax_topk=True)
 
 
 def test_training(

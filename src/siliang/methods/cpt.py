@@ -162,6 +162,12 @@ class ContextHooks(EmbeddingHooks):
         super()._add()
         self._learned: tuple[Tensor, Tensor] | None = None
         self.after(self.model, self._reweigh)
+        # a mean: the stock Trainer, which asks the base model, is to divide it by the batches of a step
+        self.model.__dict__["accepts_loss_kwargs"] = False
+
+    def remove(self) -> None:
+        super().remove()
+        self.model.__dict__.pop("accepts_loss_kwargs", None)
 
     def _prepend(self, module: nn.Module, named: Arguments) -> None:
         labels, given = tensor_in(named, "labels"), tensor_in(named, "input_type_mask")

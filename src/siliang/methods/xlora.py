@@ -13,6 +13,7 @@ a layer, one behind the other, R the sum of their ranks; E experts, L layers, D 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,7 @@ from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, trained_dtype
 from siliang.methods.layer_patterns import LayerPatterns
-from siliang.methods.lora import LoraConfig
+from siliang.methods.lora_config import OUT_OF_THE_WEIGHT, LoraConfig
 from siliang.methods.lora_init import RESIDUAL_STARTS
 from siliang.methods.method import Adapter, Method, Parts, SharedSpec
 from siliang.methods.present_batch import PresentBatch
@@ -46,6 +47,8 @@ from siliang.models.introspect import (
 from siliang.types import ConfigError, MergeError, PeftType
 from siliang.weight_files import read_adapter
 
+# Settings with which a trained adapter is more than s B A on layers of the base model.
+NOT_PLAIN = (*LoraConfig.VARIANTS, "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
 MOST_LAYERS = 64  # of the classifier
 NETWORK = "internal_xlora_classifier"  # its name in PEFT's files
 WHY_NOT_MERGED = Bilingual(
@@ -63,7 +66,8 @@ class XLoraConfig(PeftConfig):
         adapters: The experts, LoRA adapters by names of your own: folders, or names on the hub. A file does not hold
             them: they are read again.
         enable_softmax: The experts' weights are a softmax.
-        enable_softmax_topk: A softmax over the top_k_lora largest, in place of the one over all.
+        enable_softmax_topk: The weights of the top_k_lora largest are the softmax of them. For enable_softmax = False:
+            with it this is a softmax of the softmax, as in PEFT, and makes the weights nearly equal.
         layerwise_scalings: Each layer has weights of its own.
         xlora_depth: Layers of h.
         xlora_size: Its hidden size, with a depth of 2 or more.
@@ -108,6 +112,12 @@ class XLoraConfig(PeftConfig):
             raise ConfigError(
                 Bilingual("enable_softmax_topk needs top_k_lora as well.", "enable_softmax_topk 还需要 top_k_lora。")
             )
+        if self.enable_softmax_topk and self.enable_softmax:
+            twice = Bilingual(
+                "enable_softmax_topk takes the softmax of the softmax: set enable_softmax = False.",
+                "enable_softmax_topk 会对 softmax 的结果再做一次 softmax：请设置 enable_softmax = False。",
+            )
+            warnings.warn(twice, stacklevel=3)
         if self.top_k_lora is not None and self.adapters and self.top_k_lora > len(self.adapters):
             raise ConfigError(
                 Bilingual(
@@ -115,18 +125,16 @@ class XLoraConfig(PeftConfig):
                     f"top_k_lora = {self.top_k_lora}：只有 {len(self.adapters)} 个适配器。",
                 )
             )
-        if self.softmax_temperature <= 0:
+        T, depth = self.softmax_temperature, self.xlora_depth
+        if T <= 0:
             raise ConfigError(
-                Bilingual(
-                    f"softmax_temperature = {self.softmax_temperature}: must be more than 0.",
-                    f"softmax_temperature = {self.softmax_temperature}：须大于 0。",
-                )
+                Bilingual(f"softmax_temperature = {T}: must be more than 0.", f"softmax_temperature = {T}：须大于 0。")
             )
-        if self.xlora_depth > MOST_LAYERS:
+        if depth > MOST_LAYERS:
             raise ConfigError(
                 Bilingual(
-                    f"xlora_depth = {self.xlora_depth:,}: must be at most {MOST_LAYERS}.",
-                    f"xlora_depth = {self.xlora_depth:,}：最大为 {MOST_LAYERS}。",
+                    f"xlora_depth = {depth:,}: must be at most {MOST_LAYERS}.",
+                    f"xlora_depth = {depth:,}：最大为 {MOST_LAYERS}。",
                 )
             )
 
@@ -262,15 +270,12 @@ class XLora(Method[XLoraConfig]):
                     f"X-LoRA 读取解码器或编码器的最后一层状态，而 {type(model).__name__} 不是这类模型。",
                 )
             )
-        D = model.config.get_text_config().hidden_size
-        config.hidden_size = D if config.hidden_size is None else config.hidden_size
-        if config.hidden_size != D:
+        D, asked = model.config.get_text_config().hidden_size, config.hidden_size
+        if asked not in (None, D):
             raise ConfigError(
-                Bilingual(
-                    f"hidden_size = {config.hidden_size}: the model's is {D}.",
-                    f"hidden_size = {config.hidden_size}：模型为 {D}。",
-                )
+                Bilingual(f"hidden_size = {asked}: the model's is {D}.", f"hidden_size = {asked}：模型为 {D}。")
             )
+        config.hidden_size = D
         found: dict[str, list[Expert]] = {}
         for number, (name, folder) in enumerate(config.adapters.items()):
             for path, expert in read_expert(model, name, folder, number).items():
@@ -303,8 +308,7 @@ class XLora(Method[XLoraConfig]):
         return {self._in_file(config, key): t for key, t in tensors.items()}
 
     def from_file(self, config: XLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        kinds = ("weight", "bias")
-        own = [f"base_model.{NETWORK}_{k}_{kind}" for k in range(config.xlora_depth) for kind in kinds]
+        own = [f"base_model.{NETWORK}_{k}_{kind}" for k in range(config.xlora_depth) for kind in ("weight", "bias")]
         back = {self._in_file(config, key): key for key in own}
         return {back.get(key, key): t for key, t in tensors.items()}
 
@@ -361,7 +365,8 @@ def read_expert(model: nn.Module, name: str, folder: str, number: int) -> dict[s
         tensors = read_adapter(adapter_folder(folder))
     found: dict[str, dict[str, Tensor]] = {}
     init = config.init_lora_weights
-    odd = "init_lora_weights" if isinstance(init, str) and init.startswith(RESIDUAL_STARTS) else None
+    changed = str(init).startswith((*RESIDUAL_STARTS, *OUT_OF_THE_WEIGHT))
+    odd = f"init_lora_weights = {init!r}" if changed else next((f for f in NOT_PLAIN if getattr(config, f)), None)
     for key, tensor in tensors.items():
         path, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
         if factor not in ("A.weight", "B.weight"):
@@ -375,8 +380,7 @@ def read_expert(model: nn.Module, name: str, folder: str, number: int) -> dict[s
             )
         )
     alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, list(found)).values
-    experts: dict[str, Expert] = {}
-    modules = dict(model.named_modules())
+    experts, modules = dict[str, Expert](), dict(model.named_modules())
     for path, pair in found.items():
         layer, (A, B) = modules.get(path), (pair.get(factor, torch.empty(0, 0)) for factor in "AB")
         if layer is None or not is_linear(layer) or (*A.shape, *B.shape) != (len(A), *features(layer), len(A)):

@@ -108,8 +108,8 @@ def create_lorafa_optimizer(
         use_rslora: None, or what the active adapters' configs have.
 
     Raises:
-        ConfigError: The model has no LoRA adapter, one of DoRA or on a convolution in groups, or one with another
-            `use_rslora`.
+        ConfigError: The model has no LoRA adapter, one of MiCA, of DoRA or another variant, or on a convolution in
+            groups, or one with another `use_rslora`.
     """
     adapters = lora_layers(model)
     if not adapters:
@@ -124,6 +124,13 @@ def create_lorafa_optimizer(
             Bilingual(
                 "LoRA-FA's step is that of a product B A, which a convolution in groups has not: use LoRA+.",
                 "LoRA-FA 的更新针对乘积 B A，而分组卷积没有这样的乘积：请使用 LoRA+。",
+            )
+        )
+    if any(adapter.frozen_b for adapter in adapters):
+        raise ConfigError(
+            Bilingual(
+                "LoRA-FA trains B alone, and MiCA's B is frozen: use torch.optim.AdamW.",
+                "LoRA-FA 只训练 B，而 MiCA 的 B 是冻结的：请用 torch.optim.AdamW。",
             )
         )
     for name in model.active_adapters:
@@ -162,9 +169,22 @@ def create_riemannian_optimizer(
         kwargs: Of the class.
 
     Raises:
-        ConfigError: The model trains no such pair, or the class evaluates the loss within its step, as LBFGS does.
+        ConfigError: The model trains no such pair, or one of target_parameters or in blocks; or the class evaluates
+            the loss within its step, as LBFGS does.
     """
     named = _trained(model)
+    trained = {name.partition(".lora_A.")[2].partition(".")[0] for name in named}
+    for name, config in getattr(model, "peft_config", {}).items():
+        own = (other for other in ("target_parameters", "use_bdlora") if getattr(config, other, None))
+        if name in trained and (setting := next(own, None)) is not None:
+            raise ConfigError(
+                Bilingual(
+                    f"The preconditioner is that of a product B A, and adapter {name!r} has {setting}, whose A and B "
+                    "are cut into blocks or belong to experts: use LoRA+.",
+                    f"该预条件针对乘积 B A，而适配器 {name!r} 使用了 {setting}，其 A 和 B 分块或分属各专家："
+                    "请使用 LoRA+。",
+                )
+            )
     pairs = [(A, named.get(name.replace(".lora_A.", ".lora_B."))) for name, A in named.items() if ".lora_A." in name]
     factors = [(A, B) for A, B in pairs if B is not None and A.ndim == B.ndim == 2]
     if not factors:
