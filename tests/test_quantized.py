@@ -11,9 +11,13 @@ from tiny import batch, make, word_tokenizer, write_jsonl
 
 import siliang
 from siliang.config import QuantizationConfig, RunConfig
+from siliang.hardware import Choice
 from siliang.models.load import load_model
 from siliang.models.quantized import float_weight
+from siliang.plan import plan
+from siliang.plan.device import Device
 from siliang.tasks import CAUSAL_LM, TASKS
+from siliang.train.run import train
 from siliang.types import ConfigError, MergeError, TaskType
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -199,6 +203,27 @@ def test_a_run_in_four_bits_merges_into_its_base(folders: dict[str, Path], tmp_p
 def test_refused_on_a_quantized_base(config: Any, folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="load the base model without quantization"):
         siliang.get_peft_model(load(folders["llama"]), config)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"name": "lora", "init_lora_weights": "corda"}, "'corda' starts from a base model in 16 or 32 bits"),
+        ({"name": "lora", "init_lora_weights": "lora_ga"}, "'lora_ga' starts from a base model in 16 or 32 bits"),
+        ({"name": "lora", "init_lora_weights": "pissa_niter_2"}, "'pissa_niter_2' starts from a base model"),
+        ({"name": "lora", "kasa_config": {}}, "kasa_config changes the base weight"),
+        ({"name": "osf"}, "OSF splits the base model's own weights"),
+    ],
+)
+def test_refused_before_anything_is_read_or_planned(method: dict[str, Any], words: str, tmp_path: Path) -> None:
+    settings = {"task": "causal_lm", "method": method, "quantization": {"bits": 8}, "output": str(tmp_path / "run")}
+    config = RunConfig.build(settings | {"model": "nowhere", "data": {"train": "nothing.jsonl"}})
+    with pytest.raises(ConfigError, match=rf"^quantization\.bits = 8: .*{words}"):
+        train(config)
+    device = Device("cpu", None, "as asked", Choice("fp32", "as asked"), 0, 0, here=True)
+    known = config.model_copy(update={"model": "Llama-3.2-1B"})
+    (planned,) = plan(known, device, with_data=False, timed=False).methods
+    assert planned.error is not None and words in planned.error and "\n" not in planned.error
 
 
 def test_compute_dtype_is_not_fp32_where_16_bits_are_native(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_close
+from commands import refused, run
 from tiny import WORDS, batch, make, write_jsonl
 
 import siliang
@@ -16,6 +17,7 @@ from siliang.config import RunConfig
 from siliang.run_folder import open_run
 from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError, DataError
+from siliang.use.chat import Chat
 from siliang.use.evaluate import evaluate
 from siliang.use.generate import generate
 
@@ -205,9 +207,14 @@ def test_training_by_a_column(method: str, model_folders: dict[str, Path], tasks
         metrics = evaluate(open_run(run))
         assert metrics["loss"] == pytest.approx(record.final["eval_loss"], rel=1e-5)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
-    with pytest.raises(ConfigError, match=r"call the model with task_ids.*--task-id"):
+    with pytest.raises(ConfigError, match=r"trained on 3 tasks \(.*\), 0 to 2: .*--task-id\.$"):
         generate(open_run(run), "say the", max_new_tokens=3)
     opened = open_run(run)
+    opened.task_id = 3
+    with pytest.raises(ConfigError, match="0 to 2, and 3 is none of them"):
+        generate(opened, "say the", max_new_tokens=3)
+    chat = Chat([run], torch.device("cpu"), task_id=2)
+    assert isinstance(chat.answer(str(run), "say the", lambda text: None, max_new_tokens=3, temperature=0.0), str)
     opened.task_id = 2
     assert isinstance(generate(opened, "say the", max_new_tokens=3), str)
 
@@ -223,5 +230,23 @@ def test_a_column_that_does_not_fit(
         train(one)
     with pytest.raises(ConfigError, match=r"name the data's column with data\.columns\.task_id"):
         train(configured(model_folders, tasks_file, tmp_path / "b", method, None))
+    with pytest.raises(DataError, match=r"has no column 'tsk', which .*task_id names; it has 'instruction', .*'kind'"):
+        train(configured(model_folders, tasks_file, tmp_path / "d", method, "tsk"))
     with pytest.raises(DataError, match=r"has 'say .*' in 'instruction', where a task's number belongs"):
         train(configured(model_folders, tasks_file, tmp_path / "c", method, "instruction"))
+
+
+def test_predictions_are_of_the_rows_tasks(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"text": w, "label": ("no", "yes")[t], "kind": t} for w in WORDS[-10:] for t in (0, 1)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    more: dict[str, Any] = {"max_steps": 30, "batch_size": 8, "learning_rate": 0.2}
+    values = configured(model_folders, data, tmp_path / "run", "poly", **more).model_dump()
+    values |= {"model": str(model_folders["bert"]), "task": "seq_cls"}
+    train(RunConfig.build(values))
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [rows[0], rows[3], rows[2], rows[1]])
+    found = run("predict", tmp_path / "run", "--json", mixed).out.splitlines()
+    alone = [run("predict", tmp_path / "run", "--json", mixed, "--task-id", t).out.splitlines() for t in (0, 1)]
+    assert found == [alone[0][0], alone[1][1], alone[0][2], alone[1][3]] and alone[0] != alone[1]
+    assert "--task-id" in refused("predict", tmp_path / "run", "a text")
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"text": "the film"}])
+    assert "has no column 'kind'" in refused("predict", tmp_path / "run", bare)

@@ -11,7 +11,7 @@ import typer
 
 from siliang.cli.console import as_text, input_lines, rich_console
 from siliang.cli.options import Temperature
-from siliang.cli.used_run import Base, Force, check_folders, show_notes
+from siliang.cli.used_run import Base, Force, TaskId, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
 from siliang.terminal import StreamedText, clean_standard_streams, one_line, raw_stream
@@ -39,6 +39,7 @@ def chat(
         ),
     ] = None,
     temperature: Temperature = 0.0,
+    task_id: TaskId = None,
     base: Base = None,
     force: Force = False,
 ) -> None:
@@ -54,7 +55,7 @@ def chat(
         from siliang.use.chat import Chat
 
         quiet_loading()
-    opened = Chat(list(dict.fromkeys(runs)), find_device(), base=base, force=force)
+    opened = Chat(list(dict.fromkeys(runs)), find_device(), base=base, force=force, task_id=task_id)
     show_notes(opened.notes)
     side_by_side = sys.stdout.isatty()
     for prompt in _prompts():

@@ -59,7 +59,7 @@ def predict(
         from siliang.run_folder import open_run
         from siliang.tasks import TASKS
         from siliang.types import ConfigError, DataError
-        from siliang.use.predict import check_predicts
+        from siliang.use.predict import check_predicts, predict_tasks
         from siliang.use.predict import predict as make
 
         quiet_loading()
@@ -68,9 +68,10 @@ def predict(
     show_notes(opened.trained.notes if opened.trained else ())
     check_predicts(opened)
     task = TASKS[opened.config.task]
-    given = (
-        _given(opened, [as_text(text, Bilingual("a text", "文本")) for text in texts]) if texts else list(input_lines())
-    )
+    given: list[Asked] = list(input_lines()) if not texts else []
+    tasks: list[int | None] = [None] * len(given)
+    if texts:
+        given, tasks = _given(opened, [as_text(text, Bilingual("a text", "文本")) for text in texts])
     if context is not None:
         if "context" not in task.asks:
             raise ConfigError(
@@ -80,7 +81,8 @@ def predict(
                 )
             )
         given = [(text, context) if isinstance(text, str) and text.strip() else text for text in given]
-    asked = [text for text in given if not isinstance(text, str) or text.strip()]
+    wanted = [i for i, text in enumerate(given) if not isinstance(text, str) or text.strip()]
+    asked = [given[i] for i in wanted]
     if not asked:
         raise DataError(
             Bilingual(
@@ -88,29 +90,33 @@ def predict(
                 f"没有给出文本：{command_line('predict', run, '一段文本')}，或从标准输入每行读入一段。",
             )
         )
-    found = make(opened, asked)
+    of_tasks = [tasks[i] for i in wanted]
+    found = predict_tasks(opened, asked, of_tasks) if any(t is not None for t in of_tasks) else make(opened, asked)
     for text in given:
         blank = isinstance(text, str) and not text.strip()
         _show(None if blank else next(found), task, as_json=json)
 
 
-def _given(run: OpenedRun, arguments: list[str]) -> list[Asked]:
-    """The texts of the arguments, and of the data files among them. An argument that looks like a data file must
-    exist."""
+def _given(run: OpenedRun, arguments: list[str]) -> tuple[list[Asked], list[int | None]]:
+    """The texts of the arguments, and of the data files among them, each with its task where a file has a column of
+    tasks. An argument that looks like a data file must exist."""
     from siliang.data.text_files import FILE_KINDS, kind_of
     from siliang.types import DataError
     from siliang.use.predict import read_texts
 
     found: list[Asked] = []
+    tasks: list[int | None] = []
     for argument in arguments:
         is_file_name = kind_of(Path(argument)) in FILE_KINDS and len(argument.splitlines()) == 1
         if is_file_name and os.path.isfile(os.path.expanduser(argument)):  # noqa: PTH113, PTH111 (not always a path)
-            found += read_texts(run, argument)
+            texts, of_texts = read_texts(run, argument)
+            found, tasks = [*found, *texts], [*tasks, *of_texts]
         elif is_file_name and len(argument.split()) == 1:
             raise DataError(Bilingual(f"There is no data file {argument}.", f"找不到数据文件 {argument}。"))
         else:
             found.append(argument)
-    return found
+            tasks.append(None)
+    return found, tasks
 
 
 def _show(p: Prediction | None, task: Task, *, as_json: bool) -> None:

@@ -60,8 +60,20 @@ def find_layout(
     for layout in suited:
         named = _resolve(layout, found, columns)
         if named is not None:
+            _check_task(found, columns, source)
             return layout, named
     raise DataError(_no_layout(suited, found, columns, source))
+
+
+def _check_task(found: Collection[str], columns: Columns, source: str) -> None:
+    if columns.task_id is not None and columns.task_id not in found:
+        there = ", ".join(map(repr, found))
+        raise DataError(
+            Bilingual(
+                f"{source} has no column {columns.task_id!r}, which data.columns.task_id names; it has {there}.",
+                f"{source} 没有 data.columns.task_id 指定的列 {columns.task_id!r}；它有 {there}。",
+            )
+        )
 
 
 def _resolve(layout: RowLayout, found: Collection[str], columns: Columns) -> Columns | None:

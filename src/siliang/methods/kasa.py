@@ -53,6 +53,12 @@ class KasaConfig:
                 )
 
 
+NOT_QUANTIZED = Bilingual(
+    "kasa_config changes the base weight: the base model must be in 16 or 32 bits, not quantized.",
+    "kasa_config 会改动基座权重：基座模型须为 16 位或 32 位，不能是量化模型。",
+)
+
+
 class KasaLinear(LoraLinear):
     """LoRA with E between A and B: `lora_diag.<adapter>` (R,), on the base weight W'."""
 
@@ -71,12 +77,7 @@ class KasaLinear(LoraLinear):
                 )
             )
         if not W.is_floating_point():
-            raise ConfigError(
-                Bilingual(
-                    "kasa_config changes the base weight: the base model must be in 16 or 32 bits, not quantized.",
-                    "kasa_config 会改动基座权重：基座模型须为 16 位或 32 位，不能是量化模型。",
-                )
-            )
+            raise ConfigError(NOT_QUANTIZED)
         if W.device.type != "meta":
             self._keep_residual(as_stored(layer.base_layer, _without_smallest(out_by_in(layer.base_layer, W), spec.r)))
 

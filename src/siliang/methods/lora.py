@@ -27,12 +27,14 @@ from siliang.methods.blocks import Blocks
 from siliang.methods.config import CONFIG_NAME
 from siliang.methods.dora import DORA
 from siliang.methods.find_targets import find_targets
+from siliang.methods.kasa import NOT_QUANTIZED
 from siliang.methods.layer import MakeAdapter
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_attention import LoraInProjection, from_keys_of_peft, on_attention, to_keys_of_peft
 from siliang.methods.lora_config import BY_DATA, OUT_OF_THE_WEIGHT, LoraConfig
 from siliang.methods.lora_conv import LoraConv
 from siliang.methods.lora_embedding import LoraEmbedding
+from siliang.methods.lora_init import RESIDUAL_STARTS, not_quantized
 from siliang.methods.lora_linear import LoraLinear
 from siliang.methods.lora_parameters import find_parameters, from_nested_keys, on_parameters, to_nested_keys
 from siliang.methods.lora_start import Start, start_for, started, state_of
@@ -156,6 +158,13 @@ class Lora(Method[LoraConfig]):
 
     def why_not_merged(self, settings: Mapping[str, object]) -> str | None:
         return next((v.why_not_merged for name, v in VARIANTS.items() if settings.get(name) and v.why_not_merged), None)
+
+    def why_not_quantized(self, config: LoraConfig) -> str | None:
+        init = str(config.init_lora_weights)
+        if config.kasa_config is not None:
+            return NOT_QUANTIZED
+        changes = init in OUT_OF_THE_WEIGHT or init.partition("_niter_")[0] in RESIDUAL_STARTS
+        return not_quantized(init) if changes else None
 
     def before_its_start(self, config: LoraConfig) -> LoraConfig | None:
         return lora_start.plain(config) if config.init_lora_weights in BY_DATA else None

@@ -24,6 +24,14 @@ RESIDUAL_STARTS = ("pissa", "olora", "loftq")
 FACTORS = (".lora_A.weight", ".lora_embedding_A", ".lora_B.weight", ".lora_embedding_B")
 
 
+def not_quantized(init: str) -> Bilingual:
+    """Why a start that changes the base weight needs all of its bits."""
+    return Bilingual(
+        f"init_lora_weights = {init!r} starts from a base model in 16 or 32 bits, not a quantized one.",
+        f"init_lora_weights = {init!r} 须从 16 位或 32 位的基座模型开始，不能是量化模型。",
+    )
+
+
 @torch.no_grad()
 def initialize(
     init: str, W_OI: Tensor, *, r: int, scaling: float, bits: int, iterations: int
@@ -39,12 +47,7 @@ def initialize(
         ConfigError: The weight is quantized already, or bitsandbytes is not there for LoftQ.
     """
     if not W_OI.is_floating_point():
-        raise ConfigError(
-            Bilingual(
-                f"init_lora_weights = {init!r} starts from a base model in 16 or 32 bits, not a quantized one.",
-                f"init_lora_weights = {init!r} 须从 16 位或 32 位的基座模型开始，不能是量化模型。",
-            )
-        )
+        raise ConfigError(not_quantized(init))
     W_OI = W_OI.detach().float()
     if init == "loftq":
         return _loftq(W_OI, r, bits, iterations)

@@ -24,7 +24,7 @@ from siliang.methods import corda, lora_ga
 from siliang.methods.eva import EvaConfig, principal_directions
 from siliang.methods.layer import Layer, LayerAdapter, MakeAdapter
 from siliang.methods.lora_config import BY_DATA, OUT_OF_THE_WEIGHT, LoraConfig
-from siliang.methods.lora_init import check_rank
+from siliang.methods.lora_init import check_rank, not_quantized
 from siliang.methods.low_rank import LowRank, LowRankLinear
 from siliang.methods.method import Adapter
 from siliang.methods.start import StartData, keep_start, take_start
@@ -187,12 +187,7 @@ def check_weights(config: LoraConfig, tuned: Tuned) -> None:
     """
     init = str(config.init_lora_weights)
     if any(map(is_quantized, tuned.layers.values())):
-        raise ConfigError(
-            Bilingual(
-                f"init_lora_weights = {init!r} starts from a base model in 16 or 32 bits, not a quantized one.",
-                f"init_lora_weights = {init!r} 须从 16 位或 32 位的基座模型开始，不能是量化模型。",
-            )
-        )
+        raise ConfigError(not_quantized(init))
     for path, layer in tuned.layers.items():
         check_rank(init, tuned.ranks[path], min(features(layer)))
 

@@ -175,6 +175,10 @@ class Method(ABC, Generic[C]):
         """Why an adapter with these settings cannot be merged; None where it can."""
         return self.why_not_mergeable
 
+    def why_not_quantized(self, config: C) -> str | None:
+        """Why an adapter with this config cannot be on a quantized base model; None where it can."""
+        return None
+
     def adds_to_the_loss(self, config: C) -> bool:
         """Whether it has a term of the loss with this config."""
         return type(self).extra_loss is not Method.extra_loss

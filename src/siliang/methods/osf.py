@@ -77,19 +77,20 @@ class OSFConfig(LayerConfig):
         return min(int(most * self.effective_rank if is_fraction else self.effective_rank), most)
 
 
+NOT_QUANTIZED = Bilingual(
+    "OSF splits the base model's own weights, and rounded to a few bits they have other directions: load the base "
+    "model without quantization, or choose another method.",
+    "OSF 分解基座模型本身的权重，而取整到几位之后其方向会改变：请不量化地加载基座模型，或换一种方法。",
+)
+
+
 class OSFLayer(Additive):
     """OSF on a linear layer: S_low (R,), U_low (O, R) and V_low (R, I) of `osf_svd_params.<adapter>`."""
 
     def __init__(self, config: OSFConfig, layer: Layer, name: str) -> None:
         base = layer.base_layer
         if is_quantized(base):
-            raise ConfigError(
-                Bilingual(
-                    "OSF splits the base model's own weights, and rounded to a few bits they have other directions: "
-                    "load the base model without quantization, or choose another method.",
-                    "OSF 分解基座模型本身的权重，而取整到几位之后其方向会改变：请不量化地加载基座模型，或换一种方法。",
-                )
-            )
+            raise ConfigError(NOT_QUANTIZED)
         K = config.kept(min(features(base)))
         if K < 1:
             raise ConfigError(
@@ -137,6 +138,9 @@ class OSF(LayerMethod[OSFConfig]):
     default_targets = OSF_TARGETS
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "effective_rank"}
     patterns_around: ClassVar[tuple[str, str]] = (".*(?:", ")")  # searched for anywhere, as in PEFT
+
+    def why_not_quantized(self, config: OSFConfig) -> str | None:
+        return NOT_QUANTIZED
 
     def attach(self, model: nn.Module, config: OSFConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         if config.target_modules is None and not OSF_TARGETS.find(model).paths:

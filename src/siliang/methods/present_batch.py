@@ -170,9 +170,9 @@ class TaskIds(PresentBatch):
             raise ConfigError(
                 Bilingual(
                     f"The adapter has {self.setting} = {self.tasks}: call the model with task_ids, the task of each "
-                    "row, or one number for all (siliang generate and predict: --task-id).",
+                    "row, or one number for all.",
                     f"适配器的 {self.setting} = {self.tasks}：调用模型时请给出 task_ids，即每条样本的任务，"
-                    "或用一个编号表示全部（siliang generate 和 predict：--task-id）。",
+                    "或用一个编号表示全部。",
                 )
             )
         if isinstance(ids, Tensor):

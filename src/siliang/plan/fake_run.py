@@ -34,6 +34,7 @@ from siliang.plan.rows import cut, synthetic_row
 from siliang.plan.steps import Measured, Phase, baseline_step, measure
 from siliang.run_folder import weight_dtype
 from siliang.tasks import TASKS
+from siliang.train.checks import check_quantization
 from siliang.types import ConfigError, DataError
 from siliang.units import show_bytes
 
@@ -95,10 +96,7 @@ class FakeRun:
         self._config = config.model_copy(update={"method": method or config.method, "quantization": quantization})
         self._device, self._baseline, self.precision = device, baseline, device.precision
         method_row = find_method(self._config.method.name)
-        if quantization is not None and method_row.config is None:
-            raise ConfigError(
-                Bilingual("Quantized weights cannot be trained themselves.", "量化后的权重本身不能训练。")
-            )
+        check_quantization(self._config, method_row)
         TASKS[config.task].check_settings(config.train)
         with fake_mode() as self._mode:
             dtype = weight_dtype(method_row, device.precision)

@@ -143,7 +143,12 @@ def _plan_config(
         )
         planned.fits = peak.nbytes <= limit.limit_bytes and limit.can_load(fake_run)
         if not planned.fits and thorough and proposing:
-            can_quantize = config.quantization is None and method.freezes_the_base
+            can_quantize = (
+                config.quantization is None
+                and method.freezes_the_base
+                and method.config is not None
+                and method.why_not_quantized(method.config(**settings.arguments)) is None
+            )
             quantized = (lambda wanted: make_run(method=settings, quantization=wanted)) if can_quantize else None
             planned.fit = find_fit(limit, config, fake_run, step, quantized)
             if planned.fit is not None:

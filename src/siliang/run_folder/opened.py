@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from siliang.adapters.present import of_tasks
+from siliang.adapters.present import of_tasks, present_batches
 from siliang.config import RunConfig
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import find_damage
 from siliang.hardware import Choice
 from siliang.language import Bilingual, local
 from siliang.methods import Method, find_method
+from siliang.methods.present_batch import TaskIds
 from siliang.models.load import load_model
 from siliang.models.tokenizers import load_tokenizer
 from siliang.paths import check_links
@@ -147,6 +148,30 @@ class OpenedRun:
     def of_task(self) -> AbstractContextManager[None]:
         """Within the block the model's rows are of `task_id`, unless they say another."""
         return of_tasks(self.model.injection, self.task_id) if isinstance(self.model, PeftModel) else nullcontext()
+
+    @property
+    def tasks(self) -> TaskIds | None:
+        """What knows the tasks of a method with several; None for other methods."""
+        batches = present_batches(self.model.injection) if isinstance(self.model, PeftModel) else []
+        return next((batch for batch in batches if isinstance(batch, TaskIds) and batch.tasks > 1), None)
+
+    def check_task(self) -> None:
+        """
+        Raises:
+            ConfigError: The method has several tasks, and `task_id` is none of them.
+        """
+        known, task = self.tasks, self.task_id
+        if known is None or (task is not None and 0 <= task < known.tasks):
+            return
+        given, given_zh = ("", "") if task is None else (f", and {task} is none of them", f"，其中没有 {task}")
+        raise ConfigError(
+            Bilingual(
+                f"{self.folder} was trained on {known.tasks} tasks ({known.setting}), 0 to {known.tasks - 1}{given}: "
+                "name the one that is meant with --task-id.",
+                f"{self.folder} 训练了 {known.tasks} 个任务（{known.setting}），编号 0 到 {known.tasks - 1}{given_zh}："
+                "请用 --task-id 指明任务。",
+            )
+        )
 
 
 def autocast(precision: Choice, device: torch.device) -> torch.autocast:

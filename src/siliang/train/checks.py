@@ -11,7 +11,7 @@ from siliang.adapters.present import present_batches
 from siliang.config import RunConfig, TrainConfig
 from siliang.data.task_column import TASK_IDS
 from siliang.data.tokens import TokenSet
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.methods import AnyMethod, Method
 from siliang.methods.config import PeftConfig
 from siliang.methods.present_batch import TaskIds, no_such_task
@@ -22,13 +22,21 @@ from siliang.types import ConfigError, OutputError, nearest
 
 
 def check_quantization(config: RunConfig, method: Method) -> None:
-    """Raises ConfigError where quantized weights would be trained."""
-    if config.quantization and not method.config:
+    """Raises ConfigError where quantized weights would be trained, or changed at the start."""
+    if config.quantization is None:
+        return
+    if method.config is None:
         raise ConfigError(
             Bilingual(
                 "quantization is for a base model that stays as it is: full fine-tuning needs all its bits.",
                 "量化用于保持不变的基座模型：全参数微调需要完整的权重。",
             )
+        )
+    why = method.why_not_quantized(method.config(**config.method.arguments))
+    if why is not None:
+        bits = config.quantization.bits
+        raise ConfigError(
+            Bilingual(f"quantization.bits = {bits}: {why}", f"不能设置 quantization.bits = {bits}：{local(why, 'zh')}")
         )
 
 

@@ -81,6 +81,7 @@ def prepare(
     set_seed(config.train.seed)
     check_best(config)
     method = find_method(config.method.name)
+    check_quantization(config, method)
     precision = choose_precision(config.train.precision, device)
     if zero_stage(config, ranks):
         require_deepspeed(device, half=precision.autocast)
@@ -89,7 +90,6 @@ def prepare(
     start = _start_folder(config, method, resumed, force=force)
     say_data(data, listener.say)
     config.check_evaluations(held_out=len(data.eval) > 0)
-    check_quantization(config, method)
     check_loraplus(config, method)
     config, predicted = _plan(planner, config, subject, ranks, listener)
     mesh = rank_mesh(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None

@@ -32,19 +32,26 @@ class Chat:
     """
 
     def __init__(
-        self, folders: list[Path], device: torch.device, *, base: str | None = None, force: bool = False
+        self,
+        folders: list[Path],
+        device: torch.device,
+        *,
+        base: str | None = None,
+        force: bool = False,
+        task_id: int | None = None,
     ) -> None:
         """Opens the runs' base models; runs with the same one share it.
 
         Args:
             base: Where the runs' base model is now: a folder, or a name on the hub.
             force: Continue even if a base model has changed since the training.
+            task_id: The task of the questions, for runs of a method with several.
 
         Raises:
             ConfigError: A folder is not a finished run, or the runs have different tasks.
             ModelError: A base model is missing or has changed.
         """
-        self._device = device
+        self._device, self._task_id = device, task_id
         self._runs = [_Closed(folder, base, force) for folder in folders]
         for folder, run in zip(folders, self._runs, strict=True):
             task = TASKS[run.config.task]
@@ -121,7 +128,15 @@ class Chat:
         if not run.config.quantization:
             model.to(self._device)
         try:
-            yield OpenedRun(run.trained.folder, run.config, run.record, model.eval(), run.tokenizer, run.trained)
+            yield OpenedRun(
+                run.trained.folder,
+                run.config,
+                run.record,
+                model.eval(),
+                run.tokenizer,
+                run.trained,
+                task_id=self._task_id,
+            )
         finally:
             if isinstance(model, PeftModel):
                 model.unload()

@@ -61,6 +61,8 @@ def generate(
                 f"{run.folder} 是全参数微调：其中已没有基座模型。",
             )
         )
+    if not base:
+        run.check_task()
     ids, stop = task.prompt(tokenizer, run.config.data.template, instruction, input, plain)
     if not ids:
         raise ConfigError(

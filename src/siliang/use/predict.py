@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from siliang.data.cells import BadRow, as_text
-from siliang.data.examples import Example
+from siliang.data.examples import Example, Text
 from siliang.data.layouts import LAYOUTS
 from siliang.data.reading import Reading
 from siliang.data.sources import open_source
+from siliang.data.task_column import with_task
 from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, tokenize
 from siliang.language import Bilingual, local
@@ -48,6 +50,16 @@ def predict(run: OpenedRun, asked: Iterable[Any], *, batch_size: int | None = No
     return make(Trained(str(run.folder), run.labels, record.layout, record.columns, record.unanswered, read), asked)
 
 
+def predict_tasks(run: OpenedRun, asked: Sequence[Any], tasks: Sequence[int | None]) -> Iterator[Prediction]:
+    """As `predict`, each with the task that it is of; None: the run's `task_id`."""
+    found: dict[int, Prediction] = {}
+    for task in dict.fromkeys(tasks):
+        own = run if task is None else replace(run, task_id=task)
+        numbers = [i for i, other in enumerate(tasks) if other == task]
+        found |= dict(zip(numbers, predict(own, [asked[i] for i in numbers]), strict=True))
+    return (found[i] for i in range(len(asked)))
+
+
 def check_predicts(run: OpenedRun) -> None:
     """
     Raises:
@@ -66,7 +78,10 @@ def _read(
     run: OpenedRun, examples: Iterable[Example], batch_size: int | None
 ) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
     """(examples, their tokens, the model's output for each entry), some examples at a time."""
-    task, data = TASKS[run.config.task], run.config.data.model_copy(update={"too_long": "cut", "skip_bad_rows": False})
+    run.check_task()
+    task, data = TASKS[run.config.task], run.config.data
+    columns = data.columns.model_copy(update={"task_id": None})  # all are of the run's task_id
+    data = data.model_copy(update={"too_long": "cut", "skip_bad_rows": False, "columns": columns})
     waiting = iter(examples)
     with engine_of(run) as engine:
         while some := list(islice(waiting, AT_ONCE)):
@@ -75,9 +90,10 @@ def _read(
             yield some, tokens, sums_of(run, engine, tokens, task.read, batch_size).found
 
 
-def read_texts(run: OpenedRun, source: str) -> list[Asked]:
+def read_texts(run: OpenedRun, source: str) -> tuple[list[Asked], list[int | None]]:
     """The texts of a file of data, or the pairs or words, from the columns that the run was trained on; "" where a row
-    has none.
+    has none. And the task of each, from the column of the run's data.columns.task_id; None where the run's `task_id` is
+    given, the method has no tasks, or the file has no columns.
 
     Raises:
         DataError: It cannot be read, or lacks the columns.
@@ -86,12 +102,15 @@ def read_texts(run: OpenedRun, source: str) -> list[Asked]:
     reading = Reading(data.header, "auto", data.separator, keeps_empty=True)
     needed = LAYOUTS[record.layout].needs if record.layout else asks
     names = [record.columns.get(part, part) for part in asks if part in needed]
+    of_task = data.columns.task_id if run.tasks is not None and run.task_id is None else None
     if kind_of(Path(source)) == ".txt":
-        names = ["text"]
+        names, of_task = ["text"], None
     texts: list[Asked] = []
+    tasks: list[int | None] = []
     opened = open_source(source, reading)
     for row in opened.rows(next(iter(opened.parts)), reading):
-        missing = [name for name in names if name not in row.values]
+        needs = names if of_task is None else [*names, of_task]
+        missing = [name for name in needs if name not in row.values]
         if row.problem is not None:
             raise DataError(Bilingual(f"{row.where} {row.problem}.", f"{row.where} {local(row.problem, 'zh')}。"))
         if missing:
@@ -102,6 +121,10 @@ def read_texts(run: OpenedRun, source: str) -> list[Asked]:
                     f"{row.where} 没有训练时使用的列 {missing[0]!r}；这里有 {there}。",
                 )
             )
+        of = with_task(Text(""), row.values, of_task)
+        if isinstance(of, str):
+            raise DataError(Bilingual(f"{row.where} {of}.", f"{row.where} {local(of, 'zh')}。"))
+        tasks.append(of.task)
         values = [row.values[name] for name in names]
         if "tokens" in asks and isinstance(values[0], list):
             texts.append(tuple(map(str, values[0])))
@@ -113,4 +136,4 @@ def read_texts(run: OpenedRun, source: str) -> list[Asked]:
                 Bilingual(f"{row.where} {problem}.", f"{row.where} {local(message_of(problem), 'zh')}。")
             ) from None
         texts.append((cells[0], cells[1]) if len(cells) > 1 and any(map(str.strip, cells)) else cells[0])
-    return texts
+    return texts, tasks
