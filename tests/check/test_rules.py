@@ -14,6 +14,7 @@ from siliang.check import RULES, Finding, find, gather_input, stop_on_errors
 from siliang.check.counts import count
 from siliang.check.input import Machine
 from siliang.config import RunConfig
+from siliang.language import local
 from siliang.types import ConfigError, DataError, ModelError
 
 CLEAN = [{"instruction": f"say {a} {b}", "output": f"{b} {a}"} for a in WORDS[28:38] for b in WORDS[28:38]]
@@ -200,6 +201,24 @@ def test_the_trap_is_found(code: str, case: Case) -> None:
     assert len(found) == 1
     assert said in found[0].message
     assert found[0].cause and found[0].fix and found[0].severity == RULES[code].severity
+
+
+@pytest.mark.parametrize(
+    ("method", "fix"),
+    [
+        ({"name": "lora", "target_modules": ["qury"]}, "Name modules that the model has"),
+        ({"name": "cpt", "cpt_token_ids": [9999]}, "Change that setting of the method."),
+        (
+            {"name": "lora", "target_modules": ["lm_head"], "ensure_weight_tying": True, "use_dora": True},
+            "Change that setting of the method.",
+        ),
+        ({"name": "lora", "layers_to_transform": [99]}, "Change that setting of the method."),
+    ],
+)
+def test_the_remedy_of_a_misfit_is_that_of_its_kind(method: dict[str, Any], fix: str, case: Case) -> None:
+    found = next(f for f in case(method=method, model="bloom") if f.code == "SL024")
+    assert found.fix.startswith(fix), (found.message, found.fix)
+    assert local(found.fix, "zh") != found.fix
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,10 @@ def test_cores_start_as_in_peft(name: str, init: Any, zero: bool) -> None:
 
 def test_a_convolution_in_groups_is_not_for_hira() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
-    with pytest.raises(TargetError, match="which HIRA cannot wrap"):
+    with pytest.raises(TargetError, match="'0' is a Conv1d in 2 groups, which HIRA cannot wrap"):
         siliang.get_peft_model(model, siliang.HiraConfig(target_modules=["0"]))
+    with pytest.raises(TargetError, match="'0' is a Conv1d and no linear layer, which VERA cannot wrap"):
+        siliang.get_peft_model(model, siliang.VeraConfig(target_modules=["0"]))  # in one group neither
 
 
 @pytest.mark.parametrize("scaled", [False, True])

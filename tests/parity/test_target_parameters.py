@@ -284,7 +284,7 @@ def test_keys() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_dropout": 0.1}, "target_parameters and lora_dropout do not go together"),
+        ({"lora_dropout": 0.1}, "and lora_dropout do not go together: lora_dropout does not work on parameters that"),
         ({"use_dora": True}, "target_parameters and use_dora do not go together"),
         ({"init_lora_weights": "pissa"}, "target_parameters and init_lora_weights = 'pissa' do not go together"),
         ({"layers_to_transform": [0]}, "target_parameters and layers_to_transform do not go together"),

@@ -102,9 +102,17 @@ def targets(s: CheckInput) -> Iterator[Problem]:
 
     办法：改用模型中存在的模块名，或去掉 target_modules；如果是配置项不符，请修改该配置项。
     """
-    if s.method.tunes == "biases" or (problem := _attach(s)) is None:
+    if s.method.tunes == "biases" or (error := _attach(s)) is None:
         return
-    yield Problem(problem)
+    fix = Bilingual("Change that setting of the method.", "请修改该方法的这一配置项。")
+    if isinstance(error, TargetError) and "target_modules" in error.text:
+        fix = Bilingual("Name modules in method.target_modules.", "请在 method.target_modules 中写出模块名。")
+        if s.config.method.arguments.get("target_modules") is not None:
+            fix = Bilingual(
+                "Name modules that the model has and the method can tune, or leave target_modules out.",
+                "请改用模型中存在且该方法能微调的模块名，或去掉 target_modules。",
+            )
+    yield Problem(error.text, fix=fix)
 
 
 def no_biases(s: CheckInput) -> Iterator[Problem]:
@@ -120,8 +128,8 @@ def no_biases(s: CheckInput) -> Iterator[Problem]:
 
     办法：改用 method=lora，或换一个有偏置的模型（BLOOM、BERT、GPT-2、Qwen2 的注意力层）。
     """
-    if s.method.tunes == "biases" and (problem := _attach(s)) is not None:
-        yield Problem(problem)
+    if s.method.tunes == "biases" and (error := _attach(s)) is not None:
+        yield Problem(error.text)
 
 
 def invented(s: CheckInput) -> Iterator[Problem]:
@@ -233,12 +241,12 @@ def too_many_positions(s: CheckInput) -> Iterator[Problem]:
         )
 
 
-def _attach(s: CheckInput) -> str | None:
+def _attach(s: CheckInput) -> ConfigError | None:
     """The error of attaching the method to the model's skeleton; None without one."""
     if s.method.config is None:
         return None
     try:
         s.attached()
-    except (TargetError, ConfigError) as error:
-        return error.text
+    except ConfigError as error:
+        return error
     return None

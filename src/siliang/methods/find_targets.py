@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from siliang.language import Bilingual, both, local
 from siliang.methods.blocks import ALL_BLOCKS, Blocks
 from siliang.methods.config import LayerConfig
 from siliang.methods.targets import DefaultTargets
-from siliang.models.introspect import is_linear, is_multihead_attention, output_layer
+from siliang.models.introspect import is_convolution, is_linear, is_multihead_attention, output_layer
 from siliang.module_paths import ends_with, inside, matching_paths, plain_modules
 from siliang.types import TargetError, nearest
 
@@ -68,7 +69,7 @@ def find_targets(
     found = _left(found, config, blocks, outside)
     if not lenient:
         _check_called(found, _uncalled(modules))
-    _check_supported(found, supported, modules, config, by_expression=isinstance(wanted, str))
+    _check_supported(found, supports, modules, config, by_expression=isinstance(wanted, str))
     return found
 
 
@@ -253,18 +254,24 @@ def _check_called(found: Sequence[str], uncalled: set[str]) -> None:
 
 def _check_supported(
     found: Sequence[str],
-    supported: Sequence[str],
+    supports: Callable[[nn.Module], bool],
     modules: Mapping[str, nn.Module],
     config: LayerConfig,
     *,
     by_expression: bool,
 ) -> None:
-    unsupported = next((p for p in found if p not in set(supported)), None)
+    """
+    Raises:
+        TargetError: A target is not a layer that the method can wrap.
+    """
+    unsupported = next((p for p in found if not supports(modules[p])), None)
     if unsupported is None:
         return
     module = modules[unsupported]
     kind, plain = type(module).__name__, Bilingual("", "")
-    if next(module.children(), None) is None and hasattr(module, "weight"):
+    if _only_groups_prevent(module, supports):
+        plain = Bilingual(f" in {module.groups} groups", f"，分为 {module.groups} 组")
+    elif next(module.children(), None) is None and hasattr(module, "weight"):
         plain = Bilingual(" and no linear layer", "，不是线性层")
     what = repr(unsupported) if unsupported else Bilingual("the whole model", "整个模型")
     way = Bilingual("", "")
@@ -279,6 +286,15 @@ def _check_supported(
             f"target_modules：{local(what, 'zh')} 是 {kind}{plain.zh}，{config.peft_type} 不能用于它。{way.zh}",
         )
     )
+
+
+def _only_groups_prevent(module: nn.Module, supports: Callable[[nn.Module], bool]) -> bool:
+    """Whether a method could work on a convolution if that had one group."""
+    if not is_convolution(module) or module.groups == 1:
+        return False
+    whole = copy(module)
+    whole.groups = 1
+    return supports(whole)
 
 
 def _check_named(named: Mapping[str, Sequence[str] | str | None], paths: list[str]) -> None:

@@ -242,8 +242,8 @@ class LoraConfig(BlocksConfig):
         if self.target_parameters and wrong:
             raise ConfigError(
                 Bilingual(
-                    f"target_parameters and {wrong[0]} do not go together: it does not work on parameters that are no "
-                    "layer's. Leave out one of them.",
+                    f"target_parameters and {wrong[0]} do not go together: {wrong[0]} does not work on parameters "
+                    "that are no layer's. Leave out one of them.",
                     f"target_parameters 与 {wrong[0]} 不能同时使用：后者不适用于不属于任何层的参数。请去掉其中一个。",
                 )
             )
