@@ -151,6 +151,15 @@ def test_names_of_what_is_here_become_absolute(tmp_path: Path, monkeypatch: pyte
     assert [s.path for s in config.data.train_sources] == [f"{here}/*.csv", f"{here}/a.csv", "owner/set"]
     assert (config.data.eval, config.data.template) == (f"{here}/b.csv", f"{here}/t.yaml")
     assert config.method.arguments["tokenizer_name_or_path"] == f"{here}/base"
+    xlora = RunConfig.build(changed() | {"method": {"name": "xlora", "adapters": {"a": "base", "b": "owner/b"}}})
+    assert xlora.resolved().method.arguments["adapters"] == {"a": f"{here}/base", "b": "owner/b"}
+    corda = {"name": "lora", "init_lora_weights": "corda", "corda_config": {"cache_file": "a.csv"}}
+    found = RunConfig.build(changed() | {"method": corda}).resolved().method.arguments["corda_config"]
+    assert found == {"cache_file": f"{here}/a.csv"}
+    mpt = {"name": "multitask_prompt_tuning", "prompt_tuning_init": "ONLY_SOURCE_SHARED"}
+    mpt |= {"prompt_tuning_init_state_dict_path": "base"}
+    found = RunConfig.build(changed() | {"method": mpt}).resolved().method.arguments
+    assert found["prompt_tuning_init_state_dict_path"] == f"{here}/base"
     assert config.resolved() == config and config.data.train_sources[1].weight == 2
     assert RunConfig.build(changed("model=owner/model")).resolved().model == "owner/model"
 
@@ -227,6 +236,8 @@ def test_every_layout_is_read_and_there_is_one_list_of_them() -> None:
 
 
 def test_what_is_no_number_of_layers() -> None:
+    both = ["method=lora", "method.target_modules=[]", "method.target_parameters=a.weight,b.weight"]
+    assert RunConfig.build(changed(*both)).method.arguments["target_parameters"] == ["a.weight", "b.weight"]
     with pytest.raises(ConfigError, match=r"method\.layers_to_transform = \['a', 'b'\]"):
         RunConfig.build(changed("method.layers_to_transform=a,b"))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig, MethodEntry, slug
+from siliang.methods import find_method
 from siliang.records import Trial
 
 RUNS, SEARCH = "runs", "search"  # subfolders of the comparison
@@ -34,7 +35,7 @@ def search_trials(config: CompareConfig) -> list[Trial]:
 def test_trials(config: CompareConfig, chosen: dict[str, dict[str, Any]]) -> list[Trial]:
     """The trials of the table, seed by seed, so that the table is complete after the first seed. Full fine-tuning is
     the last one of each seed: it changes the base model, which is then loaded again."""
-    entries = sorted(config.settings.methods, key=lambda entry: entry.name == "full")
+    entries = sorted(config.settings.methods, key=lambda entry: find_method(entry.name).config is None)
     return [
         Trial(
             method=entry.label,

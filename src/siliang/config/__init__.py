@@ -7,13 +7,12 @@ from siliang.config.data import LAYOUT_NAMES, Columns, DataConfig, LayoutName, S
 from siliang.config.describing import Setting, describe
 from siliang.config.distributed import DistributedConfig
 from siliang.config.names import OWN_FIELDS, assign, differences, name_hint
-from siliang.config.run import METHOD_FOLDERS, MethodConfig, QuantizationConfig, RunConfig
+from siliang.config.run import MethodConfig, QuantizationConfig, RunConfig
 from siliang.config.section import Section, Seed, Settings
 from siliang.config.train import Bytes, Seconds, TrainConfig
 
 __all__ = [
     "LAYOUT_NAMES",
-    "METHOD_FOLDERS",
     "OWN_FIELDS",
     "Bytes",
     "Columns",

@@ -51,9 +51,17 @@ class MethodConfig(BaseModel):
         """The given fields of the method's config; for a prompt, also the default number of virtual tokens."""
         return dict(self.model_extra or {})
 
+    def with_files(self, change: Callable[[str], str | None]) -> dict[str, Any]:
+        """The given fields with other names for the files and folders that they name."""
+        from siliang.methods import find_method
+
+        config, given = find_method(self.name).config, self.model_dump(mode="json", exclude={"name"})
+        return given if config is None else config.with_files(given, change)
+
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
         from siliang.methods import find_method  # imports torch, so only when a config is validated
+        from siliang.methods.fields import takes_list
 
         config = find_method(self.name).config
         counted = config is not None and config.is_prompt_learning and not config.has_own_length
@@ -77,10 +85,13 @@ class MethodConfig(BaseModel):
                         f"method.{key} = {shown}: the number is too large.", f"method.{key} = {shown}：数字过大。"
                     )
                 )
-            if isinstance(value, str) and key in LISTS and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value):
+            if config is None or not isinstance(value, str):
+                continue
+            of_names, of_numbers = (takes_list(config, key, of) for of in (str, int))
+            if (of_names or of_numbers) and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value):
                 assert self.model_extra is not None
                 names = split_names(value)
-                numbers = key == "layers_to_transform" and all(name.isascii() and name.isdigit() for name in names)
+                numbers = of_numbers and all(name.isascii() and name.isdigit() for name in names)
                 self.model_extra[key] = [int(name) for name in names] if numbers else names
         if config:
             try:
@@ -88,19 +99,6 @@ class MethodConfig(BaseModel):
             except ConfigError as error:
                 raise ConfigError(together("method.", error.text)) from None
         return self
-
-
-# Fields of a method's config that may name a local folder.
-METHOD_FOLDERS = {"tokenizer_name_or_path"}
-# Fields of a PEFT config that are lists of names, written with commas on the command line.
-LISTS = {
-    "target_modules",
-    "exclude_modules",
-    "feedforward_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-}
 
 
 def _method(value: object) -> object:
@@ -373,7 +371,7 @@ class RunConfig(Settings):
             output: The new output folder.
         """
         values = self.model_dump(mode="json")
-        data, method = values["data"], values["method"]
+        data = values["data"]
         for part in ("train", "eval"):
             if isinstance(data[part], list):
                 data[part] = [s | {"path": change(s["path"])} if isinstance(s, dict) else change(s) for s in data[part]]
@@ -381,8 +379,7 @@ class RunConfig(Settings):
                 data[part] = change(data[part])
         if data["template"].endswith((".yaml", ".yml")):
             data["template"] = change(data["template"])
-        for name in METHOD_FOLDERS & method.keys():
-            method[name] = method[name] and change(str(method[name]))
+        values["method"] = {"name": self.method.name} | self.method.with_files(change)
         values["model"] = change(self.model)
         values["adapter"] = self.adapter and change(self.adapter)
         values["output"] = output

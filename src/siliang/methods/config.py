@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -55,6 +56,8 @@ class PeftConfig:
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ()
     MOST: ClassVar[int] = 2**31  # of those numbers: no model has more of anything
     PROBABILITIES: ClassVar[tuple[str, ...]] = ()  # of leaving something out during training
+    # Fields that may name files or folders: `a`, `a.b` for the setting b of a group a, `a.*` for all in a mapping a.
+    FILES: ClassVar[tuple[str, ...]] = ()
     FORMER_TYPES: ClassVar[tuple[str, ...]] = ()  # names of the method in files of older releases of PEFT
 
     def __post_init__(self) -> None:
@@ -88,6 +91,24 @@ class PeftConfig:
         values = {name: v for name, v in values.items() if v is not None or name not in self.NOT_IN_PEFT}
         values |= {"peft_type": self.peft_type, "peft_version": PEFT_FORMAT_VERSION}
         return {name: _plain(value) for name, value in sorted(values.items())}
+
+    @classmethod
+    def with_files(cls, values: Mapping[str, object], change: Callable[[str], str | None]) -> dict[str, object]:
+        """Fields of a config with other names for the files and folders that they name.
+
+        Args:
+            change: Maps a name to its new one.
+        """
+        changed = dict(values)
+        for field in cls.FILES:
+            name, _, inner = field.partition(".")
+            value = changed.get(name)
+            if isinstance(value, str) and value and not inner:
+                changed[name] = change(value)
+            elif isinstance(value, Mapping):
+                own = {key: one for key, one in value.items() if inner in (key, "*") and isinstance(one, str) and one}
+                changed[name] = dict(value) | {key: change(one) for key, one in own.items()}
+        return changed
 
     def to_json(self, **changed: object) -> str:
         """The text of adapter_config.json, its keys sorted, without secrets: a base model's name may hold one.

@@ -63,6 +63,7 @@ class CPTConfig(PromptConfig):
     tokenizer_name_or_path: str | None = None
 
     peft_type: ClassVar[str] = PeftType.CPT
+    FILES: ClassVar[tuple[str, ...]] = ("tokenizer_name_or_path",)
     has_own_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -61,6 +61,12 @@ def check_fields(config: DataclassInstance) -> None:
             ) from None
 
 
+def takes_list(kind: type[DataclassInstance], name: str, of: type) -> bool:
+    """Whether a field may be a list whose entries are of the type `of`."""
+    found, _ = _fields(kind)[name]
+    return any(get_origin(k) is list and get_args(k) == (of,) for k in (found, *get_args(found)))
+
+
 @functools.cache
 def _fields(kind: type[DataclassInstance]) -> dict[str, tuple[object, TypeAdapter[object]]]:
     """The type of each field of a dataclass, without `| None`, and what checks it."""

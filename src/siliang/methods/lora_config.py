@@ -131,6 +131,7 @@ class LoraConfig(BlocksConfig):
     target_parameters: list[str] | None = None
 
     peft_type: ClassVar[str] = PeftType.LORA
+    FILES: ClassVar[tuple[str, ...]] = ("corda_config.cache_file", "corda_config.covariance_file")
     UNSUPPORTED: ClassVar[dict[str, object]] = {
         "arrow_config": None,
         "megatron_config": None,

@@ -71,6 +71,7 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
     num_tasks: int = 1
 
     peft_type: ClassVar[str] = PeftType.MULTITASK_PROMPT_TUNING
+    FILES: ClassVar[tuple[str, ...]] = (*TextPromptConfig.FILES, "prompt_tuning_init_state_dict_path")
     AT_LEAST_1: ClassVar[tuple[str, ...]] = (*TextPromptConfig.AT_LEAST_1, "num_ranks", "num_tasks")
 
     def __post_init__(self) -> None:

@@ -55,6 +55,8 @@ class TextPromptConfig(PromptConfig):
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, object] | None = None
 
+    FILES: ClassVar[tuple[str, ...]] = ("tokenizer_name_or_path",)
+
     def check_text(self, *, wanted: bool) -> None:
         """
         Args:

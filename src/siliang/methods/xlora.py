@@ -94,6 +94,7 @@ class XLoraConfig(PeftConfig):
     global_scaling_weight: float = 1.0
 
     peft_type: ClassVar[str] = PeftType.XLORA
+    FILES: ClassVar[tuple[str, ...]] = ("adapters.*",)
     NOT_IN_PEFT: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora")
     PROBABILITIES: ClassVar[tuple[str, ...]] = ("xlora_dropout_p",)
@@ -337,8 +338,7 @@ def _first_pass(
     taken = parameters_of(inner)
     inputs = {name: named[name] for name in wanted if name in taken and named.get(name) is not None}
     inputs |= {"use_cache": False} if "use_cache" in taken else {}
-    E = len(config.adapters)
-    device = next(model.parameters()).device
+    E, device = len(config.adapters), next(model.parameters()).device
     mixture.w = mixture.chosen(torch.full((1, 1, 1, E), config.scaling_pass_value, device=device))
     with torch.no_grad():
         z = inner(**inputs).last_hidden_state

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from siliang.config import METHOD_FOLDERS, MethodConfig
+from siliang.config import MethodConfig
 from siliang.config.comparison import CompareConfig
 from siliang.language import Bilingual, local
 from siliang.records import Answers, Comparison, Record, Trial, metrics_of
@@ -119,7 +119,7 @@ def _equal(a: object, b: object) -> bool:
 
 def _method_text(method: MethodConfig) -> str:
     """A method and its settings, without the paths of its files, which may differ."""
-    given = {key: value for key, value in sorted(method.arguments.items()) if key not in METHOD_FOLDERS}
+    given = dict(sorted(method.with_files(lambda _: None).items()))
     return " ".join([method.name, *(f"{key}={value}" for key, value in given.items() if value is not None)])
 
 
