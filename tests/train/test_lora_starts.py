@@ -87,6 +87,19 @@ def test_a_start_through_a_run(
     assert merge(open_run(tmp_path / "whole"), tmp_path / "merged").holds
 
 
+def test_rows_that_are_read_again_are_said_to_be(
+    model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(instruction_file.read_text("utf-8").splitlines(keepends=True)[:10]), "utf-8")
+    lines: list[str] = []
+    config = configured(model_folders, few, tmp_path / "run", {"init_lora_weights": "eva"})
+    record = train(config, Listener(say=lines.append))
+    said = next(line for line in lines if line.startswith("start  "))
+    assert record.learned is not None and record.learned.rows > 8
+    assert f"eva: {record.learned.rows:,} rows (the 8 training rows, repeatedly) with" in said
+
+
 def test_loraplus_has_nothing_to_speed_up_in_mica(
     model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
 ) -> None:

@@ -205,9 +205,14 @@ class Learner:
 
     def in_words(self) -> str:
         """The line that is printed of it."""
-        made = self.learned
+        made, there = self.learned, len(self.data.train)
         assert made is not None
+        again = Bilingual("", "")
+        if made.rows > there:
+            again = Bilingual(f" (the {there:,} training rows, repeatedly)", f"（即反复读取全部 {there:,} 条训练样本）")
         return both(
-            f"start      {made.start}: {made.rows:,} rows ({made.tokens:,} tokens) were read, in {made.seconds:.1f} s",
-            f"初始值     {made.start}：读取 {made.rows:,} 条样本（{made.tokens:,} 个词元），用时 {made.seconds:.1f} 秒",
+            f"start      {made.start}: {made.rows:,} rows{again} with {made.tokens:,} tokens were read, "
+            f"in {made.seconds:.1f} s",
+            f"初始值     {made.start}：读取 {made.rows:,} 条样本{again.zh}，共 {made.tokens:,} 个词元，"
+            f"用时 {made.seconds:.1f} 秒",
         )
