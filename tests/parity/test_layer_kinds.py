@@ -171,3 +171,22 @@ def test_dropout_of_rows_and_of_whole_updates_as_in_peft(name: str, kind: str, s
             torch.manual_seed(seed)
             found.append(model.train()(x))
         assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("OFTConfig", {"oft_block_size": 4}), ("BOFTConfig", {"boft_block_size": 4})]
+)
+def test_rotations_of_pictures_are_in_peft_alone(
+    name: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: None)
+    peft.get_peft_model(Picture("conv2d"), getattr(peft, name)(target_modules=["look"], **settings)).save_pretrained(
+        str(tmp_path)
+    )
+    config = getattr(siliang, name)(target_modules=["look"], **settings)
+    for attach in (
+        lambda: siliang.get_peft_model(Picture("conv2d"), config),
+        lambda: siliang.PeftModel.from_pretrained(Picture("conv2d"), tmp_path),
+    ):
+        with pytest.raises(TargetError, match="on a Conv2d is in PEFT alone: name linear layers, or use LoRA"):
+            attach()

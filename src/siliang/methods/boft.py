@@ -56,6 +56,7 @@ class BOFTConfig(BlocksConfig):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = PeftType.BOFT
+    ONLY_IN_PEFT: ClassVar[tuple[str, ...]] = ("Conv2d",)
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("boft_n_butterfly_factor",)
     PROBABILITIES: ClassVar[tuple[str, ...]] = ("boft_dropout",)
 

@@ -58,6 +58,7 @@ class OFTConfig(BlocksConfig):
     num_cayley_neumann_terms: int = 5
 
     peft_type: ClassVar[str] = PeftType.OFT
+    ONLY_IN_PEFT: ClassVar[tuple[str, ...]] = ("Conv2d",)
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("num_cayley_neumann_terms",)
     PROBABILITIES: ClassVar[tuple[str, ...]] = ("module_dropout",)
 
