@@ -51,7 +51,7 @@ class LycorisConfig(BlocksConfig):
 
 def core_window(config: LycorisConfig, layer: nn.Module) -> tuple[int, ...]:
     """The window of a core (R, R, *window); () where the factors have none. PEFT gives Conv1d's a second size of 1."""
-    window = tuple(layer.weight.shape[2:]) if is_convolution(layer) else ()
+    window = tuple(layer.get_parameter("weight").shape[2:]) if is_convolution(layer) else ()
     if not config.use_effective_conv2d or math.prod(window) == 1:
         return ()
     return (*window, 1) if len(window) == 1 else window
