@@ -227,3 +227,18 @@ def test_the_engine_leaves_the_padding_in_for_lily() -> None:
     engine = Engine(model, TASKS[TaskType.CAUSAL_LM])
     assert engine.padding is None
     assert any("lily takes a mean over the whole padded batch" in note for note in engine.notes)
+    assert any("lily takes a mean over each batch: train.batch_size, tokens_at_once" in note for note in engine.notes)
+
+
+@pytest.mark.parametrize(("init_type", "mixes"), [("batch_average", True), ("random", False)])
+def test_the_engine_says_that_velora_takes_a_mean_over_each_batch(init_type: str, mixes: bool) -> None:
+    from siliang.engine.step import Engine
+    from siliang.tasks import TASKS
+
+    velora: Any = {"num_groups": 4, "init_type": init_type}
+    config = siliang.LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, velora_config=velora)
+    model: Any = siliang.get_peft_model(make("llama"), config)
+    engine = Engine(model, TASKS[TaskType.CAUSAL_LM])
+    assert (engine.padding is None) == mixes
+    assert any("velora_config takes a mean over each batch" in note for note in engine.notes) == mixes
+    engine.close()

@@ -24,6 +24,7 @@ from siliang.plan.fit import recomputed_layers
 from siliang.plan.preflight import Planner
 from siliang.plan.rows import synthetic_rows
 from siliang.tasks import TASKS
+from siliang.train.optimizer import OPTIMIZERS
 from siliang.train.run import train
 
 THERE = Device("cpu", 24 * 10**9, "as asked", Choice("fp32", "as asked"), 0, 0, here=True)
@@ -82,6 +83,23 @@ def test_the_plan_recomputes_the_layers_that_the_engine_does(
     for share in (1.05, 0.8, 0.6, 0.0):
         recompute._room = share * sum(measured.layer_bytes)
         assert recompute.needed(batches[0].tokens) == recomputed_layers(measured, recompute._room)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_room_is_without_the_state_of_the_optimizer(name: str, tmp_path: Path) -> None:
+    make("llama").config.save_pretrained(tmp_path)
+    values = {"model": str(tmp_path), "task": "causal_lm", "data": {"train": "-", "max_length": 64}, "output": "-"}
+    train_settings = {"memory_budget": 700_000_000}
+    base = RunConfig.build(values | {"train": train_settings})
+    fake_run = FakeRun(base, model_config(base), THERE)
+    measured = fake_run.measure(fake_run.batches(synthetic_rows(base).rows))
+    other = base.train.model_copy(update={"optimizer": name})
+    rooms = [room_for_activations(t, THERE, fake_run, measured) for t in (base.train, other)]
+    share = OPTIMIZERS[name].state_share
+    assert rooms[1] - rooms[0] == (2 - share) * fake_run.trained_bytes
+    model = get_peft_model(make("llama"), LoraConfig())
+    adam, own = MemoryBudget(model, 1), MemoryBudget(model, 1, state_share=share)
+    assert adam._to_come() - own._to_come() == (2 - share) * fake_run.trained_bytes
 
 
 def test_it_is_a_part_of_the_peak(reviews: RunConfig, tmp_path: Path) -> None:

@@ -26,3 +26,13 @@ def test_a_copied_head_keeps_the_mode_of_its_original() -> None:
     assert twin.weight.fake_mode is head.weight.fake_mode is mode
     assert before
     assert sorted(_weak_references()) == sorted(before)
+
+
+def test_products_by_groups_have_the_shape_and_format_that_is_asked_for() -> None:
+    with fake_mode():
+        a, b, ends = torch.empty(6, 4), torch.empty(3, 4, 8), torch.empty(3, dtype=torch.int32)
+        grouped = torch.ops.aten._grouped_mm.default
+        assert grouped(a, b, offs=ends).shape == (6, 8) and grouped(a, b, ends).dtype == torch.float32
+        assert grouped(a.T, torch.empty(6, 8), ends).shape == (3, 4, 8)
+        batches = grouped(torch.empty(3, 5, 4), b, out_dtype=torch.bfloat16)
+        assert batches.shape == (3, 5, 8) and batches.dtype == torch.bfloat16

@@ -1,7 +1,8 @@
 """The rows of one optimizer step as the batches that go through the model one after the other.
 
 A step has a fixed number of rows. Splitting them into batches changes the cost and not the result: the losses are
-summed, and divided by the labelled tokens (or rows) of the whole step.
+summed, and divided by the labelled tokens (or rows) of the whole step. It does change the result of the few methods
+that take a mean over a batch (`Method.mixes_rows`: LILY, VeLoRA); the engine says so.
 """
 
 from __future__ import annotations

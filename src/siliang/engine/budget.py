@@ -17,6 +17,7 @@ from torch import nn
 from siliang.ops.masked_ce import CHUNK_BYTES
 
 AUTO_SHARE = 0.85  # of the free memory: the rest is for the allocator's fragmentation and for other processes
+ADAM_STATE = 2.0  # two moments; each optimizer's share is in train/optimizer.py
 CACHE_SHARE = 0.25  # of the budget, for the cache in memory; beyond it, the cache continues in a file
 
 
@@ -25,23 +26,30 @@ class MemoryBudget:
 
     Attributes:
         limit: Bytes of the process (on CUDA: of the allocator); "auto" for AUTO_SHARE of the free memory; None for no
-            limit.
+            limit of the activations: the cache then takes its share as with "auto".
         promised: Returns the bytes of main memory that the cache has yet to take.
     """
 
-    def __init__(self, model: nn.Module, limit: int | Literal["auto"] | None, memory_share: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        limit: int | Literal["auto"] | None,
+        memory_share: float = 1.0,
+        state_share: float = ADAM_STATE,
+    ) -> None:
         """
         Args:
             model: The trained model, on its device.
             memory_share: This process's share of a CPU's free memory, if the training has several processes.
+            state_share: Bytes of the optimizer's state for each byte of a trained weight.
         """
         self.limit: int | Literal["auto"] | None = limit
         self.promised: Callable[[], float] = lambda: 0.0
-        self._model, self._share = model, memory_share
+        self._model, self._share, self._state_share = model, memory_share, state_share
 
     def for_activations(self) -> float:
-        """Bytes for the activations of the layers: the rest of the budget without gradients, Adam's moments, the
-        chunks of logits, and the bytes that are promised to the cache."""
+        """Bytes for the activations of the layers: the rest of the budget without gradients, the optimizer's state,
+        the chunks of logits, and the bytes that are promised to the cache."""
         device = next(self._model.parameters()).device
         if device.type == "cuda":
             taken = torch.cuda.memory_allocated(device)
@@ -61,27 +69,30 @@ class MemoryBudget:
 
     def _to_come(self) -> float:
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        return trained_bytes_to_come(sum(p.nbytes for p in trained), sum(p.nbytes for p in trained if p.grad is None))
+        without_gradient = sum(p.nbytes for p in trained if p.grad is None)
+        return trained_bytes_to_come(sum(p.nbytes for p in trained), without_gradient, self._state_share)
 
 
 def left(limit: int | Literal["auto"] | None, taken: float, free: float) -> float:
     """Bytes that may be taken in addition.
 
     Args:
+        limit: As of `MemoryBudget`; None as "auto".
         taken: Bytes in use.
         free: Free bytes of the device.
     """
     return float(limit) - taken if isinstance(limit, int) else AUTO_SHARE * free
 
 
-def trained_bytes_to_come(trained: float, without_gradient: float) -> float:
-    """Bytes that a training has yet to take for gradients, Adam's moments and the chunks of logits.
+def trained_bytes_to_come(trained: float, without_gradient: float, state_share: float = ADAM_STATE) -> float:
+    """Bytes that a training has yet to take for gradients, the optimizer's state and the chunks of logits.
 
     Args:
         trained: Bytes of the trained parameters.
         without_gradient: Bytes of those without a gradient.
+        state_share: As of `MemoryBudget`.
     """
-    return 2 * trained + without_gradient + 4 * CHUNK_BYTES
+    return state_share * trained + without_gradient + 4 * CHUNK_BYTES
 
 
 def cache_share(left_bytes: float) -> int:

@@ -1,8 +1,8 @@
 """The one evaluation: in training, for `siliang eval`, for predictions and comparisons.
 
 Losses are summed, and divided once by the weight of all rows: no metric depends on how rows are batched, or on the
-number of processes. Rows go through the engine, without padding where possible, in the number format of the caller's
-`autocast`.
+number of processes, except with a method that takes a mean over a batch (`Method.mixes_rows`: LILY). Rows go through
+the engine, without padding where possible, in the number format of the caller's `autocast`.
 """
 
 from __future__ import annotations

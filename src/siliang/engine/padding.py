@@ -188,9 +188,10 @@ class PaddingFree:
         Returns:
             Why this model cannot use packed rows; None if both give the same results.
         """
-        configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
-        if mixing := next((method.name for method in map(method_of, configs) if method.mixes_rows), None):
-            return Bilingual(f"{mixing} takes a mean over the whole padded batch", f"{mixing} 对整个填充后的批次取平均")
+        if mixing := _mixing(model):
+            return Bilingual(
+                f"{mixing[0]} takes a mean over the whole padded batch", f"{mixing[0]} 对整个填充后的批次取平均"
+            )
         lengths, width = (5, 2, 4), 5
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(0)
@@ -223,6 +224,23 @@ class PaddingFree:
                     f"打包的样本与填充的样本结果不同（相差标准差的 {off:.1g} 倍）",
                 )
         return None
+
+
+def notes_on_splits(model: nn.Module) -> list[str]:
+    """A line for each part of the model's methods that makes the split of a step into batches count."""
+    return [
+        Bilingual(
+            f"{name} takes a mean over each batch: train.batch_size, tokens_at_once, fit and the number of processes "
+            "change the result",
+            f"{name} 对每个批次取平均：train.batch_size、tokens_at_once、fit 和进程数都会改变结果",
+        )
+        for name in _mixing(model)
+    ]
+
+
+def _mixing(model: nn.Module) -> list[str]:
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    return [name for config in configs if (name := method_of(config).mixes_rows(config)) is not None]
 
 
 def attend(

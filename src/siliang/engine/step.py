@@ -15,11 +15,11 @@ from transformers.utils.generic import ModelOutput
 from siliang.adapters.present import present_batches, trains_all_layers, trial_inputs
 from siliang.data.batch import Batch
 from siliang.data.task_column import TASK_IDS
-from siliang.engine.budget import MemoryBudget
+from siliang.engine.budget import ADAM_STATE, MemoryBudget
 from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
 from siliang.engine.fused import FusedModules
 from siliang.engine.noise import EmbeddingNoise
-from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
+from siliang.engine.padding import NotPackableError, PaddingFree, notes_on_splits, trial_error
 from siliang.engine.patches import patched
 from siliang.engine.recompute import Recompute
 from siliang.engine.whole_step import Context, Gather, alone, log_probabilities, run_step
@@ -55,6 +55,7 @@ class Engine:
         comparing: bool = True,
         all_logits: str | None = None,
         memory_share: float = 1.0,
+        state_share: float = ADAM_STATE,
         label_smoothing: float = 0.0,
         neftune_alpha: float | None = None,
     ) -> None:
@@ -66,6 +67,7 @@ class Engine:
             all_logits: Why all logits are needed, if they are.
             frozen_tokens: Returns the tokens of all rows whose frozen layers' output will be cached.
             memory_share: This process's share of the free main memory, if several processes train on one machine.
+            state_share: Bytes of the optimizer's state for each byte of a trained weight.
             label_smoothing: The share of a label that is spread over all classes or tokens, only in training.
             neftune_alpha: NEFTune's alpha; None for no noise.
         """
@@ -100,8 +102,9 @@ class Engine:
                 if self.padding is not None:
                     self.padding.close()
                     self.padding = None
+        self.notes += notes_on_splits(model)
         self.frozen_layers = 0
-        budget = MemoryBudget(model, memory_budget, memory_share)
+        budget = MemoryBudget(model, memory_budget, memory_share, state_share)
         self._noise = EmbeddingNoise(self._base.get_input_embeddings(), neftune_alpha) if neftune_alpha else None
         if keep_frozen and self.padding is not None and not (self._peft and trains_all_layers(self._peft.injection)):
             frozen = find_frozen_layers(self._base, self.padding.layers, comparing=comparing)

@@ -112,7 +112,9 @@ class Lily(LayerMethod[LilyConfig]):
         "thin matrices that layers share, and routers that mix them", "各层共享的低秩矩阵，以及混合它们的路由器"
     )
     why_not_mergeable = WHY_NOT_MERGEABLE
-    mixes_rows = True
+
+    def mixes_rows(self, config: LilyConfig) -> str | None:
+        return self.name
 
     def attach(self, model: nn.Module, config: LilyConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         parts = super().attach(model, config, saved=saved, from_file=from_file)

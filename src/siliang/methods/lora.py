@@ -142,6 +142,10 @@ class Lora(Method[LoraConfig]):
             state=state_of(starts),
         )
 
+    def mixes_rows(self, config: LoraConfig) -> str | None:
+        velora = config.velora_config
+        return "velora_config" if velora is not None and velora.init_type != "random" else None
+
     def adds_to_the_loss(self, config: LoraConfig) -> bool:
         variant = variant_of(config)
         return variant is not None and variant.loss is not None

@@ -138,8 +138,6 @@ class Method(ABC, Generic[C]):
         learning_rate_source: Where that number is from.
         trains: What it trains, in a few words; bilingual, as the source of the rate is.
         freezes_the_base: The base model's own parameters stay as they are, and so may be stored in half precision.
-        mixes_rows: What a row of a batch gives depends on the other rows, and on the padding. The engine leaves the
-            padding in then, so that the results are those of the model itself.
         why_not_mergeable: Why what it trains cannot become a part of the base model's own weights; None where it can.
         tunes: What it must find in the model; `siliang check` reports where there are none.
         needs_settings: It tunes only what the user names, so that it is not chosen by default.
@@ -156,7 +154,6 @@ class Method(ABC, Generic[C]):
     learning_rate_source: ClassVar[str]
     trains: ClassVar[str]
     freezes_the_base: ClassVar[bool] = True
-    mixes_rows: ClassVar[bool] = False
     why_not_mergeable: ClassVar[str | None] = None
     tunes: ClassVar[Literal["layers", "biases"]] = "layers"
     needs_settings: ClassVar[bool] = False
@@ -177,6 +174,14 @@ class Method(ABC, Generic[C]):
 
     def why_not_quantized(self, config: C) -> str | None:
         """Why an adapter with this config cannot be on a quantized base model; None where it can."""
+        return None
+
+    def mixes_rows(self, config: C) -> str | None:
+        """What takes a mean over the rows of a batch with this config, by its name; None where nothing does.
+
+        A row's result or gradient then depends on the other rows, and on the padding. The engine leaves the padding in,
+        so that the results are those of the model itself, and says that the split of a step into batches counts.
+        """
         return None
 
     def adds_to_the_loss(self, config: C) -> bool:

@@ -15,6 +15,7 @@ from siliang.plan.device import Device
 from siliang.plan.fake_run import FakeRun
 from siliang.plan.rows import StepRows
 from siliang.plan.steps import Measured
+from siliang.train.optimizer import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def cached_outputs(
         room = left("auto", 0, psutil.virtual_memory().available) if device.here else None
     elif device.memory_bytes is not None or isinstance(settings.memory_budget, int):
         taken = device.overhead_bytes + measured.peaks["loaded"].nbytes
-        to_come = trained_bytes_to_come(fake_run.trained_bytes, fake_run.trained_bytes)
+        to_come = trained_bytes_to_come(fake_run.trained_bytes, fake_run.trained_bytes, _state_share(settings))
         room = left(settings.memory_budget, taken, (device.memory_bytes or 0) - taken) - to_come
     memory = wanted if room is None else min(wanted, cache_share(room))
     disk = wanted - memory
@@ -65,5 +66,9 @@ def room_for_activations(
         return math.inf
     held = measured.peaks["loaded"].nbytes + fake_run.trained_bytes
     free = (device.memory_bytes or 0) - device.overhead_bytes - held
-    to_come = trained_bytes_to_come(fake_run.trained_bytes, 0)
+    to_come = trained_bytes_to_come(fake_run.trained_bytes, 0, _state_share(settings))
     return left(budget, device.budgeted_bytes + held, free) - to_come - cached_bytes
+
+
+def _state_share(settings: TrainConfig) -> float:
+    return OPTIMIZERS[settings.optimizer].state_share

@@ -42,14 +42,18 @@ class _SharedMode(FakeTensorMode):
     ) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
             # torch's shapes are for bf16 alone, its kernels for other dtypes too
+            given = dict(zip(("self", "mat2", "offs", "bias", "out_dtype"), args, strict=False)) | dict(kwargs or {})
+            shape = _grouped_shape(args[0], given["mat2"], given.get("offs"))
             with self:
-                return torch.empty(_grouped_shape(*args[:3]), dtype=args[0].dtype, device=args[0].device)
+                return torch.empty(shape, dtype=given.get("out_dtype") or args[0].dtype, device=args[0].device)
         return super().dispatch(func, types, args, kwargs or {})
 
 
-def _grouped_shape(a: Tensor, b: Tensor, ends: Tensor) -> tuple[int, ...]:
-    """The shape of a product by groups, of which `ends` says where each ends in the dimension that they share."""
+def _grouped_shape(a: Tensor, b: Tensor, ends: Tensor | None) -> tuple[int, ...]:
+    """The shape of a product by groups, of which `ends` says where each ends in the dimension that they share; None for
+    two batches of matrices, which are groups already."""
     if a.dim() == 2 and b.dim() == 2:
+        assert ends is not None
         return (ends.shape[0], a.shape[0], b.shape[1])
     return (a.shape[-2], b.shape[-1]) if 2 in (a.dim(), b.dim()) else (a.shape[0], a.shape[1], b.shape[2])
 

@@ -16,6 +16,7 @@ from siliang.engine.batches import StepCollator, distinct_tokens, most_tokens
 from siliang.engine.step import Engine
 from siliang.language import local
 from siliang.tasks import TASKS
+from siliang.train.optimizer import OPTIMIZERS
 from siliang.train.types import Run
 
 
@@ -36,6 +37,7 @@ def make_engine(run: Run) -> Engine:
         keep_frozen=t.keep_frozen and run.epochs > 1 and run.ranks.size == 1,  # a rank's rows change
         frozen_tokens=partial(distinct_tokens, run.train_set),
         memory_share=1 / run.ranks.local_size,
+        state_share=OPTIMIZERS[t.optimizer].state_share,
         label_smoothing=t.label_smoothing,
         neftune_alpha=t.neftune_alpha,
         all_logits="ZeRO-3 gathers its weights in its own forward alone" if stage == 3 else None,
