@@ -87,7 +87,8 @@ def test_the_plan_recomputes_the_layers_that_the_engine_does(
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_the_room_is_without_the_state_of_the_optimizer(name: str, tmp_path: Path) -> None:
-    make("llama").config.save_pretrained(tmp_path)
+    base_model: Any = make("llama")
+    base_model.config.save_pretrained(tmp_path)
     values = {"model": str(tmp_path), "task": "causal_lm", "data": {"train": "-", "max_length": 64}, "output": "-"}
     train_settings = {"memory_budget": 700_000_000}
     base = RunConfig.build(values | {"train": train_settings})
@@ -97,7 +98,7 @@ def test_the_room_is_without_the_state_of_the_optimizer(name: str, tmp_path: Pat
     rooms = [room_for_activations(t, THERE, fake_run, measured) for t in (base.train, other)]
     share = OPTIMIZERS[name].state_share
     assert rooms[1] - rooms[0] == (2 - share) * fake_run.trained_bytes
-    model = get_peft_model(make("llama"), LoraConfig())
+    model = get_peft_model(base_model, LoraConfig())
     adam, own = MemoryBudget(model, 1), MemoryBudget(model, 1, state_share=share)
     assert adam._to_come() - own._to_come() == (2 - share) * fake_run.trained_bytes
 
