@@ -39,7 +39,8 @@ def settings(language: Language = "en") -> str:
             fields = [f.name for f in dataclasses.fields(method.config) if f.name not in OWN_FIELDS]
             plain = method.config()
             values = {name: getattr(plain, name) for name in fields}
-            values |= {name: dataclasses.asdict(v) for name, v in values.items() if dataclasses.is_dataclass(v)}
+            groups = {name: v for name, v in values.items() if dataclasses.is_dataclass(v) and not isinstance(v, type)}
+            values |= {name: dataclasses.asdict(group) for name, group in groups.items()}
             entry = f"method: {{name: {method.name}, ...}}"
             title = Bilingual(
                 f"{entry} has these fields, with PEFT's names and defaults:",

@@ -47,6 +47,7 @@ class PeftConfig:
     modules_to_save: list[str] | None = None
 
     is_prompt_learning: ClassVar[bool] = False  # it has virtual tokens
+    has_own_length: ClassVar[bool] = False  # of a prompt: other settings give the number of virtual tokens
     is_prefix: ClassVar[bool] = False  # before the keys and values, not before the text
     peft_type: ClassVar[str]  # the method's name in adapter_config.json
     # Fields of PEFT that siliang does not have, at PEFT's defaults: at any other value they would change the result.

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from typing import Any
 
 from torch import nn
 
@@ -297,7 +298,7 @@ def _only_groups_prevent(module: nn.Module, supports: Callable[[nn.Module], bool
     """Whether a method could work on a convolution if that had one group."""
     if not is_convolution(module) or module.groups == 1:
         return False
-    whole = copy(module)
+    whole: Any = copy(module)
     whole.groups = 1
     return supports(whole)
 

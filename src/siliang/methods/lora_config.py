@@ -160,12 +160,23 @@ class LoraConfig(BlocksConfig):
         """The setting of the variant that is switched on; None for LoRA itself."""
         return next((name for name in self.VARIANTS if getattr(self, name)), None)
 
+    @property
+    def tied(self) -> Tied | None:
+        """What ensure_weight_tying ties among the targets, on the adapter's model. No field: `vars(config)` may be the
+        arguments of another config."""
+        return self.__dict__.get("_tied")
+
+    @tied.setter
+    def tied(self, found: Tied | None) -> None:
+        self.__dict__.pop("_tied", None)
+        if found is not None:
+            self.__dict__["_tied"] = found
+
     def __post_init__(self) -> None:
         if isinstance(self.layer_replication, list | tuple):
             self.layer_replication = [list(r) if isinstance(r, tuple) else r for r in self.layer_replication]
         super().__post_init__()
         check_ranges(self.layer_replication)
-        self.tied: Tied | None = None  # what ensure_weight_tying ties among the targets, on the adapter's model
         if not 0.0 <= self.lora_dropout <= 1.0:
             raise ConfigError(
                 Bilingual(

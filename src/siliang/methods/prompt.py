@@ -47,7 +47,6 @@ class PromptConfig(PeftConfig):
     num_layers: int | None = None
 
     is_prompt_learning: ClassVar[bool] = True
-    has_own_length: ClassVar[bool] = False  # other settings say how many virtual tokens there are
     NEEDED: ClassVar[tuple[str, ...]] = ("token_dim",)
     AT_LEAST_1: ClassVar[tuple[str, ...]] = (
         "num_virtual_tokens",
