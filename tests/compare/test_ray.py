@@ -261,7 +261,7 @@ def test_stopped_far_away_it_goes_on_from_there(
                     break
             assert cluster.resources["memory"] > 2**26  # each worker reserves what its runs take, by the plan
             cluster.resources["memory"] = 2**60
-            assert cluster._places() == 1
+            assert cluster._slots() == 1
         assert Record.read(tmp_path / "run").status == "interrupted"
         assert can_resume(run)
         steps, lost, end = [], 0, ""
