@@ -36,7 +36,10 @@ def test_runtime_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         siliang.get_peft_model(make("llama"), siliang.LoraConfig(runtime_config=ours.runtime_config))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
 def test_norms_elsewhere(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if device == "cpu":

@@ -99,7 +99,7 @@ def test_fp16_adam_without_eps_is_no_number() -> None:
         assert bool(torch.isfinite(p)) == finite
 
 
-@pytest.mark.parametrize(("bits", "double", "said"), [(8, False, "1 and 4"), (4, False, "0.5625"), (4, True, "0.516")])
+@pytest.mark.parametrize(("bits", "double", "said"), [(8, False, "1, and 4"), (4, False, "0.5625"), (4, True, "0.516")])
 def test_bytes_in_few_bits(bits: int, double: bool, said: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     model: Any = make("llama")
