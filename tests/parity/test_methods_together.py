@@ -138,7 +138,7 @@ def test_a_prompt_beside_adapters_in_layers(first: str, tmp_path: Path) -> None:
         model.merge_adapter()
     model.merge_adapter("lora")
     torch.testing.assert_close(logits(model), together, **NEAR)
-    with pytest.raises(ConfigError, match="not biases or prompts"):
+    with pytest.raises(ConfigError, match="a batch of their own"):
         model.unmerge_adapter()
         model(**batch("llama"), adapter_names=["lora", "prompt"] * (len(batch("llama")["input_ids"]) // 2))
     assert torch.equal(logits(model.unload().eval()), logits(make("llama").eval()))
