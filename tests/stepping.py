@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,3 +40,18 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+def losses_of_steps(
+    model: nn.Module, loss_of: Callable[[Any], Tensor], *, steps: int = 5, lr: float = 1e-2, eps: float = 1e-8
+) -> list[float]:
+    """The losses of a few steps of AdamW on what the model trains."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, eps=eps)
+    losses: list[float] = []
+    for _ in range(steps):
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

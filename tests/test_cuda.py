@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_methods_everywhere import SMALL
 from torch import Tensor
 
 from faults.runs import Place, make_place
@@ -22,20 +23,11 @@ from siliang.train.types import Listener
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BUDGET = 8  # roundings further from fp64 than the plain way in the same precision; an H100 needs 6.6, in bf16
-FEW: dict[str, dict[str, Any]] = {  # settings for layers of 32 and 64
-    "c3a": {"block_size": 8},
-    "fourierft": {"n_frequency": 40},
-    "miss": {"r": 4},
-    "oft": {"oft_block_size": 8},
-    "prefix_tuning": {"num_virtual_tokens": 4},
-    "prompt_tuning": {"num_virtual_tokens": 4},
-    "p_tuning": {"num_virtual_tokens": 4},
-    "road": {"group_size": 8},
-    "shira": {"r": 2},
-    "trainable_tokens": {"token_indices": [7, 8, 9]},
-    "vblora": {"num_vectors": 8, "vector_length": 8},
-    "waveft": {"n_frequency": 40},
-}
+PROMPT = {"num_virtual_tokens": 4}
+# Without a method's dropout, which is drawn on the device.
+SETTINGS = {name: {k: v for k, v in own.items() if not k.endswith("dropout")} for name, own in SMALL.items()}
+SETTINGS |= dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), PROMPT)
+EVERY = [name for name in METHODS if name not in ("head", "xlora")]  # which need a new head, and experts
 
 
 def results(f: Callable[..., Tensor], tensors: Iterable[Tensor], dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -117,10 +109,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 def configured(place: Place, folder: Path, method: str, **settings: Any) -> Any:
     """Six steps, without a method's dropout, which is drawn on the device."""
-    config = place.config(folder, method, **({"max_steps": 6, "log_every": 1, "eval_every": None} | settings))
+    config = place.config(folder, **({"max_steps": 6, "log_every": 1, "eval_every": None} | settings))
     values = config.model_dump(mode="json")
-    own = {k: v for k, v in values["method"].items() if k not in ("lora_dropout",)}
-    return type(config).build(values | {"method": own | FEW.get(method, {})})
+    return type(config).build(values | {"method": {"name": method, **SETTINGS.get(method, {})}})
 
 
 def losses(record: Record) -> list[float]:
@@ -128,7 +119,7 @@ def losses(record: Record) -> list[float]:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "head"])
+@pytest.mark.parametrize("method", EVERY)
 def test_a_training_has_the_losses_of_the_cpu(
     method: str, packing: bool, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import torch
 from block_diagonal import BlockDiagonal
 from closeness import assert_all_close, assert_close, assert_same_losses
 from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
+from stepping import losses_of_steps
 from tiny import TASK, VOCABULARY, batch, make
 
 import siliang
@@ -277,7 +278,7 @@ def is_shared(name: str) -> bool:
 def in_peft(name: str) -> str:
     """A tensor's name there: LLaMA-Adapter's have no adapter's name, and the attention that they are in is `model`."""
     name = name.replace("adaption_prompt.default", "adaption_prompt").replace("adaption_gate.default", "adaption_gate")
-    return re.sub(r"(self_attn|attn)\.base_layer\.", r"\1.model.", name)
+    return re.sub(r"\b(self_attn|attn)\.base_layer\.", r"\1.model.", name)
 
 
 def named(model: Any) -> list[tuple[str, Any]]:
@@ -334,17 +335,9 @@ def test_names_forward_and_gradients(method: str, name: str) -> None:
 
 @pytest.mark.parametrize(("method", "name"), cases("steps"))
 def test_five_steps(method: str, name: str) -> None:
-    losses = []
-    for model in pair(method, name):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        steps = []
-        for _ in range(5):
-            loss, _ = loss_and_logits(model, name)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            steps.append(loss.item())
-        losses.append(steps)
+    losses = [
+        losses_of_steps(model, lambda model: loss_and_logits(model, name)[0], lr=1e-3) for model in pair(method, name)
+    ]
     assert_same_losses(*losses)
     assert losses[0][-1] < losses[0][0]
 

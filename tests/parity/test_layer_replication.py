@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_all_close, assert_close, assert_same_losses
+from stepping import losses_of_steps
 from tiny import batch, make
 from transformers import AutoModelForCausalLM
 
@@ -49,17 +50,7 @@ def test_names_answers_and_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_five_steps(name: str) -> None:
-    losses = []
-    for model in pair(name):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        steps = []
-        for _ in range(5):
-            loss = model(**batch(name)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            steps.append(loss.item())
-        losses.append(steps)
+    losses = [losses_of_steps(model, lambda model: model(**batch(name)).loss) for model in pair(name)]
     assert_same_losses(*losses)
     assert losses[0][-1] < losses[0][0]
 

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from closeness import ROUNDINGS, assert_all_close, assert_close, assert_same_losses
+from stepping import losses_of_steps
 from tiny import batch, make
 
 import siliang
@@ -61,17 +62,7 @@ def test_names_forward_and_gradients(name: str, settings: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("name", TASK)
 def test_five_steps(name: str) -> None:
-    losses = []
-    for model in pair(name, {}):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        steps = []
-        for _ in range(5):
-            loss = model(**batch(name)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            steps.append(loss.item())
-        losses.append(steps)
+    losses = [losses_of_steps(model, lambda model: model(**batch(name)).loss) for model in pair(name, {})]
     assert_same_losses(*losses)
     assert losses[0][-1] < losses[0][0]
 

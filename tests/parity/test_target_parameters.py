@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_all_close, assert_close, assert_same_losses
+from stepping import losses_of_steps
 from tiny import VOCABULARY, batch, make
 from torch import nn
 from transformers import (
@@ -144,17 +145,7 @@ def test_names_forward_and_gradients(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["ranks", "gpt_oss", "deepseek_v3", "a linear layer"])
 def test_five_steps(case: str) -> None:
-    losses = []
-    for model in pair(case):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        steps = []
-        for _ in range(5):
-            loss = out(model).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            steps.append(loss.item())
-        losses.append(steps)
+    losses = [losses_of_steps(model, lambda model: out(model).loss, lr=1e-3) for model in pair(case)]
     assert_same_losses(*losses)
     assert losses[0][-1] < losses[0][0]
 

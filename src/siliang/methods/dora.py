@@ -32,14 +32,10 @@ from siliang.types import ConfigError
 MAGNITUDE = "lora_magnitude_vector"
 
 
-class DoraLinear(LowRankLinear):
+class Dora(FactorModules):
     """LoRA with a magnitude for each output: A and B, and `lora_magnitude_vector.<adapter>.weight`
     (O,), which the file calls `lora_magnitude_vector`.
     """
-
-    def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
-        super().__init__(layer, name, spec)
-        add_magnitude(self, on=spec.norms_on)
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         return dora(self, x, base_forward)
@@ -51,8 +47,16 @@ class DoraLinear(LowRankLinear):
         return as_in_files(super().tensors())
 
 
-class DoraConv(LoraConv):
-    """The same on a convolution."""
+class DoraLinear(Dora, LowRankLinear):
+    """On a linear layer."""
+
+    def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
+        super().__init__(layer, name, spec)
+        add_magnitude(self, on=spec.norms_on)
+
+
+class DoraConv(Dora, LoraConv):
+    """On a convolution."""
 
     def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
         if layer.base_layer.groups > 1:
@@ -66,18 +70,9 @@ class DoraConv(LoraConv):
         super().__init__(layer, name, spec)
         add_magnitude(self, 1, -1, *[1] * (self.A.dim() - 2))
 
-    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
-        return dora(self, x, base_forward)
-
-    def merged(self) -> dict[str, Tensor]:
-        return merged_dora(self)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return as_in_files(super().tensors())
-
 
 class DoraEmbedding(LoraEmbedding):
-    """The same on an embedding, which has no bias and no dropout."""
+    """On an embedding, which has no bias and no dropout."""
 
     def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
         super().__init__(layer, name, spec)

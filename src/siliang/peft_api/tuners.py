@@ -169,8 +169,6 @@ class TunerModel(Injection):
                     "add_weighted_adapter 用于合成 LoRA 适配器，而其中一个是别的方法。",
                 )
             )
-        for name in adapters:
-            check_base_unchanged(name, self.adapters[name].layers.values())
         copied = [path for name in adapters for path in self.adapters[name].parts.modules]
         if twice := next((path for path in copied if copied.count(path) > 1), None):
             raise ConfigError(
@@ -189,8 +187,11 @@ class TunerModel(Injection):
             density=density,
             majority_sign=majority_sign_method,
         )
+        combined = how.config(loras)
+        for name in adapters:
+            check_base_unchanged(name, self.adapters[name].layers.values())
         active = self.active
-        self.add_adapter(adapter_name, how.config(loras))
+        self.add_adapter(adapter_name, combined)
         try:
             for path, new in self.adapters[adapter_name].layers.items():
                 own = zip(adapters, weights, strict=True)
