@@ -230,6 +230,19 @@ def test_the_engine_leaves_the_padding_in_for_lily() -> None:
     assert any("lily takes a mean over each batch: train.batch_size, tokens_at_once" in note for note in engine.notes)
 
 
+def test_the_pages_name_what_smaller_batches_change() -> None:
+    from siliang.errors import CATALOGUE
+    from siliang.methods import METHODS
+    from siliang.methods.lora_variants import VARIANTS
+    from siliang.methods.method import Method
+
+    mixing = [name for name, method in METHODS.items() if type(method).mixes_rows is not Method.mixes_rows]
+    assert mixing == ["lora", "lily"]
+    assert [name for name, variant in VARIANTS.items() if variant.mixes_rows] == ["velora_config"]
+    page = CATALOGUE["SLE08"].en.remedy
+    assert "except with LILY and LoRA's velora_config" in page
+
+
 @pytest.mark.parametrize(("init_type", "mixes"), [("batch_average", True), ("random", False)])
 def test_the_engine_says_that_velora_takes_a_mean_over_each_batch(init_type: str, mixes: bool) -> None:
     from siliang.engine.step import Engine

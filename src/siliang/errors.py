@@ -137,14 +137,16 @@ CATALOGUE: dict[str, Entry] = {
         Page(
             "out of memory",
             "A step needs more memory than the device has left.",
-            "Set train.fit=true, which splits the batches with the same result, or train.tokens_at_once, "
-            "train.gradient_checkpointing=true, a smaller data.max_length, or quantization.bits=4.",
+            "Set train.fit=true, which splits the batches, or train.tokens_at_once, "
+            "train.gradient_checkpointing=true, a smaller data.max_length, or quantization.bits=4. Smaller batches "
+            "give the same result, except with LILY and LoRA's velora_config, which take a mean over each batch.",
         ),
         Page(
             "显存或内存不足",
             "一步训练所需的内存超过设备剩余的内存。",
-            "设置 train.fit=true（自动拆分批次，结果不变），或使用 train.tokens_at_once、"
-            "train.gradient_checkpointing=true、更小的 data.max_length、quantization.bits=4。",
+            "设置 train.fit=true（自动拆分批次），或使用 train.tokens_at_once、"
+            "train.gradient_checkpointing=true、更小的 data.max_length、quantization.bits=4。拆分批次不改变结果，"
+            "但 LILY 和 LoRA 的 velora_config 除外，它们对每个批次取平均。",
         ),
     ),
     "SLE09": Entry(

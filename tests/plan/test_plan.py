@@ -208,6 +208,13 @@ def test_fit_adapts_it_with_the_same_result(reviews: RunConfig, tmp_path: Path) 
     assert adapted.memory.predicted_bytes is not None and plain.memory.predicted_bytes is None
 
 
+def test_smaller_batches_change_the_result_of_lily(reviews: RunConfig, tmp_path: Path) -> None:
+    method = {"name": "lily", "r": 2}
+    config = RunConfig.build(reviews.model_dump() | {"output": str(tmp_path / "run"), "method": method})
+    with pytest.raises(PlanError, match=r"It fits .*, with another result, for lily takes a mean over each batch; or"):
+        train(config, planner=Planner(tight(config)))
+
+
 def tight(config: RunConfig) -> Device:
     """A device that holds the model and half of what a step needs."""
     with_room = plan(config, target(None)).methods[0]

@@ -241,10 +241,12 @@ class TrainConfig(Section):
 
     某一步的损失或梯度不是有限值（NaN 或无穷大）时：stop 是停止运行；`skip 5` 是最多跳过 5 个这样的步。"""
     fit: bool = False
-    """If the run does not fit the memory, split its batches and recompute more, with the same result, instead of
-    stopping. With several devices this happens only before the first step, by the plan.
+    """If the run does not fit the memory, split its batches and recompute more instead of stopping. The result stays
+    the same, except with a method that takes a mean over each batch (LILY, VeLoRA). With several devices this happens
+    only before the first step, by the plan.
 
-    运行放不下时，拆分批次并更多地重新计算，结果不变，而不是停止。多个设备时只在第一步之前按预估进行。"""
+    运行放不下时，拆分批次并更多地重新计算，而不是停止。结果不变，但对每个批次取平均的方法（LILY、VeLoRA）除外。多个设备
+    时只在第一步之前按预估进行。"""
 
     @property
     def rows_per_step(self) -> int:

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from siliang.capabilities import why_missing
 from siliang.engine.frozen import FrozenCache
 from siliang.engine.patches import attention_implementation, pack_bloom, register_attention
+from siliang.engine.splits import mixing
 from siliang.language import Bilingual, local
-from siliang.methods import method_of
 from siliang.methods.present_batch import PresentBatch
 from siliang.models.introspect import (
     NoLayerStackError,
@@ -35,7 +35,6 @@ from siliang.models.introspect import (
     parameters_of,
 )
 from siliang.ops.packed_attention import Layout, packed_attention
-from siliang.peft_api.model import PeftModel
 from siliang.secrets import shortened
 from siliang.types import first_line, message_of
 
@@ -188,9 +187,9 @@ class PaddingFree:
         Returns:
             Why this model cannot use packed rows; None if both give the same results.
         """
-        if mixing := _mixing(model):
+        if mixed := mixing(model):
             return Bilingual(
-                f"{mixing[0]} takes a mean over the whole padded batch", f"{mixing[0]} 对整个填充后的批次取平均"
+                f"{mixed[0]} takes a mean over the whole padded batch", f"{mixed[0]} 对整个填充后的批次取平均"
             )
         lengths, width = (5, 2, 4), 5
         device = next(model.parameters()).device
@@ -224,23 +223,6 @@ class PaddingFree:
                     f"打包的样本与填充的样本结果不同（相差标准差的 {off:.1g} 倍）",
                 )
         return None
-
-
-def notes_on_splits(model: nn.Module) -> list[str]:
-    """A line for each part of the model's methods that makes the split of a step into batches count."""
-    return [
-        Bilingual(
-            f"{name} takes a mean over each batch: train.batch_size, tokens_at_once, fit and the number of processes "
-            "change the result",
-            f"{name} 对每个批次取平均：train.batch_size、tokens_at_once、fit 和进程数都会改变结果",
-        )
-        for name in _mixing(model)
-    ]
-
-
-def _mixing(model: nn.Module) -> list[str]:
-    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    return [name for config in configs if (name := method_of(config).mixes_rows(config)) is not None]
 
 
 def attend(

@@ -19,9 +19,10 @@ from siliang.engine.budget import ADAM_STATE, MemoryBudget
 from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
 from siliang.engine.fused import FusedModules
 from siliang.engine.noise import EmbeddingNoise
-from siliang.engine.padding import NotPackableError, PaddingFree, notes_on_splits, trial_error
+from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
 from siliang.engine.patches import patched
 from siliang.engine.recompute import Recompute
+from siliang.engine.splits import notes_on_splits
 from siliang.engine.whole_step import Context, Gather, alone, log_probabilities, run_step
 from siliang.language import Bilingual, together
 from siliang.models.introspect import is_encoder_decoder, output_layer

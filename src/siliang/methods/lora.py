@@ -143,8 +143,9 @@ class Lora(Method[LoraConfig]):
         )
 
     def mixes_rows(self, config: LoraConfig) -> str | None:
-        velora = config.velora_config
-        return "velora_config" if velora is not None and velora.init_type != "random" else None
+        variant = variant_of(config)
+        mixes = variant is not None and variant.mixes_rows is not None and variant.mixes_rows(config)
+        return config.variant if mixes else None
 
     def adds_to_the_loss(self, config: LoraConfig) -> bool:
         variant = variant_of(config)

@@ -31,6 +31,7 @@ class Variant:
         loss: The term that it adds to the loss, of its layers.
         add_hooks: Adds what it needs in the model's forward while it is active, and gives what removes that.
         why_not_merged: Why it cannot be merged; None where it can.
+        mixes_rows: Whether it takes a mean over the rows of a batch, as `Method.mixes_rows`.
     """
 
     kind: Callable[[LoraConfig, str], MakeLowRank]
@@ -38,6 +39,7 @@ class Variant:
     loss: Callable[[Iterable[LayerAdapter]], Tensor] | None = None
     add_hooks: Callable[[nn.Module, LoraConfig, Iterable[LayerAdapter]], Callable[[], None]] | None = None
     why_not_merged: str | None = None
+    mixes_rows: Callable[[LoraConfig], bool] | None = None
 
 
 def _kasa(config: LoraConfig, path: str) -> MakeLowRank:
@@ -48,6 +50,11 @@ def _kasa(config: LoraConfig, path: str) -> MakeLowRank:
 def _velora(config: LoraConfig, path: str) -> MakeLowRank:
     assert config.velora_config is not None
     return partial(VeloraLinear, settings=config.velora_config)
+
+
+def _velora_mean(config: LoraConfig) -> bool:
+    assert config.velora_config is not None
+    return config.velora_config.init_type != "random"
 
 
 def _bdlora(config: LoraConfig, path: str) -> MakeLowRank:
@@ -69,7 +76,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "kasa_config": Variant(_kasa, loss=kasa_loss),
     "use_bdlora": Variant(_bdlora),
-    "velora_config": Variant(_velora),
+    "velora_config": Variant(_velora, mixes_rows=_velora_mean),
 }
 
 

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from siliang.check import CheckInput
 from siliang.config import RunConfig
+from siliang.engine.splits import mixing_of_run, result_of_a_split
 from siliang.language import Bilingual, both, local
 from siliang.plan.device import Device, for_this_process, share_memory, target_device
 from siliang.plan.history import record_work
@@ -18,7 +19,7 @@ from siliang.safety.safe_yaml import parse_yaml
 from siliang.types import PlanError
 from siliang.units import show_bytes
 
-SAME_RESULT = ("train.batch_size", "train.gradient_accumulation", "train.memory_budget")
+FIT_MAY_CHANGE = ("train.batch_size", "train.gradient_accumulation", "train.memory_budget")
 
 
 class Planner:
@@ -132,8 +133,8 @@ def apply_plan(config: RunConfig, planned: MethodPlan, device: Device, say: Call
             )
         )
         return config
-    harmless = planned.fit is not None and all(c.setting in SAME_RESULT for c in planned.fit.changes)
-    if config.train.fit and planned.fit is not None and harmless:
+    result = _result_of_fit(config, planned)
+    if config.train.fit and planned.fit is not None and result is not None:
         changed = with_changes(config, planned.fit.changes)
         more = 100 * (planned.fit.time_factor - 1)
         slower = Bilingual(f", {more:.0f}% more time", f"，用时增加 {more:.0f}%") if more > 0.5 else Bilingual("", "")
@@ -144,14 +145,13 @@ def apply_plan(config: RunConfig, planned: MethodPlan, device: Device, say: Call
         )
         say(
             both(
-                f"memory     about {before} of {available} do not fit; "
-                f"{changes}: {after}{slower}, with the same result",
-                f"内存       约需 {before}，{available.zh}，放不下；改用 {changes}：{after}{slower.zh}，结果不变",
+                f"memory     about {before} of {available} do not fit; {changes}: {after}{slower}, with {result}",
+                f"内存       约需 {before}，{available.zh}，放不下；改用 {changes}：{after}{slower.zh}，{result.zh}",
             )
         )
         planned.peak_bytes, planned.parts = planned.fit.peak_bytes, planned.fit.parts
         return changed
-    details, advice = _parts(planned), _advice(planned, harmless=harmless)
+    details, advice = _parts(planned), _advice(planned, result)
     if planned.loading_bytes > planned.peak_bytes:
         load, steps = show_bytes(planned.loading_bytes), show_bytes(planned.peak_bytes)
         details = Bilingual(f"loading {load}, the steps {steps}", f"加载时 {load}，训练时 {steps}")
@@ -206,7 +206,15 @@ def _parts(planned: MethodPlan) -> Bilingual:
     return Bilingual(shown, shown_zh)
 
 
-def _advice(planned: MethodPlan, *, harmless: bool) -> Bilingual:
+def _result_of_fit(config: RunConfig, planned: MethodPlan) -> Bilingual | None:
+    """What the changes that make a run fit do to its result; None where train.fit may not make them."""
+    if planned.fit is None or any(change.setting not in FIT_MAY_CHANGE for change in planned.fit.changes):
+        return None
+    splits = any(change.setting == "train.batch_size" for change in planned.fit.changes)
+    return result_of_a_split(mixing_of_run(config) if splits else [])
+
+
+def _advice(planned: MethodPlan, result: Bilingual | None) -> Bilingual:
     if planned.fit is None:
         return Bilingual(
             "No setting makes it fit: use a smaller model, or another method (`siliang plan --method all`).",
@@ -214,9 +222,9 @@ def _advice(planned: MethodPlan, *, harmless: bool) -> Bilingual:
         )
     size, changes = show_bytes(planned.fit.peak_bytes), in_words(planned.fit.changes)
     same, same_zh = "", ""
-    if harmless:
+    if result is not None:
         same, same_zh = (
-            ", with the same result; or let train.fit=true do it",
-            "，结果不变；也可设 train.fit=true 自动调整",
+            f", with {result}; or let train.fit=true do it",
+            f"，{result.zh}；也可设 train.fit=true 自动调整",
         )
     return Bilingual(f"It fits ({size}) with {changes}{same}.", f"这样设置就放得下（{size}）：{changes}{same_zh}。")

@@ -17,6 +17,7 @@ from siliang.distributed.sharding import average_gradients, is_sharded, no_sync
 from siliang.engine.batches import StepCollator
 from siliang.engine.method_hooks import extra_loss
 from siliang.engine.random_state import random_state, set_random_state
+from siliang.engine.splits import mixing, result_of_a_split
 from siliang.engine.step import Engine
 from siliang.engine.whole_step import alone
 from siliang.language import both
@@ -125,12 +126,13 @@ class Backward:
         fit = self._fit and run.ranks.size == 1
         if fit and len(halves) > len(batches):
             self._collator.narrow_to(halves)
-            at_once = self._collator.tokens_at_once
+            at_once, result = self._collator.tokens_at_once, result_of_a_split(mixing(run.model))
             run.listener.say(
                 both(
                     f"memory     step {step:,} did not fit in batches of up to {tokens:,} tokens: from now on, up to "
-                    f"{at_once:,}, with the same result",
-                    f"内存       第 {step:,} 步放不下 {tokens:,} 个词元的批次：此后每批最多 {at_once:,} 个，结果不变",
+                    f"{at_once:,}, with {result}",
+                    f"内存       第 {step:,} 步放不下 {tokens:,} 个词元的批次：此后每批最多 {at_once:,} 个，"
+                    f"{result.zh}",
                 )
             )
             return halves

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from siliang.check import RATE_FACTOR
+from siliang.engine.splits import mixing, result_of_a_split
 from siliang.engine.step import Engine
 from siliang.language import Bilingual, local, together
 from siliang.run_folder import CHECKPOINTS, checkpoints
@@ -107,15 +108,15 @@ def out_of_memory_error(run: Run, engine: Engine, step: int, tokens: int) -> Dev
     if planned := sum(run.record.memory.predicted_parts.values()):
         gb = f"{planned / 1e9:,.2f} GB"
         batch = together(batch, Bilingual(f"; {gb} were planned in all", f"；预估总共 {gb}"))
-    alone = run.ranks.size == 1
+    alone, result = run.ranks.size == 1, result_of_a_split(mixing(run.model))
     ways: list[str] = []
     if alone and not t.fit:
-        ways = [Bilingual("train.fit=true (smaller batches, the same result)", "train.fit=true（拆分批次，结果不变）")]
+        ways = [Bilingual(f"train.fit=true (smaller batches, {result})", f"train.fit=true（拆分批次，{result.zh}）")]
     if not alone and t.batch_size > 1:  # in the middle of a step ranks cannot split it
         fewer = -(-t.batch_size // 2)
         more = t.gradient_accumulation * -(-t.batch_size // fewer)
         both_set = f"train.batch_size={fewer}", f"train.gradient_accumulation={more}"
-        ways = [Bilingual(" with ".join(both_set) + " (the same result)", " 和 ".join(both_set) + "（结果不变）")]
+        ways = [Bilingual(f"{' with '.join(both_set)} ({result})", f"{' 和 '.join(both_set)}（{result.zh}）")]
     ways += [] if t.gradient_checkpointing or (t.fit and alone) else ["train.gradient_checkpointing=true"]
     ways += [f"data.max_length={run.config.data.max_length // 2}"]
     ways += [] if run.config.quantization or not run.method.freezes_the_base else ["quantization.bits=4"]
