@@ -1,6 +1,7 @@
 """Each rule: the trap is built and found; a clean run is silent."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,10 @@ def chatty(case: Case) -> Path:
 
 
 BIG = 10**4
+ON_4_BITS: dict[str, Any] = {
+    "quantization": {"bits": 4},
+    "method": {"name": "lora", "init_lora_weights": "pissa", "target_modules": ["q_proj"]},
+}
 TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
     "SL001": ("1 row is bad", lambda c: c([*CLEAN, {"instruction": "a", "output": " "}])),
     "SL002": ("1 of", lambda c: c([*CLEAN, CLEAN[3]], held_out=[{"instruction": "a", "output": "b"}])),
@@ -188,6 +193,7 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
         "80 of 90 rows do not have alora_invocation_tokens before what they learn",
         lambda c: c(method={"name": "lora", "alora_invocation_tokens": word_tokenizer().encode(f"say {WORDS[28]}")}),
     ),
+    "SL039": ("quantization.bits = 4: init_lora_weights = 'pissa'", lambda c: c(**ON_4_BITS)),
     "SL041": ("fewer than", lambda c: c(train={"max_steps": 3, "log_every": 10})),
     "SL042": ("3e-05", lambda c: c(method="full", train={"learning_rate": 3e-4})),
     "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),
@@ -201,6 +207,18 @@ def test_the_trap_is_found(code: str, case: Case) -> None:
     assert len(found) == 1
     assert said in found[0].message
     assert found[0].cause and found[0].fix and found[0].severity == RULES[code].severity
+
+
+def test_a_model_whose_files_are_quantized_is_one(case: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "quantized"
+    shutil.copytree(case.models["llama"], folder)
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(values))
+    for method, words in (({"name": "osf"}, "OSF splits the base model's own weights"), ("full", "needs all its bits")):
+        found = next(f for f in case(model=folder, method=method) if f.code == "SL039")
+        assert f"{folder} is quantized: " in found.message and words in found.message
+    assert "SL039" not in codes(case(model=folder))
 
 
 @pytest.mark.parametrize(

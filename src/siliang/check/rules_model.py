@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.types import OTHER_HEADS, ConfigError, TargetError
 
 
@@ -113,6 +113,32 @@ def targets(s: CheckInput) -> Iterator[Problem]:
                 "请改用模型中存在且该方法能微调的模块名，或去掉 target_modules。",
             )
     yield Problem(error.text, fix=fix)
+
+
+def not_on_quantized(s: CheckInput) -> Iterator[Problem]:
+    """The method does not work on a quantized base model.
+
+    Cause: The method, or one of its settings, trains or changes the base model's own weights, and needs all of their
+    bits. Here the weights are quantized, by the section quantization or in the model's own files.
+
+    Fix: Leave quantization out and use a model in 16 or 32 bits, or another method, or another value of the setting
+    that the message names.
+
+    该方法不能用于量化的基座模型
+
+    原因：这个方法或它的某个配置项要训练或改动基座模型自身的权重，需要完整的精度；而这里的权重已量化，可能是因为配置了
+    quantization，也可能模型文件本身就是量化的。
+
+    办法：去掉 quantization 并使用 16 位或 32 位的模型，或换一种方法，或修改提示中的那个配置项。
+    """
+    if (wanted := s.config.quantization) is not None:
+        where = Bilingual(f"quantization.bits = {wanted.bits}", f"quantization.bits = {wanted.bits}")
+    elif getattr(s.model_config, "quantization_config", None) is not None:
+        where = Bilingual(f"{s.config.model} is quantized", f"{s.config.model} 已量化")
+    else:
+        return
+    if (why := s.method.why_settings_not_quantized(s.config.method.arguments)) is not None:
+        yield Problem(Bilingual(f"{where}: {why.rstrip('.')}", f"{where.zh}：{local(why, 'zh').rstrip('。')}"))
 
 
 def no_biases(s: CheckInput) -> Iterator[Problem]:

@@ -55,6 +55,7 @@ RULES: dict[str, Rule] = {
         Rule("SL036", "warning", rows.texts_not_used, "rows"),
         Rule("SL037", "warning", rows.parts_not_used, "rows"),
         Rule("SL038", "error", tokens.never_invoked),
+        Rule("SL039", "error", model.not_on_quantized, "model", fatal=True),
         Rule("SL041", "warning", run.steps, "run"),
         Rule("SL042", "warning", run.learning_rate, "run"),
         Rule("SL043", "error", run.disk, "run"),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "compare.yaml"
 BASE = "base"  # folder of the base model's metrics and answers
 RATE_RULE = "SL042"  # the learning rate is far from the method's default
-METHOD_RULES = ("SL024", "SL025", "SL042", "SL043")  # findings about one method: the other methods still run
+METHOD_RULES = ("SL024", "SL025", "SL039", "SL042", "SL043")  # findings about one method: the other methods still run
 
 
 @dataclass

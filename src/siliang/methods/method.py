@@ -11,11 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer import LayerAdapter, MakeAdapter
 from siliang.methods.present_batch import PresentBatch
@@ -25,6 +26,11 @@ from siliang.methods.start import StartData
 from siliang.methods.targets import DefaultTargets
 
 C = TypeVar("C", bound=PeftConfig)
+
+NEEDS_ALL_BITS = Bilingual(
+    "quantization is for a base model that stays as it is: full fine-tuning needs all its bits.",
+    "量化用于保持不变的基座模型：全参数微调需要完整的权重。",
+)
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,10 @@ class Method(ABC, Generic[C]):
     def why_not_quantized(self, config: C) -> str | None:
         """Why an adapter with this config cannot be on a quantized base model; None where it can."""
         return None
+
+    def why_settings_not_quantized(self, settings: Mapping[str, Any]) -> str | None:
+        """The same of a run's settings; full fine-tuning has no config."""
+        return NEEDS_ALL_BITS if self.config is None else self.why_not_quantized(cast(C, self.config(**settings)))
 
     def mixes_rows(self, config: C) -> str | None:
         """What takes a mean over the rows of a batch with this config, by its name; None where nothing does.

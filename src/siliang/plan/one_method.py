@@ -146,8 +146,7 @@ def _plan_config(
             can_quantize = (
                 config.quantization is None
                 and method.freezes_the_base
-                and method.config is not None
-                and method.why_not_quantized(method.config(**settings.arguments)) is None
+                and method.why_settings_not_quantized(settings.arguments) is None
             )
             quantized = (lambda wanted: make_run(method=settings, quantization=wanted)) if can_quantize else None
             planned.fit = find_fit(limit, config, fake_run, step, quantized)

@@ -25,15 +25,7 @@ def check_quantization(config: RunConfig, method: Method) -> None:
     """Raises ConfigError where quantized weights would be trained, or changed at the start."""
     if config.quantization is None:
         return
-    if method.config is None:
-        raise ConfigError(
-            Bilingual(
-                "quantization is for a base model that stays as it is: full fine-tuning needs all its bits.",
-                "量化用于保持不变的基座模型：全参数微调需要完整的权重。",
-            )
-        )
-    why = method.why_not_quantized(method.config(**config.method.arguments))
-    if why is not None:
+    if (why := method.why_settings_not_quantized(config.method.arguments)) is not None:
         bits = config.quantization.bits
         raise ConfigError(
             Bilingual(f"quantization.bits = {bits}: {why}", f"不能设置 quantization.bits = {bits}：{local(why, 'zh')}")
