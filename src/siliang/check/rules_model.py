@@ -132,7 +132,7 @@ def not_on_quantized(s: CheckInput) -> Iterator[Problem]:
     办法：去掉 quantization 并使用 16 位或 32 位的模型，或换一种方法，或修改提示中的那个配置项。
     """
     if (wanted := s.config.quantization) is not None:
-        where = Bilingual(f"quantization.bits = {wanted.bits}", f"quantization.bits = {wanted.bits}")
+        where = Bilingual(f"quantization.bits = {wanted.bits}", f"设置了 quantization.bits = {wanted.bits}")
     elif getattr(s.model_config, "quantization_config", None) is not None:
         where = Bilingual(f"{s.config.model} is quantized", f"{s.config.model} 已量化")
     else:

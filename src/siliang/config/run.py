@@ -224,8 +224,8 @@ class RunConfig(Settings):
     """Codes of findings of `siliang check` to accept, such as SL002: they are shown, and do not stop the run. SL023,
     SL028 and SL039 cannot be accepted: the run would end with an error.
 
-    要接受的 `siliang check` 检查结果的规则编号，如 SL002：仍会显示，但不会使运行停止。SL023、SL028 和 SL039 不能接受：运
-    行终究会出错。"""
+    要接受的 `siliang check` 检查结果的规则编号，如 SL002：仍会显示，但不会使运行停止。SL023、SL028 和 SL039 不能接受：
+    运行终究会出错。"""
     output: Name
     """The run's folder. The run creates it; it must not exist, or must be empty.
 
