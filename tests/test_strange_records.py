@@ -21,6 +21,7 @@ from siliang.files import write_manifest
 from siliang.records import Answers, Comparison, Record
 from siliang.report.gather import gather
 from siliang.report.page import render
+from siliang.tasks.record import read_record
 from siliang.train.run import train
 from siliang.train.saving import read_state
 from siliang.types import ConfigError, RecordError
@@ -245,7 +246,7 @@ def test_a_strange_run(name: str, value: Any, folder: Path) -> None:
     path = folder / "run.json"
     write(path, changed(json.loads(path.read_text()), name, value))
     with pytest.raises(RecordError) as caught:
-        Record.read(folder)
+        read_record(folder)
     check_refusal(caught.value, path)
 
 

@@ -42,7 +42,6 @@ MENTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
         ("methods/", "adapters/"),
     ),
     "PEFT's API: a class of models for each task, and what the hub calls it on a card": (16, ("peft_api/",)),
-    "a record is read below tasks/: it holds the names of classes": (2, ("records/run.py",)),
 }
 
 

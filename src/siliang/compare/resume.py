@@ -14,6 +14,7 @@ from siliang.language import Bilingual, local
 from siliang.paths import check_links
 from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Trial, metrics_of, plain
 from siliang.run_folder import CHECKPOINTS, checkpoints, what_changed
+from siliang.tasks.record import read_record
 from siliang.types import ConfigError, OutputError, SiliangError
 
 OWN_FILES = r"compare\.yaml|comparison\.json|report\.html"  # files of the comparison's folder, next to the runs
@@ -78,7 +79,7 @@ def recorded_trial(trial: Trial, config: CompareConfig, folder: Path, record: Co
     path = folder / trial.folder
     if before.status not in ("completed", "running") or not (path / RECORD_NAME).is_file():
         return trial if before.status == "completed" else before.model_copy(update={"settings": trial.settings})
-    run = Record.read(path)
+    run = read_record(path)
     if run.status != "completed":
         return before.model_copy(update={"settings": trial.settings})
     for name, (was, wanted) in changed_settings(run, run_config(config, trial, folder, record.steps)).items():
@@ -99,7 +100,7 @@ def can_resume(config: RunConfig) -> bool:
     """Whether an interrupted run with these settings can resume from a checkpoint. If not, its folder is removed."""
     folder = Path(config.output)
     try:
-        record = Record.read(folder)
+        record = read_record(folder)
         same = record.status != "completed" and not changed_settings(record, config)
     except ConfigError:
         same = False

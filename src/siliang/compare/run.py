@@ -25,6 +25,7 @@ from siliang.language import Bilingual, both, local
 from siliang.records import COMPARISON_NAME, Comparison, Record, Trial, metrics_of
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes
 from siliang.tasks import TASKS
+from siliang.tasks.record import read_record
 from siliang.terminal import shell_command
 from siliang.types import ClusterError, ConfigError, InterruptedRunError
 
@@ -232,7 +233,7 @@ class _ComparisonRun:
         self.record.chosen = {}
         best: dict[str, float] = {}
         for trial in (t for t in self.record.trials if t.purpose == "search" and t.status == "completed"):
-            found = Record.read(self.folder / trial.folder).final[quality.name]
+            found = read_record(self.folder / trial.folder).final[quality.name]
             if trial.method not in best or quality.better(found, best[trial.method]):
                 best[trial.method], self.record.chosen[trial.method] = found, trial.settings
         for label, settings in self.record.chosen.items():
@@ -330,7 +331,7 @@ class _ComparisonRun:
         folder = self.folder / trial.folder
         for name in (CHECKPOINTS, *((ADAPTER, MODEL) if trial.purpose == "search" else ())):
             remove_tree(folder / name)
-        record = Record.read(folder)
+        record = read_record(folder)
         trial.metrics = metrics_of(record)
         self._save()
         self.listener.ended(trial, record)

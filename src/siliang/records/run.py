@@ -15,7 +15,7 @@ from siliang.language import Bilingual
 from siliang.records.metrics import Metrics
 from siliang.records.saved import Count, Date, Name, Number, Part, Positive, Rate, Saved, Sha256
 from siliang.secrets import HIDDEN, short_repr, shortened
-from siliang.types import ConfigError, TaskType
+from siliang.types import ConfigError
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "run.json"
@@ -207,13 +207,13 @@ class Record(Saved):
     """Metrics at the end: eval_loss, accuracy or perplexity, base_eval_loss where measured."""
 
     def check(self) -> None:
-        """The settings are those of a run, and the rest fits them.
+        """The settings are those of a run, and the rest fits them. What a task needs is in tasks/record.py.
 
         Raises:
             ConfigError: It does not.
         """
-        config = RunConfig.recorded(self.config)
-        for name, (was, whole) in differences(self.config, config.model_dump(mode="json")).items():
+        whole_config = RunConfig.recorded(self.config).model_dump(mode="json")
+        for name, (was, whole) in differences(self.config, whole_config).items():
             if HIDDEN not in str(was):  # a secret, for which the name was looked up here
                 raise ConfigError(
                     Bilingual(
@@ -230,13 +230,6 @@ class Record(Saved):
                     )
                 )
             RunConfig.recorded(_with(self.config, name, asked))
-        if config.task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) and not self.labels:
-            raise ConfigError(
-                Bilingual(
-                    f"labels must be a list of names: its task is {config.task.lower()}.",
-                    f"labels 应为名称的列表：任务是 {config.task.lower()}。",
-                )
-            )
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ConfigError(Bilingual("labels holds a name twice.", "labels 中有重复的名称。"))
         if self.layout and self.layout not in LAYOUT_NAMES:

@@ -11,6 +11,7 @@ from siliang.paths import check_links, inside
 from siliang.records import ANSWERS_NAME, COMPARISON_NAME, RECORD_NAME, Answers, Comparison, Record, Verdict
 from siliang.report.agree import Difference, base_differences, differences_of
 from siliang.safety.safe_yaml import dump_yaml
+from siliang.tasks.record import read_record
 from siliang.tasks.verdict import learned_nothing
 from siliang.terminal import one_line, shell_command
 from siliang.types import ConfigError, TaskType
@@ -108,7 +109,7 @@ def gather(folders: list[Path]) -> ReportData:
         else:
             if (folder / RECORD_NAME).exists():
                 check_links(folder)
-            record = Record.read(folder)
+            record = read_record(folder)
             found.append((_label(record), _run(folder, record.seed, record, {})))
     records = [run.record for _, run in found if run.record is not None]
     if not records:
@@ -157,7 +158,7 @@ def _of_comparison(folder: Path) -> ReportData:
             found.append((trial.method, RunResult(path, trial.seed)))
             differences.append(Difference(trial.method, trial.seed, "folder", in_record=trial.folder))
         elif trial.status == "completed":
-            record = Record.read(path)
+            record = read_record(path)
             found.append((trial.method, _run(path, trial.seed, record, comparison.base)))
             differences += differences_of(comparison, config, trial, record)
         else:

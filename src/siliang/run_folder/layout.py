@@ -7,9 +7,10 @@ from pathlib import Path
 from siliang.config import RunConfig
 from siliang.files import write_text
 from siliang.language import Bilingual
-from siliang.records import RECORD_NAME, Record
+from siliang.records import RECORD_NAME
 from siliang.run_place import CONFIG_NAME, no_run_error
 from siliang.safety.safe_yaml import dump_yaml, read_yaml
+from siliang.tasks.record import read_record
 from siliang.terminal import shell_command
 from siliang.types import ConfigError, OutputError
 
@@ -51,7 +52,7 @@ def check_empty(folder: Path, *, for_run: bool = False) -> None:
     status = None
     if (folder / RECORD_NAME).is_file():
         try:
-            status = Record.read(folder).status
+            status = read_record(folder).status
         except ConfigError:
             status = "damaged"
     if status == "completed":

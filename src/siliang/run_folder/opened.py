@@ -30,6 +30,7 @@ from siliang.run_place import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoi
 from siliang.run_settings import in_words, misplaced_settings
 from siliang.secrets import shortened
 from siliang.tasks import TASKS
+from siliang.tasks.record import read_record
 from siliang.terminal import shell_command
 from siliang.types import ADAPTER_CONFIG, AdapterError, ConfigError, DataError, ModelError
 
@@ -201,7 +202,7 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
     folder = Path(folder)
     run, weights = find_place(folder)
     check_links(run)
-    config, record = read_config(run), Record.read(run)
+    config, record = read_config(run), read_record(run)
     resume = shell_command("siliang", "train", "--resume", run)
     weights = weights or next((run / part for part in (ADAPTER, MODEL) if (run / part).is_dir()), None)
     if weights is None:

@@ -14,6 +14,7 @@ from siliang.paths import check_links
 from siliang.records import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, what_changed
 from siliang.run_settings import LENGTH, MAY_CHANGE, as_adjusted, changed_settings, in_words
+from siliang.tasks.record import read_record
 from siliang.terminal import shell_command
 from siliang.train.saving import last_good
 from siliang.train.start_adapter import find_start_adapter
@@ -127,7 +128,7 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
 
 def _read(folder: Path, say: Callable[[str], None]) -> Record | None:
     try:
-        return Record.read(folder)
+        return read_record(folder)
     except ConfigError as error:
         if isinstance(error, RecordError) and error.later:
             raise

@@ -17,6 +17,7 @@ from siliang.paths import check_links
 from siliang.records import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints
 from siliang.safety.safe_yaml import read_yaml
+from siliang.tasks.record import read_record
 from siliang.types import OTHER_HEADS, TASK_HEADS, AdapterError, ConfigError, TaskType
 
 HUB_FIELDS = ("task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision")
@@ -159,7 +160,7 @@ def find_start_adapter(name: str) -> StartAdapter:
         folder = adapter_folder(name)
     if run is not None and run != path and folder.name != ADAPTER and folder.absolute().parent.parent != run:
         run = None  # another folder in a run's folder
-    values, record = ({}, None) if run is None else (_read_settings(run), Record.read(run))
+    values, record = ({}, None) if run is None else (_read_settings(run), read_record(run))
     return StartAdapter(folder, PeftConfig.from_pretrained(folder), values, record)
 
 
