@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from siliang.methods.adalora import AdaLoraConfig
     from siliang.methods.adaption_prompt import AdaptionPromptConfig
+    from siliang.methods.arrow import ArrowConfig
     from siliang.methods.bdlora import BdLoraConfig
     from siliang.methods.beft import BeftConfig
     from siliang.methods.bitfit import BitFitConfig
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from siliang.methods.vera import VeraConfig
     from siliang.methods.waveft import WaveFTConfig
     from siliang.methods.xlora import XLoraConfig
+    from siliang.peft_api.arrow import create_arrow_model
     from siliang.peft_api.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -151,6 +153,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ArrowConfig": "siliang.methods.arrow",
     "AutoPeftModel": "siliang.peft_api.auto",
     "AutoPeftModelForCausalLM": "siliang.peft_api.auto",
     "AutoPeftModelForFeatureExtraction": "siliang.peft_api.auto",
@@ -264,6 +267,7 @@ _HOME = {
     "cast_mixed_precision_params": "siliang.peft_api.functions",
     "check_if_peft_model": "siliang.peft_api.functions",
     "convert_to_lora": "siliang.peft_api.to_lora",
+    "create_arrow_model": "siliang.peft_api.arrow",
     "disable_input_dtype_casting": "siliang.peft_api.functions",
     "get_base_model_state_dict": "siliang.peft_api.functions",
     "get_layer_status": "siliang.peft_api.status",
@@ -289,6 +293,7 @@ __all__ = [
     "AdaLoraModel",
     "AdaptionPromptConfig",
     "AdaptionPromptModel",
+    "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -390,6 +395,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "check_if_peft_model",
     "convert_to_lora",
+    "create_arrow_model",
     "disable_input_dtype_casting",
     "get_base_model_state_dict",
     "get_eva_state_dict",

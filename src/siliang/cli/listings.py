@@ -36,7 +36,11 @@ def settings(language: Language = "en") -> str:
             lines += [f"{name}: {default}    # {kind}", filled(local(meaning, language), 100, "    ")]
     for method in TABLE.values():
         if method.config is not None:
-            fields = [f.name for f in dataclasses.fields(method.config) if f.name not in OWN_FIELDS]
+            fields = [
+                f.name
+                for f in dataclasses.fields(method.config)
+                if f.name not in (*OWN_FIELDS, *method.config.NOT_IN_RUNS)
+            ]
             plain = method.config()
             values = {name: getattr(plain, name) for name in fields}
             groups = {name: v for name, v in values.items() if dataclasses.is_dataclass(v) and not isinstance(v, type)}

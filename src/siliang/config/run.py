@@ -67,8 +67,13 @@ class MethodConfig(BaseModel):
         counted = config is not None and config.is_prompt_learning and not config.has_own_length
         if counted and self.model_extra is not None:
             self.model_extra.setdefault("num_virtual_tokens", VIRTUAL_TOKENS)
-        fields = {f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set()
+        others = OWN_FIELDS | (config.NOT_IN_RUNS.keys() if config else set())
+        fields = {f.name for f in dataclasses.fields(config)} - others if config else set()
         for key, value in self.arguments.items():
+            if config is not None and (why := config.NOT_IN_RUNS.get(key)) is not None:
+                raise ConfigError(
+                    Bilingual(f"method.{key} cannot be set: {why}.", f"不能设置 method.{key}：{why.zh}。")
+                )
             if key not in fields:
                 hint = name_hint(key, RunConfig, value, section="method", fields=fields) or nearest(key, fields)
                 allowed = ", ".join(sorted(fields)) or "none"

@@ -54,6 +54,8 @@ class PeftConfig:
     UNSUPPORTED: ClassVar[dict[str, object]] = {}
     # Fields that PEFT's config of this method lacks: a file has them where they are set.
     NOT_IN_PEFT: ClassVar[tuple[str, ...]] = ()
+    # Fields that a run cannot set, each with the reason.
+    NOT_IN_RUNS: ClassVar[Mapping[str, Bilingual]] = {}
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ()
     MOST: ClassVar[int] = 2**31  # of those numbers: no model has more of anything
     PROBABILITIES: ClassVar[tuple[str, ...]] = ()  # of leaving something out during training

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from siliang.language import Bilingual
+from siliang.methods.arrow import WHY_NOT_TRAINED, ArrowConfig
 from siliang.methods.bdlora import BdLoraConfig
 from siliang.methods.config import CONFIG_NAME
 from siliang.methods.corda import CordaConfig
@@ -90,6 +91,7 @@ class LoraConfig(BlocksConfig):
             update is added. What stands before it is computed by the base model alone.
         kasa_config: KaSA: learned singular values between A and B, on a base weight without its r smallest ones.
         use_bdlora: BD-LoRA: A or B of a layer is block-diagonal, for servers that cut layers over devices.
+        arrow_config: Arrow: trained LoRA adapters are mixed for each token. create_arrow_model sets it.
         velora_config: VeLoRA: the inputs of A are compressed for the backward pass, which takes less memory.
         loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
         rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
@@ -118,6 +120,7 @@ class LoraConfig(BlocksConfig):
     kasa_config: KasaConfig | None = None
     use_bdlora: BdLoraConfig | None = None
     velora_config: VeloraConfig | None = None
+    arrow_config: ArrowConfig | None = None
     loftq_config: dict[str, int] = field(default_factory=dict)
     eva_config: EvaConfig | None = None
     corda_config: CordaConfig | None = None
@@ -133,7 +136,6 @@ class LoraConfig(BlocksConfig):
     peft_type: ClassVar[str] = PeftType.LORA
     FILES: ClassVar[tuple[str, ...]] = ("corda_config.cache_file", "corda_config.covariance_file")
     UNSUPPORTED: ClassVar[dict[str, object]] = {
-        "arrow_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "monteclora_config": None,
@@ -141,9 +143,10 @@ class LoraConfig(BlocksConfig):
         "use_qalora": False,
     }
 
+    NOT_IN_RUNS: ClassVar[dict[str, Bilingual]] = {"arrow_config": WHY_NOT_TRAINED}
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
     VARIANTS: ClassVar[tuple[str, ...]] = (  # of which one may be set
-        *("use_dora", "alora_invocation_tokens", "kasa_config", "use_bdlora", "velora_config"),
+        *("use_dora", "alora_invocation_tokens", "kasa_config", "use_bdlora", "velora_config", "arrow_config"),
     )
     # What does not go together with a variant, and why.
     APART: ClassVar[tuple[tuple[str, str, Bilingual], ...]] = (
@@ -153,6 +156,7 @@ class LoraConfig(BlocksConfig):
             Bilingual("DoRA scales a weight, and has no bias of B", "DoRA 缩放权重，不含 B 的偏置"),
         ),
         ("use_bdlora", "lora_bias", Bilingual("B in blocks has no bias", "分块的 B 没有偏置")),
+        ("arrow_config", "lora_bias", Bilingual("nothing of the router is trained", "路由没有可训练的参数")),
     )
 
     @property
@@ -282,6 +286,9 @@ class LoraConfig(BlocksConfig):
         if self.use_bdlora and init not in ("True", "False", "gaussian"):
             blocks = Bilingual("this start is that of an A and B without blocks", "这种初始化针对不分块的 A 和 B")
             apart.append(("use_bdlora", f"init_lora_weights = {init!r}", blocks))
+        if self.arrow_config and init not in ("True", "False", "gaussian"):
+            nothing = Bilingual("nothing of the router is trained", "路由没有可训练的参数")
+            apart.append(("arrow_config", f"init_lora_weights = {init!r}", nothing))
         if init == "mica":
             alone = Bilingual("MiCA trains A alone", "MiCA 只训练 A")
             others = [*on, *(["lora_bias"] if self.lora_bias else [])]

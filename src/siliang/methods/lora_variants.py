@@ -12,7 +12,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from siliang.methods.alora import WHY_NOT_MERGED, AloraLinear, check_model, follow_tokens
+from siliang.methods import alora, arrow
+from siliang.methods.alora import AloraLinear, check_model, follow_tokens
+from siliang.methods.arrow import ArrowConfig, ArrowLinear, check_arrow
 from siliang.methods.bdlora import bdlora_on
 from siliang.methods.kasa import KasaLinear, kasa_loss
 from siliang.methods.layer import LayerAdapter
@@ -57,6 +59,11 @@ def _velora_mean(config: LoraConfig) -> bool:
     return config.velora_config.init_type != "random"
 
 
+def _arrow(config: LoraConfig) -> ArrowConfig:
+    assert config.arrow_config is not None
+    return config.arrow_config
+
+
 def _bdlora(config: LoraConfig, path: str) -> MakeLowRank:
     assert config.use_bdlora is not None
     return bdlora_on(config.use_bdlora, path)
@@ -72,7 +79,12 @@ VARIANTS: dict[str, Variant] = {
         lambda config, path: AloraLinear,
         check=lambda model, config: check_model(model, _invocation(config)),
         add_hooks=lambda model, config, layers: follow_tokens(model, layers, _invocation(config)),
-        why_not_merged=WHY_NOT_MERGED,
+        why_not_merged=alora.WHY_NOT_MERGED,
+    ),
+    "arrow_config": Variant(
+        lambda config, path: partial(ArrowLinear, settings=_arrow(config)),
+        check=lambda model, config: check_arrow(_arrow(config)),
+        why_not_merged=arrow.WHY_NOT_MERGED,
     ),
     "kasa_config": Variant(_kasa, loss=kasa_loss),
     "use_bdlora": Variant(_bdlora),
