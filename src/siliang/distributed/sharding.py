@@ -24,6 +24,7 @@ from siliang.capabilities import why_missing
 from siliang.language import Bilingual, local
 from siliang.models.introspect import checkpointed_layers
 from siliang.models.quantized import keep_states
+from siliang.peft_api.model import PeftModel
 from siliang.types import ConfigError
 
 
@@ -71,14 +72,12 @@ def fake_mesh(ranks: int) -> Iterator[DeviceMesh | None]:
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, *, trained_too: bool) -> None:
-    """Shards the model's weights, layer by layer, on `device`; the model keeps its names and its type.
-
-    Args:
-        trained_too: Shard what is trained as well.
-    """
+def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Shards the model's weights, layer by layer, on `device`; the model keeps its names and its type."""
     keep_states(model)
-    whole = {p for p in model.parameters() if (p.requires_grad and not trained_too) or not _can_be_sharded(p)}
+    whole = {p for p in model.parameters() if not _can_be_sharded(p)}
+    if isinstance(model, PeftModel):
+        whole |= _of_adapters(model)
     for p in whole:
         p.data = p.data.to(device)
     for layer in checkpointed_layers(model):
@@ -166,6 +165,13 @@ def copy_full(target: Tensor, value: Tensor) -> None:
 
 def _sharded_like(value: Tensor, like: DTensor) -> Tensor:
     return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
+
+
+def _of_adapters(model: PeftModel) -> set[nn.Parameter]:
+    """What is trained, and what adapters save without training it, such as MiCA's B."""
+    layers = [layer for adapter in model.injection.adapters.values() for layer in adapter.layers.values()]
+    saved = {t for layer in layers for t in layer.tensors().values() if isinstance(t, nn.Parameter)}
+    return saved | {p for p in model.parameters() if p.requires_grad}
 
 
 def _can_be_sharded(p: nn.Parameter) -> bool:

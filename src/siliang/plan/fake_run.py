@@ -127,7 +127,7 @@ class FakeRun:
             self.adapter_bytes = self._saved_bytes(resized=bool(new_tokens))
             sharded = config.distributed.strategy == "fsdp"
             if mesh is not None and sharded:
-                shard(self.model, mesh, torch.device("cpu"), trained_too=not isinstance(self.model, PeftModel))
+                shard(self.model, mesh, torch.device("cpu"))
             self.engine = Engine(
                 self.model,
                 TASKS[config.task],

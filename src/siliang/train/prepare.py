@@ -30,7 +30,6 @@ from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
 from siliang.methods.config import PeftConfig
 from siliang.models.own_code import code_of
-from siliang.peft_api.model import PeftModel
 from siliang.records import Counts, Device, Predicted, Record, Rows, Seconds
 from siliang.run_folder import changed_base, hashes, load_base, sources_of, weight_dtype
 from siliang.tasks.prepare import prepare_data
@@ -249,7 +248,7 @@ def _load(
 
 def _shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     """Shards the model over the ranks (FSDP2)."""
-    shard(model, mesh, device, trained_too=not isinstance(model, PeftModel))
+    shard(model, mesh, device)
     free_memory()
 
 

@@ -1,0 +1,121 @@
+"""Every method, and LoRA's variants and starts, on two ranks: the same losses and the same adapter as on one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranked import ARGUMENTS, assert_same, changed, configured, stopped, train_on
+
+import siliang
+from faults.runs import Place, run
+from siliang.config import MethodConfig, RunConfig
+from siliang.methods import METHODS
+from siliang.methods.lora_config import BY_DATA
+from tests.test_methods_everywhere import SMALL
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
+
+# One of each family: tensors that layers share, ranks that are allocated and a term of the loss, a rotation, matrices
+# that layers share, a router, rows of a table, a computed weight, virtual tokens.
+OFTEN = ("vera", "adalora", "oft", "lily", "poly", "trainable_tokens", "osf", "cpt", "xlora")
+STARTS = ("gaussian", "pissa", "olora", "loftq", "orthogonal", "mica", "eva", "corda", "lora_ga")
+OF_LORA: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "bias": "all"},
+    **{init: {"init_lora_weights": init} for init in STARTS},
+    # few tokens are learned
+    "eva": {"init_lora_weights": "eva", "eva_config": {"use_label_mask": False}},
+    "trainable_indices": {"trainable_token_indices": [8, 10, 11]},
+    "alora": {"alora_invocation_tokens": [5, 6]},  # "Assistant :"
+    "velora": {"velora_config": {"num_groups": 4, "init_type": "random"}},
+}
+EVERY = [*SMALL, *OF_LORA, *(name for name in METHODS if name not in (*SMALL, *ARGUMENTS, "head"))]
+# A mean over each batch, or random numbers that each rank draws: their losses are not those of one process.
+OF_THEIR_OWN = ("lily", "velora_once", "poly")
+
+
+def settings_of(method: str, experts: dict[str, str]) -> dict[str, Any]:
+    """Without dropout, which ranks draw on their own."""
+    if method in OF_LORA:
+        return {"name": "lora", "r": 4} | OF_LORA[method]
+    if method == "xlora":
+        return {"name": "xlora", "adapters": experts, "xlora_dropout_p": 0.0}
+    own = {key: value for key, value in SMALL.get(method, {}).items() if "dropout" not in key}
+    return {"name": method} | own
+
+
+@pytest.fixture(scope="module")
+def experts(still_place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two LoRA adapters, for X-LoRA."""
+    from transformers import AutoModelForCausalLM
+
+    found: dict[str, str] = {}
+    for name in ("law", "food"):
+        folder = tmp_path_factory.mktemp("experts") / name
+        config = siliang.LoraConfig(r=2, init_lora_weights=False)
+        siliang.get_peft_model(AutoModelForCausalLM.from_pretrained(still_place.model), config).save_pretrained(folder)
+        found[name] = str(folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(
+    still_place: Place, experts: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], RunConfig]:
+    """Trains on one rank."""
+
+    @cache
+    def train_alone(method: str) -> RunConfig:
+        config = configured(still_place, tmp_path_factory.mktemp("one") / "run", "lora", tokens_at_once=16)
+        config = config.model_copy(update={"method": MethodConfig(**settings_of(method, experts))})
+        ending = run(config)
+        assert ending.code == 0, ending.said
+        return config
+
+    return train_alone
+
+
+def why_not_sharded(config: RunConfig) -> str | None:
+    """What says that a method does not train under FSDP."""
+    method = METHODS[config.method.name]
+    assert method.config is not None
+    settings = method.config(**config.method.arguments)
+    if getattr(settings, "init_lora_weights", None) in BY_DATA:
+        return "its start is learned on the whole model"
+    return "adds a term to the loss" if method.adds_to_the_loss(settings) else None
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.long) for m in EVERY])
+def test_as_one(method: str, strategy: str, alone: Callable[[str], RunConfig], tmp_path: Path) -> None:
+    """Where ranks compute means or random numbers of their own, they train all the same."""
+    one = alone(method)
+    endings = train_on(changed(one, tmp_path / "several", strategy), 2)
+    if strategy == "fsdp" and (why := why_not_sharded(one)) is not None:
+        assert [e.code for e in endings] == [2, 2] and why in endings[0].said, endings[0].said
+        return
+    assert [e.code for e in endings] == [0, 0], endings[0].said + endings[1].said
+    if method not in OF_THEIR_OWN:
+        assert_same(Path(one.output), tmp_path / "several")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", EVERY)
+def test_resumed(method: str, strategy: str, alone: Callable[[str], RunConfig], tmp_path: Path) -> None:
+    """Stopped by a signal to one rank alone."""
+    one = alone(method)
+    if method in OF_THEIR_OWN:
+        one = changed(one, tmp_path / "whole", strategy)
+        assert [e.code for e in train_on(one, 2)] == [0, 0]
+    if strategy == "fsdp" and why_not_sharded(one) is not None:
+        pytest.skip("refused, as the other test says")
+    two = stopped(changed(one, tmp_path / "two", strategy))
+    endings = train_on(two, 2, resume=True)
+    assert [e.code for e in endings] == [0, 0], endings[0].said
+    assert_same(Path(one.output), tmp_path / "two")
