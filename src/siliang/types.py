@@ -139,6 +139,10 @@ class TargetError(ConfigError):
     code = "SLE02"
 
 
+class KindError(ConfigError, TypeError):
+    """A function does not work on a model, a module or a value of this kind, where PEFT raises TypeErrors."""
+
+
 class DataError(SiliangError, ValueError):
     """The user's data cannot be read, or does not fit the settings."""
 

@@ -74,12 +74,6 @@ class AdaptedLayer(PeftLayer):
         """Adds an adapter whose parts are registered."""
         self._adapters[adapter.name] = adapter
 
-    @property
-    def module_type(self) -> str:
-        """The first adapter's kind, and the base layer's, such as "LoraLinear on Linear"."""
-        kinds = [type(adapter).__name__ for adapter in self._adapters.values()]
-        return f"{kinds[0] if kinds else 'nothing'} on {type(self.base_layer).__name__}"
-
     def delete_adapter(self, name: str) -> None:
         """Removes adapter `name`, if this layer has it."""
         self._adapters.pop(name, None)
@@ -257,6 +251,18 @@ class ByAdapter(nn.Module):
 
     def __iter__(self) -> Iterator[str]:
         return (name for held in self._all() for name in held)
+
+    def keys(self) -> list[str]:
+        """The adapters that have a part here."""
+        return list(self)
+
+    def values(self) -> list[nn.Module | Tensor]:
+        """Their parts."""
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, nn.Module | Tensor]]:
+        """Both."""
+        return [(name, self[name]) for name in self]
 
     def delete(self, name: str) -> None:
         """Drops what adapter `name` has here, if anything."""

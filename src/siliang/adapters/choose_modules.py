@@ -14,7 +14,7 @@ from siliang.methods.config import PeftConfig
 from siliang.methods.tied_ends import tied_for
 from siliang.models.invented import invented_modules
 from siliang.module_paths import inside, matching_paths, outermost, plain_modules
-from siliang.types import OTHER_HEADS, TASK_HEADS, TargetError, TaskType, nearest
+from siliang.types import OTHER_HEADS, TASK_HEADS, KindError, TargetError, TaskType, nearest
 
 
 def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str], nested: bool = True) -> list[str]:
@@ -24,8 +24,8 @@ def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str
         nested: Matches within a match are left to the outer one. PEFT trains that one, and writes the inner one.
 
     Raises:
-        TargetError: One of `required` matches nothing; a match is a list of modules, which does not compute, or, unless
-            `nested`, lies within another.
+        TargetError: One of `required` matches nothing; a match, unless `nested`, lies within another.
+        KindError: A match is a list of modules, which does not compute.
     """
     modules = {p: m for p, m in plain_modules(model) if p}
     paths = list(modules)
@@ -51,8 +51,8 @@ def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str
             )
         )
     for path in found:
-        if isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
-            raise TargetError(
+        if isinstance(modules[path], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            raise KindError(
                 Bilingual(
                     f"modules_to_save: {path} is a list of modules, which does not compute: name what is in it.",
                     f"modules_to_save：{path} 是模块列表，本身不参与计算：请写出其中的模块名。",

@@ -172,6 +172,8 @@ class Injection(nn.Module):
         share_parts(layers, parts)
         for path, rows in parts.table_rows.items():
             layers |= self.attachments.add_table_rows(name, path, rows)
+        for layer in layers.values():
+            layer.method = config.peft_type
         self.attachments.copy_parameters(name, parts.parameters)
         self.attachments.copy_modules(name, parts.modules, tied=getattr(config, "ensure_weight_tying", False))
         return AttachedAdapter(

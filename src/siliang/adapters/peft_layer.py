@@ -93,6 +93,8 @@ class PeftLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             adapters: Mapping[str, LayerAdapter] = self.__dict__.get("_adapters", {})
+            if name == "token_adapter" and any("token_indices" in one.settings for one in adapters.values()):
+                return self  # in PEFT a module of its own, inside the layer, has the rows
             found = {key: adapter.settings[name] for key, adapter in adapters.items() if name in adapter.settings}
             if not found:
                 raise

@@ -23,7 +23,7 @@ from siliang.methods.method import TableRows
 from siliang.models.introspect import output_layer
 from siliang.models.quantized import is_quantized
 from siliang.module_paths import inside, plain_modules
-from siliang.types import ConfigError
+from siliang.types import ConfigError, KindError
 
 PART = "trainable_tokens_delta"
 
@@ -50,6 +50,12 @@ class RowsAdapter(LayerAdapter):
         else:
             P = source.P
         super().__init__(layer, name, {PART: P})
+        self.settings = {"token_indices": list(rows.indices)}
+
+    @property
+    def is_the_method(self) -> bool:
+        """Whether the method is trainable tokens, and not LoRA with rows beside it."""
+        return self.rows.key == PART
 
     @property
     def P(self) -> nn.Parameter:
@@ -126,7 +132,7 @@ def check_table_rows(model: nn.Module, table_rows: Mapping[str, TableRows], othe
                 )
             )
         if clash := next((p for p in (path, *tied) if inside(p, taken)), None):
-            raise ConfigError(
+            raise KindError(
                 Bilingual(
                     f"{clash} is tuned otherwise by the same adapter: leave it out there, or train no rows.",
                     f"{clash} 已由同一适配器以别的方式微调：请在那边去掉它，或不按行训练。",

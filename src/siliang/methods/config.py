@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from siliang.files import write_text
 from siliang.hub import adapter_folder
@@ -25,8 +25,32 @@ _OF_THE_BASE = frozenset({"base_model_name_or_path", "revision", "auto_mapping",
 PEFT_FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
 
 
+if TYPE_CHECKING:  # which reads the fields
+    _ConfigClass = type
+else:
+
+    class _ConfigClass(type):
+        """A config's class: what follows from it can be an argument all the same, as in PEFT."""
+
+        def __call__(cls, *args, peft_type=None, peft_version=None, **kwargs):
+            """
+            Args:
+                peft_type: The method's name, which must be that of the class.
+                peft_version: Without effect: a file has the release whose format it is in.
+            """
+            own = getattr(cls, "peft_type", None)
+            if peft_type is not None and peft_type != own:
+                raise ConfigError(
+                    Bilingual(
+                        f"peft_type = {short_repr(peft_type)}: {cls.__name__} is for {own}. Leave it out.",
+                        f"peft_type = {short_repr(peft_type)}：{cls.__name__} 用于 {own}。请去掉它。",
+                    )
+                )
+            return super().__call__(*args, **kwargs)
+
+
 @dataclass(kw_only=True)
-class PeftConfig:
+class PeftConfig(metaclass=_ConfigClass):
     """What is common to every method's config; the names and defaults are those of PEFT.
 
     Attributes:
@@ -192,6 +216,27 @@ class PeftConfig:
             raise AdapterError(Bilingual(f"{source}: {error}", f"{source}：{local(message_of(error), 'zh')}")) from None
 
     @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """The config of the method that `peft_type` names, or of this class, from its fields.
+
+        Raises:
+            AdapterError: siliang has no such method.
+            ConfigError: A field is not allowed.
+        """
+        return (config_class(kwargs["peft_type"], source="peft_type") if "peft_type" in kwargs else cls)(**kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path) -> dict[str, object]:
+        """What a file such as adapter_config.json holds, without settings that are not for files.
+
+        Raises:
+            AdapterError: The file is missing, or holds no JSON object.
+        """
+        path = Path(path_json_file)
+        values = _json_object(path, AdapterError(Bilingual(f"There is no file {path}.", f"找不到文件 {path}。")))
+        return {key: value for key, value in values.items() if key != "runtime_config"}
+
+    @classmethod
     def has_effect(cls, key: str, values: dict[str, object]) -> bool:
         """Whether a field of UNSUPPORTED has an effect with the other `values` of a file."""
         return True
@@ -218,14 +263,7 @@ class PeftConfig:
                 f"{folder} 中没有适配器：缺少 {CONFIG_NAME}。",
             )
         )
-        values = read_values(path, AdapterError, Bilingual("cannot be read", "无法读取"), missing=missing, foreign=True)
-        if not isinstance(values, dict):
-            raise AdapterError(
-                Bilingual(
-                    f"{path} must hold a JSON object, not {type(values).__name__}.",
-                    f"{path} 应为一个 JSON 对象，而不是 {type(values).__name__}。",
-                )
-            )
+        values = _json_object(path, missing)
         found = config_class(values.get("peft_type"), source=str(path))
         if not issubclass(found, cls):
             raise AdapterError(
@@ -294,6 +332,25 @@ def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
             )
         )
     return CONFIG_CLASSES[name]
+
+
+def _json_object(path: Path, missing: AdapterError) -> dict[str, object]:
+    """
+    Args:
+        missing: The error where there is no such file.
+
+    Raises:
+        AdapterError: The file cannot be read, or holds something else.
+    """
+    values = read_values(path, AdapterError, Bilingual("cannot be read", "无法读取"), missing=missing, foreign=True)
+    if isinstance(values, dict):
+        return values
+    raise AdapterError(
+        Bilingual(
+            f"{path} must hold a JSON object, not {type(values).__name__}.",
+            f"{path} 应为一个 JSON 对象，而不是 {type(values).__name__}。",
+        )
+    )
 
 
 def _plain(value: object) -> object:

@@ -14,7 +14,7 @@ from siliang.language import Bilingual, both, local
 from siliang.methods.blocks import ALL_BLOCKS, Blocks
 from siliang.methods.config import LayerConfig
 from siliang.methods.targets import DefaultTargets
-from siliang.models.introspect import is_convolution, is_linear, is_multihead_attention, output_layer
+from siliang.models.introspect import fused_layers, is_convolution, is_linear, is_multihead_attention, output_layer
 from siliang.module_paths import ends_with, inside, matching_paths, plain_modules
 from siliang.types import TargetError, nearest
 
@@ -69,7 +69,7 @@ def find_targets(
         found = _by_endings(wanted, model, modules, supported, lenient=lenient)
     found = _left(found, config, blocks, outside)
     if not lenient:
-        _check_called(found, _uncalled(modules))
+        _check_called(found, _uncalled(modules), modules)
     _check_supported(found, supports, modules, config, by_expression=isinstance(wanted, str))
     return found
 
@@ -233,16 +233,27 @@ def _left(found: Sequence[str], config: LayerConfig, blocks: Blocks, outside: Se
 def _uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
     """The layers of which an attention around them reads the weight: what is put on them has no effect."""
     attentions = [path for path, module in modules.items() if is_multihead_attention(module)]
-    return {f"{path}.out_proj" if path else "out_proj" for path in attentions}
+    found = {f"{path}.out_proj" if path else "out_proj" for path in attentions}
+    return found | {f"{path}.{name}" for path, module in modules.items() for name in fused_layers(module)}
 
 
-def _check_called(found: Sequence[str], uncalled: set[str]) -> None:
+def _check_called(found: Sequence[str], uncalled: set[str], modules: Mapping[str, nn.Module]) -> None:
     """
     Raises:
         TargetError: A target is never called.
     """
     if wrong := next((path for path in found if path in uncalled), None):
-        attention = wrong.rpartition(".")[0]
+        attention, _, own = wrong.rpartition(".")
+        if not is_multihead_attention(modules[attention]):
+            kind = type(modules[attention]).__name__
+            raise TargetError(
+                Bilingual(
+                    f"target_modules: {wrong!r} is not called where the kernels of Mamba compute: its {kind} passes the "
+                    f"weight to them. Leave {own} out.",
+                    f"target_modules：使用 Mamba 内核时不会调用 {wrong!r}：它所在的 {kind} 把权重直接传给内核。"
+                    f"请去掉 {own}。",
+                )
+            )
         raise TargetError(
             Bilingual(
                 f"target_modules: {wrong!r} is not called, its nn.MultiheadAttention reads the weight alone. Target "

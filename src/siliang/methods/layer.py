@@ -38,6 +38,7 @@ class LayerAdapter(ABC):
         s: The scaling that it computes with now, which scripts may change.
         config_scaling: The scaling that follows from its config.
         has_scaling: Its method has a scaling.
+        method: Its method's name, such as LORA.
         settings: The settings that PEFT shows of a layer with it, such as {"r": 8}.
     """
 
@@ -51,6 +52,7 @@ class LayerAdapter(ABC):
     s: float = 1.0
     config_scaling: float = 1.0
     has_scaling: bool = False
+    method: str = ""
     settings: Mapping[str, object] = MappingProxyType({})
 
     def __init__(self, layer: Layer, name: str, parts: Mapping[str, nn.Module | Tensor]) -> None:

@@ -55,8 +55,13 @@ class LoraParameters(LayerAdapter):
         super().__init__(layer, name, parts)
         outermost = specs[next(iter(self._starts))]
         self.set_scaling(outermost.scaling)
-        self.settings = outermost.settings
+        self.settings = {**outermost.settings, "parameter_name": next(iter(self._starts))}
         self._scalings = {key: spec.scaling / outermost.scaling for key, spec in specs.items()}
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The parameters of the module that it tunes, in the order of target_parameters."""
+        return list(reversed(self._starts))
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         """The module with the updates of this and of the other active adapters."""

@@ -12,6 +12,7 @@ Shapes: O features out, I features in.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -266,6 +267,24 @@ def is_bloom_attention(module: nn.Module) -> TypeGuard[BloomAttention]:
 def is_multihead_attention(module: nn.Module) -> bool:
     """torch's attention, which reads the weight of its `out_proj` and does not call that."""
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+
+
+def fused_layers(module: nn.Module) -> list[str]:
+    """The layers of a state-space mixer (Mamba's and its like) whose weights it passes to its kernels: where these
+    compute, the layers are not called.
+    """
+    if "A_log" not in module._parameters:
+        return []
+    source = _source_of(type(module))
+    return [name for name in ("conv1d", "out_proj") if name in module._modules and f"self.{name}.weight" in source]
+
+
+@functools.cache
+def _source_of(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 # ---- norms and activations ----

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import transformers
 from torch import nn
 
-from siliang.hub import HUB_ARGUMENTS
+from siliang.hub import HUB_ARGUMENTS, find_file
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.peft_api import for_tasks  # noqa: F401, the classes that for_task knows
@@ -23,7 +23,7 @@ OF_THE_ADAPTER += ("ephemeral_gpu_offload",)
 
 
 class AutoPeftModel:
-    """For adapters without a task type, whose config names the base model's class.
+    """For adapters without a task type, whose config names the base model's class; the other classes take these too.
 
     Attributes:
         task_type: The task type of the adapters that it loads; None for those without one.
@@ -82,8 +82,8 @@ class AutoPeftModel:
                 )
             )
         base = base_class.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
-        _grow(base, Path(pretrained_model_name_or_path))
-        return PeftModel.for_task(config.task_type).from_pretrained(
+        _grow(base, str(pretrained_model_name_or_path), own.get("subfolder"), revision)
+        return PeftModel.for_task(cls.task_type or config.task_type).from_pretrained(
             base,
             pretrained_model_name_or_path,
             adapter_name=adapter_name,
@@ -96,7 +96,7 @@ class AutoPeftModel:
 
     @classmethod
     def _base_class(cls, config: PeftConfig, source: str, allowed: Sequence[str]) -> Any:
-        if config.task_type != cls.task_type:
+        if config.task_type not in (cls.task_type, None):
             way = next((k.__name__ for k in AUTO_CLASSES if k.task_type == config.task_type), "AutoPeftModel")
             raise AdapterError(
                 Bilingual(
@@ -104,7 +104,7 @@ class AutoPeftModel:
                     f"{source} 的任务类型是 {config.task_type}：请用 {way} 加载。",
                 )
             )
-        if cls.task_type is not None:
+        if config.task_type is not None:
             return getattr(transformers, cls.auto_class)
         mapping = config.auto_mapping or {}
         package, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
@@ -134,11 +134,18 @@ class AutoPeftModel:
         return found
 
 
-def _grow(base: Any, folder: Path) -> None:
-    """Grows the embeddings to the tokenizer beside an adapter, as adapters with added tokens need."""
-    if not (folder / "tokenizer_config.json").is_file() or not hasattr(base, "get_input_embeddings"):
+def _grow(base: Any, source: str, subfolder: str | None, revision: str | None) -> None:
+    """Grows the embeddings to the tokenizer beside an adapter, as adapters with added tokens need.
+
+    Args:
+        source: The adapter's folder, or its name on the hub.
+    """
+    place = str(Path(source) / (subfolder or "")) if Path(source).is_dir() or subfolder is None else source
+    name = "tokenizer_config.json" if place != source or subfolder is None else f"{subfolder}/tokenizer_config.json"
+    found = find_file(place, name, revision)
+    if found is None or not hasattr(base, "get_input_embeddings"):
         return
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(found.parent)
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
 

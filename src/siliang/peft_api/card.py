@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+from transformers import PreTrainedModel
 
 from siliang.files import write_text
 from siliang.methods.config import PEFT_FORMAT_VERSION, PeftConfig
@@ -21,11 +23,14 @@ PIPELINES |= {TaskType.TOKEN_CLS: "token-classification", TaskType.QUESTION_ANS:
 FRAMEWORK = "### Framework versions"
 
 
-def write_card(folder: Path, config: PeftConfig, facts: Mapping[str, str] | None = None) -> None:
+def write_card(
+    folder: Path, config: PeftConfig, facts: Mapping[str, str] | None = None, model: nn.Module | None = None
+) -> None:
     """Writes the card of an adapter into its folder; what a card that is there says beside is kept.
 
     Args:
         config: The adapter's.
+        model: The base model, whose own tags the adapter gets; None: a model of transformers without tags.
         facts: What else is known, such as {"data": "reviews.csv", "accuracy": "0.91"}.
     """
     path = folder / CARD_NAME
@@ -34,7 +39,9 @@ def write_card(folder: Path, config: PeftConfig, facts: Mapping[str, str] | None
     data = card.data
     assert isinstance(data, ModelCardData)
     data.library_name = "peft"
-    tags = {"siliang", "transformers"} | ({"lora"} if config.peft_type == PeftType.LORA else set())
+    tags = {"siliang", *(getattr(model, "model_tags", None) or ())}
+    tags |= {"lora"} if config.peft_type == PeftType.LORA else set()
+    tags |= {"transformers"} if model is None or isinstance(model, PreTrainedModel) else set()
     tags |= {f"base_model:adapter:{base}"} if base else set()
     own: list[str] = data.tags or []
     data.tags = sorted(tags | set(own))

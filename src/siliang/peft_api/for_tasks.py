@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 from torch import nn
 
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.peft_api.model import PeftModel
 from siliang.types import TaskType
@@ -91,6 +93,12 @@ def get_peft_model(
         TargetError: The method's targets are not in the model. The model has not been changed then.
     """
     if revision is not None:
+        if peft_config.revision not in (None, revision):
+            said = Bilingual(
+                f"The config has the base model's revision {peft_config.revision}: {revision} takes its place.",
+                f"配置中基座模型的版本是 {peft_config.revision}，改用 {revision}。",
+            )
+            warnings.warn(said, stacklevel=2)
         peft_config = replace(peft_config, revision=revision)
     kind = PeftMixedModel if mixed else PeftModel.for_task(peft_config.task_type)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)

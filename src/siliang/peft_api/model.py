@@ -16,10 +16,10 @@ from siliang.adapters.adapter_state import adapter_state
 from siliang.adapters.files import size_errors
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
-from siliang.models.quantized import count_parameters, keep_as_stored
-from siliang.peft_api.answers_as_base import AnswersAsBase
+from siliang.models.quantized import keep_as_stored
 from siliang.peft_api.card import write_card
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
+from siliang.peft_api.describes import DescribesItself
 from siliang.peft_api.saved import AdapterToSave, SavedAdapter, check_saving, for_hub, save_adapters
 from siliang.peft_api.tuners import TUNERS, TunerModel
 from siliang.peft_checks import refresh
@@ -28,7 +28,7 @@ from siliang.types import ConfigError, TaskType
 _BY_TASK: dict[TaskType, type[PeftModel]] = {}  # the classes of for_tasks.py
 
 
-class PeftModel(AnswersAsBase):
+class PeftModel(DescribesItself):
     """A base model with named adapters, one of which is active.
 
     With adapters in layers `injection` is `base_model`. With prompts `base_model` is the base model itself, and
@@ -321,7 +321,7 @@ class PeftModel(AnswersAsBase):
 
     def create_or_update_model_card(self, output_dir: str | Path, facts: Mapping[str, str] | None = None) -> None:
         """Writes README.md with the base model and the method; what one that is there says beside is kept."""
-        write_card(Path(output_dir), self.active_peft_config, facts)
+        write_card(Path(output_dir), self.active_peft_config, facts, self.get_base_model())
 
     def adapter_state(
         self,
@@ -382,14 +382,3 @@ class PeftModel(AnswersAsBase):
         if not is_trainable:
             peft_model.eval()
         return peft_model
-
-    # ---- counting ----
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trained parameters, all parameters of the model that is there)."""
-        return count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Prints the counts in PEFT's form."""
-        trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 
 from siliang.adapters.adapted_layer import AdaptedLayer, ByAdapter
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper
+from siliang.adapters.table_rows import RowsAdapter
 from siliang.language import Bilingual
+from siliang.methods.lora_parameters import LoraParameters
+from siliang.models.introspect import is_linear
 from siliang.models.quantized import count_parameters
-from siliang.peft_api.model import PeftModel
-from siliang.types import ConfigError
+from siliang.peft_api.answers_as_base import AnswersAsBase
+from siliang.types import ConfigError, KindError
 
 Irregular = Literal["irregular"]
 T = TypeVar("T")
@@ -26,7 +29,7 @@ class TunerLayerStatus:
 
     Attributes:
         name: Its path in the model.
-        module_type: The kinds of adapter and layer, such as "LoraLinear on Linear".
+        module_type: The method and the kind of the layer, such as "lora.Linear".
         enabled: Its adapters compute.
         active_adapters: The active ones.
         merged_adapters: Those in the base layer's weights.
@@ -81,10 +84,18 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The layers with adapters, and the modules that are saved whole.
 
     Raises:
-        ConfigError: There are none, as with prompts, which are in no layer.
+        ConfigError: There are none.
+        KindError: The adapters are prompts, which are in no layer.
     """
-    holder = model.base_model if isinstance(model, PeftModel) else model
-    assert isinstance(holder, nn.Module)
+    is_peft = isinstance(model, AnswersAsBase)
+    if is_peft and model.injection.for_prompts:
+        raise KindError(
+            Bilingual(
+                "The model's adapters are prompts, which are in no layer: there is no status of layers.",
+                "该模型的适配器是提示，不在任何一层中：没有逐层的状态。",
+            )
+        )
+    holder: nn.Module = model.base_model if is_peft else model
     found = [
         _layer_status(name, module)
         for name, module in holder.named_modules()
@@ -107,7 +118,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         ConfigError: It has no layers with adapters.
     """
     layers = get_layer_status(model)
-    is_peft = isinstance(model, PeftModel)
+    is_peft = isinstance(model, AnswersAsBase)
     base = model.get_base_model() if is_peft else model
     parameters, total = count_parameters(model)
     merged = {name for layer in layers for name in layer.merged_adapters}
@@ -139,9 +150,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 def _layer_status(name: str, module: AdaptedLayer | ModulesToSaveWrapper) -> TunerLayerStatus:
     tensors = _tensors(module)
     saved = isinstance(module, ModulesToSaveWrapper)
+    rows = None if saved else next((one for one in module.adapters.values() if isinstance(one, RowsAdapter)), None)
     return TunerLayerStatus(
-        name=name,
-        module_type=type(module).__name__ if saved else module.module_type,
+        name=name if rows is None or rows.is_the_method else f"{name}.token_adapter",  # a module of its own in PEFT
+        module_type=type(module).__name__ if saved else _module_type(module),
         enabled=not module.disable_adapters,
         active_adapters=module.active_adapters,
         merged_adapters=module.merged_adapters,
@@ -150,6 +162,16 @@ def _layer_status(name: str, module: AdaptedLayer | ModulesToSaveWrapper) -> Tun
         devices={key: sorted({t.device.type for t in of}) for key, of in tensors.items()},
         quantization_backend=None if saved else _backend(module.base_layer),
     )
+
+
+def _module_type(module: AdaptedLayer) -> str:
+    """The first adapter's method, and the kind of layer, as PEFT calls its class for both."""
+    adapter = next(iter(module.adapters.values()))
+    base = module.base_layer
+    if isinstance(adapter, RowsAdapter):
+        return "TrainableTokensLayer"
+    kind = "Linear" if is_linear(base) and _backend(base) is None else type(base).__name__
+    return f"{adapter.method.lower()}.{'ParamWrapper' if isinstance(adapter, LoraParameters) else kind}"
 
 
 def _tensors(module: AdaptedLayer | ModulesToSaveWrapper) -> dict[str, list[Tensor]]:

@@ -14,18 +14,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from siliang.adapters.adapted_layer import AdaptedLayer
-from siliang.adapters.injection import Injection
 from siliang.files import replacing
 from siliang.language import Bilingual
 from siliang.methods.lora_config import LoraConfig
-from siliang.models.introspect import is_linear, out_by_in
+from siliang.models.introspect import out_by_in
 from siliang.peft_api.checks import check_known
-from siliang.peft_api.model import PeftModel
-from siliang.types import ConfigError
+from siliang.peft_api.of_layers import convertible_layers
+from siliang.peft_api.tuners import TunerModel
+from siliang.types import ConfigError, KindError
 from siliang.weight_files import WEIGHTS_NAME
 
 
@@ -49,7 +48,7 @@ class Conversion:
         return max(self.errors.values())
 
 
-def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, progress: bool = False) -> Conversion:
+def to_lora(model: nn.Module, rank: float, adapter_name: str = "default", *, progress: bool = False) -> Conversion:
     """An adapter as LoRA.
 
     Args:
@@ -58,9 +57,18 @@ def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, pro
         progress: Show how far it is.
 
     Raises:
-        ConfigError: The adapter is not there, changes more than linear weights, or has fewer directions than `rank`.
+        ConfigError: The adapter is not there, or has fewer directions than `rank`.
+        KindError: The model has no adapter, or it changes more than linear weights.
     """
-    check_known(adapter_name, model.peft_config)
+    injection = attached_to(model)
+    if injection is None:
+        raise KindError(
+            Bilingual(
+                f"{type(model).__name__} has no adapter that could become LoRA: get_peft_model attaches one.",
+                f"{type(model).__name__} 没有可转换为 LoRA 的适配器：请用 get_peft_model 接上。",
+            )
+        )
+    check_known(adapter_name, injection.adapters)
     whole = isinstance(rank, int) and not isinstance(rank, bool)
     if (whole and rank < 1) or (not whole and not 0 < rank <= 1):
         raise ConfigError(
@@ -69,29 +77,30 @@ def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, pro
                 f"rank = {rank!r}：须为不小于 1 的整数，或 0 到 1 之间的比例。",
             )
         )
-    config = model.peft_config[adapter_name]
+    config = injection.adapters[adapter_name].config
     if isinstance(config, LoraConfig) and config.variant is None:
         warnings.warn(
             Bilingual(f"Adapter {adapter_name!r} is LoRA already.", f"适配器 {adapter_name!r} 已经是 LoRA。"),
             stacklevel=2,
         )
-    layers = _layers(model.injection, adapter_name)
+    layers = convertible_layers(injection, adapter_name)
     prefix, tensors, errors, ranks = "base_model.model.", dict[str, Tensor](), dict[str, float](), dict[str, int]()
     for path, layer in tqdm(layers.items(), disable=not progress, desc="Converting to LoRA"):
         delta = layer.get_delta_weight(adapter_name)
         if (replacing_W := layer.adapters[adapter_name].overrides().get("weight")) is not None:
             delta = delta + (replacing_W - layer.base_parameter("weight"))
         delta_OI = out_by_in(layer.base_layer, delta).float()
-        A, B = _directions(delta_OI, rank, path)
+        dtype = next(iter(layer.adapters[adapter_name].parameters().values())).dtype
+        A, B = (factor.to(dtype) for factor in _directions(delta_OI, rank, path))
         ranks[path] = len(A)
         size = delta_OI.norm().item()
-        errors[path] = (B @ A - delta_OI).norm().item() / size if size else 0.0
+        errors[path] = (B.float() @ A.float() - delta_OI).norm().item() / size if size else 0.0
         tensors[f"{prefix}{path}.lora_A.weight"], tensors[f"{prefix}{path}.lora_B.weight"] = A, B
-    for path in model.injection.adapters[adapter_name].parts.modules:
-        copied = model.injection.attachments.module_copy(path, adapter_name)
+    for path in injection.adapters[adapter_name].parts.modules:
+        copied = injection.attachments.module_copy(path, adapter_name)
         tensors |= {f"{prefix}{path}.{key}": t for key, t in copied.state_dict().items()}
-    most = max(ranks.values())
-    own = {f"^{re.escape(path)}": r for path, r in ranks.items() if r != most}
+    most = int(rank) if whole else 1  # as in PEFT, where each layer has a rank of its own
+    own = {} if whole else {f"^{re.escape(path)}": r for path, r in ranks.items()}
     lora = LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -108,7 +117,7 @@ def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, pro
 
 
 def convert_to_lora(
-    model: PeftModel,
+    model: nn.Module,
     rank: float,
     adapter_name: str = "default",
     progressbar: bool = False,
@@ -121,7 +130,7 @@ def convert_to_lora(
 
 def save_as_lora(
     path: str | Path,
-    model: PeftModel,
+    model: nn.Module,
     rank: float,
     adapter_name: str = "default",
     progressbar: bool = False,
@@ -141,31 +150,10 @@ def save_as_lora(
     return found
 
 
-def _layers(injection: Injection, name: str) -> dict[str, AdaptedLayer]:
-    """The layers of an adapter by path.
-
-    Raises:
-        ConfigError: The adapter changes something else than weights of linear layers.
-    """
-    adapter = injection.adapters[name]
-    if adapter.prompt is not None or adapter.parts.parameters or adapter.parts.table_rows or not adapter.layers:
-        raise ConfigError(
-            Bilingual(
-                f"Adapter {name!r} ({adapter.config.peft_type}) changes more than linear weights.",
-                f"适配器 {name!r}（{adapter.config.peft_type}）改变的不只是线性层的权重。",
-            )
-        )
-    layers = {path: injection.attachments.layers[path] for path in adapter.layers}
-    for path, layer in layers.items():
-        adapter.layers[path].check_merge()
-        if not is_linear(layer.base_layer) or adapter.layers[path].merged().keys() != {"weight"}:
-            raise ConfigError(
-                Bilingual(
-                    f"Adapter {name!r} changes more than the weight of a linear layer at {path}.",
-                    f"适配器 {name!r} 在 {path} 改变的不只是线性层的权重。",
-                )
-            )
-    return layers
+def attached_to(model: nn.Module) -> TunerModel | None:
+    """What get_peft_model or inject_adapter_in_model has attached to a model; None for nothing."""
+    held = (getattr(model, "injection", None), vars(model).get("siliang_tuner"), model)
+    return next((one for one in held if isinstance(one, TunerModel)), None)
 
 
 @torch.no_grad()

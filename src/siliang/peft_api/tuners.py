@@ -23,6 +23,7 @@ from siliang.methods.lora_config import LoraConfig
 from siliang.methods.low_rank import LowRank
 from siliang.methods.method import Adapter
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
+from siliang.peft_api.of_layers import is_convertible, targeted_modules, targeted_parameters
 from siliang.peft_api.weighted import Combination, check_base_unchanged
 from siliang.types import ConfigError, PeftType
 
@@ -65,6 +66,21 @@ class TunerModel(Injection):
         check_new_name(name, self.adapters)
         self.add_adapter(name, config_for(self.model, peft_config))
         self.set_adapter(name)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the layers that the adapters tune."""
+        return targeted_modules(self)
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The paths of the parameters that LoRA's target_parameters names."""
+        return targeted_parameters(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` works on an adapter."""
+        check_known(adapter_name, self.adapters)
+        return is_convertible(self, adapter_name)
 
     # ---- which adapters are active ----
 
