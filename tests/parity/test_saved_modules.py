@@ -13,7 +13,7 @@ from tiny import ENCODER, VOCABULARY, bart, gpt2, t5
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import siliang
-from siliang.types import AdapterError, TargetError
+from siliang.types import AdapterError, KindError, TargetError
 
 IDS = torch.randint(3, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(4))
 
@@ -175,7 +175,7 @@ def test_nested_names_of_other_methods_open_again(config: Any, tmp_path: Path) -
 
 
 def test_a_list_of_modules_is_not_saved() -> None:
-    with pytest.raises(TargetError, match=r"modules_to_save: model\.layers is a list of modules"):
+    with pytest.raises(KindError, match=r"modules_to_save: model\.layers is a list of modules"):
         trained(siliang, llama, target_modules=["q_proj"], modules_to_save=["layers"])
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import transformers as tf
 from datasets import Dataset, Image, load_dataset
 from peft import BOFTConfig, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PEFT, HF, TRL = "peft-internal-testing", "hf-internal-testing", "trl-internal-testing"
 
@@ -248,7 +249,7 @@ def cached(hub: Path, name: str) -> Path:
     return root / "snapshots" / (root / "refs" / "main").read_text()
 
 
-def config_of(model_type: str, settings: dict[str, Any]) -> PreTrainedConfig:
+def config_of(model_type: str, settings: dict[str, Any]) -> Any:
     return AutoConfig.for_model(model_type, **settings)
 
 
@@ -290,7 +291,7 @@ def save_llava(at: Path, hub: Path) -> None:
 
 
 def save_stable_diffusion(at: Path) -> None:
-    import diffusers
+    diffusers = import_module("diffusers")
 
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64),
@@ -337,7 +338,7 @@ def save_data(folder: Path) -> None:
     from PIL import Image as Picture
     from sklearn.datasets import load_iris
 
-    flowers = load_iris()
+    flowers: Any = load_iris()
     columns = ["SepalLengthCm", "SepalWidthCm", "PetalLengthCm", "PetalWidthCm"]
     iris = Dataset.from_dict(dict(zip(columns, flowers["data"].T.tolist(), strict=True)))
     quotes = [f"Quote {n}: what is said once is said." for n in range(64)]

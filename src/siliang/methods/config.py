@@ -22,7 +22,7 @@ from siliang.types import ADAPTER_CONFIG, AdapterError, ConfigError, TaskType, m
 CONFIG_NAME = ADAPTER_CONFIG
 BASE = "__base__"  # in adapter_names: no adapter
 _OF_THE_BASE = frozenset({"base_model_name_or_path", "revision", "auto_mapping", "inference_mode"})
-PEFT_FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
+PEFT_FORMAT_VERSION = "0.21.2"
 
 
 if TYPE_CHECKING:  # which reads the fields
@@ -74,6 +74,7 @@ class PeftConfig(metaclass=_ConfigClass):
     has_own_length: ClassVar[bool] = False  # of a prompt: other settings give the number of virtual tokens
     is_prefix: ClassVar[bool] = False  # before the keys and values, not before the text
     peft_type: ClassVar[str]  # the method's name in adapter_config.json
+    peft_version: ClassVar[str] = PEFT_FORMAT_VERSION  # the release whose files ours equal
     # Fields of PEFT that siliang does not have, at PEFT's defaults: at any other value they would change the result.
     UNSUPPORTED: ClassVar[dict[str, object]] = {}
     # Fields that PEFT's config of this method lacks: a file has them where they are set.
@@ -184,6 +185,7 @@ class PeftConfig(metaclass=_ConfigClass):
         """
         known = {f.name for f in dataclasses.fields(cls)}
         kept: dict[str, Any] = {}  # `cls` checks the types
+        ignored: list[str] = []
         for key, value in values.items():
             if key in known:
                 kept[key] = value
@@ -201,11 +203,13 @@ class PeftConfig(metaclass=_ConfigClass):
                         )
                     )
             elif value not in (None, False, "", [], {}):
-                ignored = Bilingual(
-                    f"{source}: the unknown field {key} = {short_repr(value)} is ignored.",
-                    f"{source}：未知的字段 {key} = {short_repr(value)} 不起作用。",
-                )
-                warnings.warn(ignored, stacklevel=3)
+                ignored.append(f"{key} = {short_repr(value)}")
+        if ignored:
+            said = Bilingual(
+                f"{source}: unknown fields are ignored: {', '.join(ignored)}.",
+                f"{source}：未知的字段不起作用：{'、'.join(ignored)}。",
+            )
+            warnings.warn(said, stacklevel=3)
         empty = {f.name for f in dataclasses.fields(cls) if f.default_factory is dict}
         kept = {k: v for k, v in kept.items() if v is not None or k not in empty}  # older releases wrote null
         switches = {f.name for f in dataclasses.fields(cls) if isinstance(f.default, bool)}

@@ -248,8 +248,8 @@ def _check_called(found: Sequence[str], uncalled: set[str], modules: Mapping[str
             kind = type(modules[attention]).__name__
             raise TargetError(
                 Bilingual(
-                    f"target_modules: {wrong!r} is not called where the kernels of Mamba compute: its {kind} passes the "
-                    f"weight to them. Leave {own} out.",
+                    f"target_modules: {wrong!r} is not called where Mamba's kernels compute: {kind} passes them the "
+                    f"weight. Leave {own} out.",
                     f"target_modules：使用 Mamba 内核时不会调用 {wrong!r}：它所在的 {kind} 把权重直接传给内核。"
                     f"请去掉 {own}。",
                 )
