@@ -7,7 +7,7 @@ NUMERIC := tests/ops tests/engine tests/parity tests/golden tests/models tests/t
 	tests/distributed/test_ranks.py $(addprefix tests/test_,$(addsuffix .py,adapter_life checkpoint inject quantized shared stock_trainer))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 test-long cluster-test check audit docs compat faults fmt bench bench-smoke same bench-gpu clean
+.PHONY: help demo test test-avx2 test-long cluster-test check audit docs compat faults fmt bench bench-smoke methods-table same bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 19
@@ -69,6 +69,10 @@ bench: .venv/bench  ## siliang beside PEFT and TRL on the same steps, in turn, h
 
 bench-smoke: .venv/bench  ## whether the bench runs and its losses agree, at tiny sizes
 	$(BIN)/python -m bench --smoke
+
+# a run has one thread
+methods-table: .venv/dev  ## every method at its best learning rate: the tables of docs/methods.md, an hour of it; JOBS=2, COSTS=1 for time and memory
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m bench.methods_table --jobs $(or $(JOBS),1) $(if $(COSTS),--costs)
 
 same: .venv/dev  ## whether this tree trains the same bits as a commit, minutes of it; COMMIT=main, ONLY="lora resumed" for some
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m bench.same $(or $(COMMIT),main) $(if $(ONLY),--only $(ONLY))

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from torch import nn
 
 from bench.gate import compare
+from bench.methods_page import BEGIN, DOCS, END, RECORD, Line, read_lines, tables
+from bench.methods_table import ENTRIES, chosen_rate, climb
 from bench.record import Job, Measurement, Setting, read_records
 from bench.steps import set_start, start_sha256
 from bench.table import render
 from bench.workloads import WORKLOADS
+from siliang.methods import METHODS
 from siliang.records import Device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,3 +134,34 @@ def test_without_cuda_there_is_one_line() -> None:
     done = run("--gpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["bench: W5 needs a CUDA device, and there is none here: nothing was measured."]
+
+
+def test_the_tables_of_the_methods_are_those_of_the_record() -> None:
+    page = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert page == tables(read_lines(RECORD), [entry.label for entry in ENTRIES])
+
+
+def test_every_method_is_in_the_tables() -> None:
+    assert {entry.method for entry in ENTRIES} == set(METHODS)
+
+
+@pytest.mark.parametrize(("best", "asked"), [(0, [0, 1, -1]), (2, [0, 1, 2, 3]), (-2, [0, 1, -1, -2, -3])])
+def test_the_search_ends_where_both_neighbours_are_worse(best: int, asked: list[int]) -> None:
+    seen: list[int] = []
+
+    @cache
+    def loss(k: int) -> float:
+        seen.append(k)
+        return abs(k - best)
+
+    climb(loss, 0)
+    assert seen == asked
+
+
+def test_a_run_that_fails_is_not_chosen() -> None:
+    lines = [Line("search", "text", "lora", 1e-2, 42, error="not finite")]
+    lines += [
+        Line("search", "text", "lora", rate, 42, {"eval_loss": loss}) for rate, loss in ((1e-3, 3.0), (3e-3, 2.0))
+    ]
+    lines += [Line("search", "text", "lora", 3e-2, 42, {"eval_loss": math.nan})]
+    assert chosen_rate(lines, "text", "lora") == 3e-3
