@@ -89,6 +89,7 @@ if TYPE_CHECKING:
         set_base_model_state_dict,
         set_peft_model_state_dict,
     )
+    from siliang.peft_api.loftq import replace_lora_weights_loftq
     from siliang.peft_api.lora_starts import (
         get_eva_state_dict,
         initialize_lora_eva_weights,
@@ -278,6 +279,7 @@ _HOME = {
     "inject_adapter_in_model": "siliang.peft_api.functions",
     "load_peft_weights": "siliang.peft_api.functions",
     "prepare_model_for_kbit_training": "siliang.peft_api.functions",
+    "replace_lora_weights_loftq": "siliang.peft_api.loftq",
     "rescale_adapter_scale": "siliang.peft_api.functions",
     "save_as_lora": "siliang.peft_api.to_lora",
     "set_base_model_state_dict": "siliang.peft_api.functions",
@@ -410,6 +412,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "save_as_lora",
     "set_base_model_state_dict",
