@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from tiny import make
 from torch import nn
 from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM
@@ -235,3 +236,37 @@ def test_layers_that_mambas_kernels_read(name: str) -> None:
         siliang.get_peft_model(MambaForCausalLM(config), siliang.LoHaConfig(target_modules=[name]))
     model: Any = siliang.get_peft_model(MambaForCausalLM(config), siliang.LoraConfig(target_modules="all-linear"))
     assert not any(path.endswith(("out_proj", "conv1d")) for path in model.targeted_module_names)
+
+
+# ---- several at once ----
+
+
+def test_adapters_are_deleted_together_or_not_at_all() -> None:
+    model: Any = siliang.get_peft_model(Net(), siliang.LoraConfig(target_modules=["lin0"]), "one")
+    model.add_adapter("two", siliang.LoHaConfig(target_modules=["lin1"]))
+    model.merge_adapter(["two"])
+    for names in (["one", "two"], ["one", "three"]):
+        with pytest.raises(ConfigError):
+            model.delete_adapter(names)
+        assert list(model.peft_config) == ["one", "two"]
+    model.unmerge_adapter()
+    model.delete_adapter(["one", "two"])
+    assert not model.peft_config and isinstance(model.get_base_model().lin0, nn.Linear)
+
+
+def test_resized_embeddings_are_saved_where_the_base_is_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "1"
+    make("llama").save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    key = "base_model.model.model.embed_tokens.weight"
+    for more in (0, 2):
+        base: Any = make("llama")
+        base.resize_token_embeddings(base.config.vocab_size + more)
+        base.name_or_path = "a/b"
+        model = siliang.get_peft_model(base, siliang.LoraConfig(target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path / f"{more}")
+        assert (key in load_file(tmp_path / f"{more}" / "adapter_model.safetensors")) == (more > 0)

@@ -13,13 +13,17 @@ from transformers import PretrainedConfig
 from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.injection import Injection
 from siliang.adapters.table_rows import RowsAdapter
+from siliang.hub import cached_file
 from siliang.language import Bilingual
 from siliang.methods import method_of
+from siliang.methods.config import PeftConfig
 from siliang.methods.prompt import PROMPT_KEY, Prompt
 from siliang.models.introspect import output_layer, word_embeddings
 from siliang.module_paths import inside
 from siliang.safety.safe_json import read_json
 from siliang.types import AdapterError, ConfigError
+
+CONFIG = "config.json"
 
 
 def adapter_state(
@@ -36,7 +40,7 @@ def adapter_state(
         state_dict: The whole model's, to take the values from, such as one that was gathered from several devices.
         keys: The keys in `state_dict` by the ids of the live tensors.
         embeddings: The embeddings and the head too. "auto": where the adapter has others than the base, or they have
-            another size than the base model's folder says and the adapter has not every new row.
+            another size than the base model's config says and the adapter has not every new row.
 
     Raises:
         AdapterError: `state_dict` lacks a part of it.
@@ -79,7 +83,7 @@ def _with_embeddings(
 
     Args:
         wanted: "auto": where the adapter has others than the base (they are among the tensors), or they have another
-            size than the base model's folder says.
+            size than the base model's config says.
 
     Raises:
         ConfigError: `wanted` is none of True, False and "auto".
@@ -98,7 +102,7 @@ def _with_embeddings(
     if wanted is False:
         return {key: t for key, t in tensors.items() if key not in keys}
     if wanted == "auto":
-        before = _vocabulary_of(adapter.config.base_model_name_or_path)
+        before = _vocabulary_of(adapter.config)
         if before in (None, now):
             return tensors
         if before is not None and now is not None and before < now:  # what has grown may be among the adapter's rows
@@ -119,10 +123,13 @@ def _vocabulary(model: nn.Module) -> int | None:
     return getattr(text, "vocab_size", None)
 
 
-def _vocabulary_of(folder: str | None) -> int | None:
-    """The vocabulary's size that a base model's folder says; None where it is not a folder here or does not say it."""
-    path = Path(folder or "") / "config.json"
-    if not folder or not path.is_file():
+def _vocabulary_of(config: PeftConfig) -> int | None:
+    """The vocabulary's size that the base model's config says; None where it is neither here nor in the hub's cache."""
+    name = config.base_model_name_or_path
+    if not name:
+        return None
+    path = Path(name) / CONFIG if Path(name).is_dir() else cached_file(name, CONFIG, revision=config.revision)
+    if path is None or not path.is_file():
         return None
     try:
         values = read_json(path, foreign=True)

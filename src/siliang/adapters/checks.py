@@ -142,3 +142,20 @@ def check_rows(names: Sequence[str], *, merged: bool, alone: Collection[str]) ->
                 "偏置、提示、aLoRA 和带路由的适配器须单独成批。",
             )
         )
+
+
+def check_not_merged(name: str, merged: Collection[str]) -> None:
+    """
+    Args:
+        merged: The adapters that are merged.
+
+    Raises:
+        ConfigError: `name` is one of them, and cannot be removed.
+    """
+    if name in merged:
+        raise ConfigError(
+            Bilingual(
+                f"adapter {name!r} is merged into the weights: call unmerge_adapter before it is deleted.",
+                f"适配器 {name!r} 已合并到权重中：请先调用 unmerge_adapter，再删除。",
+            )
+        )

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from siliang.adapters.adapted_layer import AdaptedLayer, delete_parts
 from siliang.adapters.adapter import AttachedAdapter, make_shared, share_parts
 from siliang.adapters.attachments import Attachments
-from siliang.adapters.checks import check_rows, check_together, checked_parts
+from siliang.adapters.checks import check_not_merged, check_rows, check_together, checked_parts
 from siliang.adapters.choose_modules import choose_saved_modules
 from siliang.adapters.file_sizes import FileSizes, check_sizes
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper
@@ -266,13 +266,7 @@ class Injection(nn.Module):
         Raises:
             ConfigError: It is merged.
         """
-        if name in self.merged:
-            raise ConfigError(
-                Bilingual(
-                    f"adapter {name!r} is merged into the weights: call unmerge_adapter before it is deleted.",
-                    f"适配器 {name!r} 已合并到权重中：请先调用 unmerge_adapter，再删除。",
-                )
-            )
+        check_not_merged(name, self.merged)
         rest = tuple(n for n in self.active if n != name)
         others = [n for n in self.adapters if n != name]
         if name in self.active and not rest and others:

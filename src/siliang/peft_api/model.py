@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from siliang.adapters.adapter_state import adapter_state
+from siliang.adapters.checks import check_not_merged
 from siliang.adapters.files import size_errors
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
@@ -164,16 +165,20 @@ class PeftModel(DescribesItself):
                 self._add_adapter(adapter_name, saved.config, saved, autocast_adapter_dtype)
         self.injection.adapters[adapter_name].set_trainable(trained)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter off for good. Where it was the only active one, another takes its place, as in PEFT.
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Takes adapters off for good. Where they were the only active ones, another takes their place, as in PEFT.
 
         Raises:
-            ConfigError: It is not there, or is merged into the weights.
+            ConfigError: One is not there, or is merged into the weights. None has been taken off then.
         """
-        check_known(adapter_name, self.peft_config)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name in names:
+            check_known(name, self.peft_config)
+            check_not_merged(name, self.injection.merged)
         before = self.injection.active
-        self.injection.delete_adapter(adapter_name)
-        del self.peft_config[adapter_name]
+        for name in sorted(names, key=before.__contains__):  # the active ones last: none of these takes their place
+            self.injection.delete_adapter(name)
+            del self.peft_config[name]
         if self.injection.active != before:
             self.injection.train_active()
 
