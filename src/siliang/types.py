@@ -57,7 +57,8 @@ class PeftType(StrEnum):
 
 
 class TaskType(StrEnum):
-    """The task that the base model is trained for; the values are those of Hugging Face PEFT."""
+    """The task that the base model is trained for. The values are PEFT's, except for PREFERENCE: an adapter's config
+    says CAUSAL_LM."""
 
     CAUSAL_LM = "CAUSAL_LM"
     SEQ_CLS = "SEQ_CLS"
@@ -65,6 +66,7 @@ class TaskType(StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+    PREFERENCE = "PREFERENCE"
 
 
 # Task types of adapter configs that siliang does not train; tasks/ has a row for each other one.

@@ -7,6 +7,7 @@ from siliang.config.data import LAYOUT_NAMES, Columns, DataConfig, LayoutName, S
 from siliang.config.describing import Setting, describe
 from siliang.config.distributed import DistributedConfig
 from siliang.config.names import OWN_FIELDS, assign, differences, name_hint
+from siliang.config.preference import LossName, PreferenceConfig
 from siliang.config.run import MethodConfig, QuantizationConfig, RunConfig
 from siliang.config.section import Section, Seed, Settings
 from siliang.config.train import Bytes, Seconds, TrainConfig
@@ -19,7 +20,9 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "LayoutName",
+    "LossName",
     "MethodConfig",
+    "PreferenceConfig",
     "QuantizationConfig",
     "RunConfig",
     "Seconds",

@@ -13,6 +13,8 @@ from siliang.language import Bilingual
 from siliang.types import ConfigError
 
 LayoutName = Literal[
+    "chosen-rejected",
+    "messages-rejected",
     "messages",
     "sharegpt",
     "alpaca",
@@ -96,6 +98,14 @@ class Columns(Section):
     """The text to learn after a prompt.
 
     接在提示之后、要学习的文本。"""
+    chosen: str = "chosen"
+    """The better of two answers: a text, a list of turns, or a whole conversation.
+
+    两个回答中较好的一个：文本、若干轮对话，或整段对话。"""
+    rejected: str = "rejected"
+    """The worse of two answers.
+
+    两个回答中较差的一个。"""
     messages: str = "messages"
     """A conversation: a list of {role, content}, or of ShareGPT's {from, value}.
 

@@ -15,6 +15,7 @@ from siliang.config.data import DataConfig
 from siliang.config.distributed import DistributedConfig
 from siliang.config.explaining import explain, undecodable
 from siliang.config.names import OWN_FIELDS, name_hint, quoted
+from siliang.config.preference import PreferenceConfig
 from siliang.config.section import RECORDED, THE_SETTINGS, Name, Names, Section, Settings, split_names
 from siliang.config.train import TrainConfig
 from siliang.files import absolute
@@ -193,11 +194,12 @@ class RunConfig(Settings):
 
     基座模型在 Hub 上的版本。"""
     task: Annotated[TaskType, BeforeValidator(_task)]
-    """The task: causal_lm (generate text), seq_cls (classify a text), token_cls (tag each word), seq_2_seq_lm (generate
-    text with an encoder and a decoder) or question_ans (find the answer in a context).
+    """The task: causal_lm (generate text), preference (generate the better of two texts), seq_cls (classify a text),
+    token_cls (tag each word), seq_2_seq_lm (generate text with an encoder and a decoder) or question_ans (find the
+    answer in a context).
 
-    任务：causal_lm（生成文本）、seq_cls（文本分类）、token_cls（给每个词打标签）、seq_2_seq_lm（由编码器和解码器生成文
-    本），或 question_ans（在段落中找出答案）。"""
+    任务：causal_lm（生成文本）、preference（从成对的回答中学习生成较好的一个）、seq_cls（文本分类）、token_cls（给每个词打
+    标签）、seq_2_seq_lm（由编码器和解码器生成文本），或 question_ans（在段落中找出答案）。"""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
     """The fine-tuning method: a name of `siliang methods`, or {name: lora, r: 16, ...}.
 
@@ -217,6 +219,10 @@ class RunConfig(Settings):
     """The data.
 
     数据。"""
+    preference: PreferenceConfig | None = None
+    """The loss of the task preference, {loss: simpo}. None: DPO's, with beta = 0.1.
+
+    preference 任务的损失函数，如 {loss: simpo}。None：DPO 的损失，beta = 0.1。"""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training.
 
@@ -244,6 +250,18 @@ class RunConfig(Settings):
                     f"adapter = {self.adapter!r}: `method` must be the adapter's method: start_adapter.filled_in sets "
                     "it.",
                     f"adapter = {self.adapter!r}：`method` 必须是该适配器的方法：由 start_adapter.filled_in 设置。",
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_task(self) -> RunConfig:
+        if self.preference is not None and self.task.lower() != "preference":
+            task = self.task.lower()
+            raise ConfigError(
+                Bilingual(
+                    f"preference is a section of the task preference, and task = {task}: leave it out.",
+                    f"preference 这一组只用于任务 preference，而 task = {task}：请去掉。",
                 )
             )
         return self

@@ -1,4 +1,4 @@
-"""What a row means: a conversation, a text and its class, tagged words, a question on a context, source and target."""
+"""What a row means: a conversation, answers in their order, a text, a class, tagged words, a question on a context."""
 
 from __future__ import annotations
 
@@ -154,6 +154,71 @@ class Conversation(Example):
 
 
 @dataclass(frozen=True)
+class Ranked(Example):
+    """A question, or a conversation up to it, and answers to it, the best first.
+
+    Attributes:
+        asked: The turns that all answers follow, of which nothing is learned.
+        answers: Each the turns of an answer.
+        tools: As a conversation has it.
+    """
+
+    asked: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...]
+    tools: str = ""
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """The conversation with each answer, which alone is learned of it."""
+        asked = tuple(replace(m, trained=m.role != "assistant") for m in self.asked)
+        return [Conversation((*asked, *answer), self.tools) for answer in self.answers]
+
+    def without_oldest_round(self) -> Ranked | None:
+        """The same without the first question and its answer; None where there is but one."""
+        users = [i for i, m in enumerate(self.asked) if m.role == "user"]
+        if len(users) < 2:
+            return None
+        system = tuple(m for m in self.asked[: users[0]] if m.role == "system")
+        return replace(self, asked=(*system, *self.asked[users[1] :]))
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for talk in self.conversations for text in talk.texts]
+
+    @property
+    def given(self) -> str:
+        return json.dumps([[m.role, m.text] for m in self.asked], ensure_ascii=False)
+
+    @property
+    def words(self) -> list[str]:
+        """The text of each answer."""
+        return ["\n".join(m.text for m in answer if m.role == "assistant") for answer in self.answers]
+
+    @property
+    def problem(self) -> str | None:
+        if len(set(self.answers)) == len(self.answers):
+            return None
+        return Bilingual(
+            "has the same text for two of its answers: neither is better", "有两个回答完全相同，分不出好坏"
+        )
+
+    def prompt(self, beginning: int) -> PromptAndTarget | None:
+        return self.conversations[0].prompt(beginning)
+
+    def values(self) -> dict[str, object]:
+        asked, *answers = (Conversation(turns).values()["messages"] for turns in (self.asked, *self.answers))
+        return {"asked": asked, "answers": answers, "tools": self.tools}
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Ranked:
+        asked, *answers = (
+            Conversation.from_values({"messages": turns, "tools": ""}).messages
+            for turns in (values["asked"], *values["answers"])
+        )
+        return cls(asked, tuple(answers), values["tools"])
+
+
+@dataclass(frozen=True)
 class Text(Example):
     """A text that is learned whole."""
 
@@ -283,7 +348,7 @@ class Prepared(Example):
 
 
 KINDS: dict[str, type[Example]] = {
-    kind.__name__: kind for kind in (Conversation, Text, Labelled, Tagged, Span, SourceTarget, Prepared)
+    kind.__name__: kind for kind in (Conversation, Ranked, Text, Labelled, Tagged, Span, SourceTarget, Prepared)
 }
 
 

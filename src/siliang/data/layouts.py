@@ -10,6 +10,7 @@ from siliang.config import Columns, LayoutName
 from siliang.data.cells import BLANKS, SEVERAL, BadRow, Result, Values, as_text, filled
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Labelled, Prepared, SourceTarget, Span, Tagged, Text
+from siliang.data.preferences import read_chosen_rejected, read_messages_rejected
 from siliang.data.turns import read_messages, read_pair
 from siliang.language import Bilingual, local
 
@@ -162,6 +163,20 @@ PREPARED_TOO = ("labels", "attention_mask", "position_ids", *LEARNED_MASKS)
 LAYOUTS: dict[str, RowLayout] = {
     layout.name: layout
     for layout in (
+        RowLayout(
+            "chosen-rejected",
+            ("chosen", "rejected"),
+            read_chosen_rejected,
+            optional=("prompt", "instruction", "input", "messages", *BESIDE_TURNS),
+            beside=("conversations", "history"),
+        ),
+        RowLayout(
+            "messages-rejected",
+            ("messages",),
+            read_messages_rejected,
+            fixed=("rejected_response",),
+            optional=BESIDE_TURNS,
+        ),
         RowLayout("prepared", (), _prepared, fixed=("input_ids",), beside=PREPARED_TOO),
         RowLayout("messages", ("messages",), lambda v, c: read_messages(v, c, c.messages), optional=BESIDE_TURNS),
         RowLayout(

@@ -26,10 +26,10 @@ def refuse_other_lessons(values: Values, c: Columns, columns: tuple[str, ...]) -
             if given(values.get(name)):
                 raise BadRow(
                     Bilingual(
-                        f"has {name!r}: a better and a worse answer, and siliang learns answers, not preferences; "
-                        "name the column of the answer to learn with data.columns, or remove the other",
-                        f"有 {name!r}：较好和较差的答案，而 siliang 学习答案，不学习偏好；"
-                        "请用 data.columns 指定要学习的答案列，或去掉另一列",
+                        f"has {name!r}: a better and a worse answer, from which task=preference learns; "
+                        "to learn one of them, name its column with data.columns, or remove the other",
+                        f"有 {name!r}：较好和较差的答案，这样的数据用 task=preference 学习；"
+                        "若只学习其中之一，请用 data.columns 指定它的列，或去掉另一列",
                     )
                 )
     for name in WANTED:

@@ -46,7 +46,7 @@ def unused_fields(values: Values, c: Columns) -> set[str]:
     """The fields of a row's turns that siliang does not use, as "messages[].name"."""
     found: set[str] = set()
     for column in (c.messages, "conversations", c.prompt, c.completion):
-        turns = _listed(values.get(column)) if column in (c.messages, "conversations") else values.get(column)
+        turns = listed(values.get(column)) if column in (c.messages, "conversations") else values.get(column)
         for turn in turns if isinstance(turns, list | tuple) else ():
             if isinstance(turn, dict):
                 role = ROLES.get(str(_first(turn, "role", "from")).lower(), "user")
@@ -66,10 +66,15 @@ def read_messages(values: Values, c: Columns, column: str) -> Result:
     if system := cell(values, c.system).strip():
         messages.append(Message("system", system))
     messages += turns_of(values.get(column), column)
-    tools, turns = _first(values, c.tools, "functions"), _listed(values.get(column))
+    tools, turns = _first(values, c.tools, "functions"), listed(values.get(column))
     if not given(tools) and isinstance(turns, list):  # ChatGLM3 keeps them in the system's turn
         tools = next((t["tools"] for t in turns if given(t.get("tools"))), None)
     return as_conversation(messages, _as_tools(tools))
+
+
+def tools_of(values: Values, c: Columns) -> str:
+    """What may be called by the row's own column, as JSON text; nothing where it has none."""
+    return _as_tools(_first(values, c.tools))
 
 
 def _as_tools(tools: object) -> str:
@@ -79,7 +84,7 @@ def _as_tools(tools: object) -> str:
     return as_json(tools) if tools else ""
 
 
-def _listed(turns: object) -> object:
+def listed(turns: object) -> object:
     """A list of turns that csv and some databases hold as JSON text; any other value as it is."""
     if isinstance(turns, str) and turns.strip().startswith("["):
         try:
@@ -90,7 +95,7 @@ def _listed(turns: object) -> object:
 
 
 def turns_of(turns: object, column: str) -> list[Message]:
-    turns = _listed(turns)
+    turns = listed(turns)
     if isinstance(turns, list | tuple) and turns and all(isinstance(turn, str) for turn in turns):
         raise BadRow(
             Bilingual(
@@ -321,7 +326,7 @@ def read_pair(instruction: str, output: str) -> Callable[[Values, Columns], Resu
         messages = [Message("user", question, about), Message("assistant", answer)]
         if system := cell(values, c.system).strip():
             messages.insert(0, Message("system", system))
-        for before, after in _history(values):  # the oldest first
+        for before, after in history_of(values):  # the oldest first
             messages[-2:-2] = [Message("user", before), Message("assistant", after)]
         return as_conversation(messages)
 
@@ -345,11 +350,10 @@ def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str
                 f"有多轮对话，{c.input!r} 中又有一段文本：请把它写进所属的那一轮",
             )
         )
-    tools = _as_tools(_first(values, c.tools))
-    return as_conversation([*(replace(m, trained=m.role != "assistant") for m in before), *after], tools)
+    return as_conversation([*(replace(m, trained=m.role != "assistant") for m in before), *after], tools_of(values, c))
 
 
-def _history(values: Values) -> list[tuple[str, str]]:
+def history_of(values: Values) -> list[tuple[str, str]]:
     """LLaMA-Factory's `history`: earlier rounds as [question, answer]."""
     history = values.get("history")
     if isinstance(history, str) and history.strip():

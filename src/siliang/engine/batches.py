@@ -127,7 +127,8 @@ class StepCollator:
         if self.task.data.sequences:
             sizes = tuple(len(row["sequences"]) for row in rows)
             rows = [sequence for row in rows for sequence in sequences_of(row)]
-        keys = tuple(_key(row) for row in rows)
+        takes_labels = self.task.step_loss is not None and self.task.step_loss.reference  # whose values are kept by key
+        keys = tuple(_key(row, row["labels"] if takes_labels else ()) for row in rows)
         inputs = self.pad(rows)
         lengths = tuple(len(row["input_ids"]) for row in rows)
         by_token = self.task.data.label_per_token and self.task.step_loss is None
@@ -179,6 +180,6 @@ def distinct_tokens(tokens: TokenSet) -> int:
     return sum(found.values())
 
 
-def _key(row: dict[str, Any]) -> bytes:
-    read = np.asarray([*row["input_ids"], *row.get("token_type_ids", [])], dtype=np.int32)
+def _key(row: dict[str, Any], labels: Sequence[int] = ()) -> bytes:
+    read = np.asarray([*row["input_ids"], *row.get("token_type_ids", []), *labels], dtype=np.int32)
     return hashlib.blake2b(read.tobytes(), digest_size=16).digest()

@@ -23,7 +23,7 @@ from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
 from siliang.engine.patches import patched
 from siliang.engine.recompute import Recompute
 from siliang.engine.splits import notes_on_splits
-from siliang.engine.whole_step import Context, Gather, alone, log_probabilities, run_step
+from siliang.engine.whole_step import Context, Gather, ReferenceStore, alone, log_probabilities, run_step
 from siliang.language import Bilingual, together
 from siliang.models.introspect import is_encoder_decoder, output_layer
 from siliang.ops.masked_ce import head_logits, masked_cross_entropy
@@ -54,6 +54,7 @@ class Engine:
         keep_frozen: bool = False,
         frozen_tokens: Callable[[], int] | None = None,
         comparing: bool = True,
+        keep_reference: bool = False,
         all_logits: str | None = None,
         memory_share: float = 1.0,
         state_share: float = ADAM_STATE,
@@ -65,6 +66,7 @@ class Engine:
         Args:
             comparing: Compare the results of each optimization. False on fake tensors: it only has to run, and nothing
                 is cached.
+            keep_reference: Compute the values without the adapter once for each sequence, where the loss takes them.
             all_logits: Why all logits are needed, if they are.
             frozen_tokens: Returns the tokens of all rows whose frozen layers' output will be cached.
             memory_share: This process's share of the free main memory, if several processes train on one machine.
@@ -83,6 +85,8 @@ class Engine:
                     f"{task.title} 要拿模型与去掉适配器的自己比较，而 full 没有适配器：请换一种方法。",
                 )
             )
+        takes = task.step_loss is not None and task.step_loss.reference
+        self.reference_store = ReferenceStore() if keep_reference and takes else None
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(base, PreTrainedModel)
         self._base = base

@@ -21,6 +21,7 @@ from siliang.data.batch import Batch
 from siliang.engine.random_state import RandomState, random_state, set_random_state
 from siliang.tasks import EntryValues, StepLoss
 
+MOST_KEPT = 500_000  # sequences whose reference values are kept: some 100 MB
 Context = Callable[[], AbstractContextManager[object]]
 ByEntry = dict[int, EntryValues]
 Gather = Callable[[ByEntry], list[ByEntry]]  # all-gather of the values over ranks
@@ -36,6 +37,41 @@ class Values(Protocol):
     def reference(self) -> AbstractContextManager[None]:
         """Within the block, the model runs without its adapter."""
         ...
+
+    reference_store: ReferenceStore | None
+
+
+class ReferenceStore:
+    """The values of sequences without the adapter, each computed once. They do not depend on what is learned.
+
+    A checkpoint holds them, since a value that is computed in another batch may differ in its last bits.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, tuple[float, ...]] = {}
+
+    def find(self, batch: Batch) -> Tensor | None:
+        """The values of each sequence of the batch, (S, K); None where one of them is not there."""
+        found = [self._kept.get(key) for key in batch.keys]
+        return None if None in found else torch.tensor(found, device=batch.inputs["input_ids"].device)
+
+    def add(self, batch: Batch, values: Tensor) -> None:
+        """Keeps the values of a batch, (S, K)."""
+        if len(self._kept) < MOST_KEPT:
+            self._kept |= dict(zip(batch.keys, map(tuple, values.tolist()), strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The keys, (N, 16), and the values, (N, K)."""
+        keys = torch.frombuffer(bytearray(b"".join(self._kept)), dtype=torch.uint8) if self._kept else torch.zeros(0)
+        return {
+            "keys": keys.reshape(len(self._kept), -1).to(torch.uint8),
+            "values": torch.tensor([*self._kept.values()]),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The counterpart of `state_dict`."""
+        keys, values = state["keys"].numpy(), state["values"].tolist()
+        self._kept = {key.tobytes(): tuple(row) for key, row in zip(keys, values, strict=True)}
 
 
 def alone(own: ByEntry) -> list[ByEntry]:
@@ -60,6 +96,8 @@ def run_step(
         The mean loss of this rank's share, a scalar. The mean over ranks is the loss of the step.
     """
     batches = [_numbered(batch, number) for batch, number in zip(batches, _firsts(batches), strict=True)]
+    if step.separable:
+        return run_batches(engine, step, model, batches, weight, autocast, no_sync, backward)
     reference = reference_values(engine, step, model, batches, autocast)
     if len(batches) == 1 and gather is alone:
         batch = batches[0]
@@ -94,16 +132,51 @@ def run_step(
     return loss.detach() / len(ranks)
 
 
+def run_batches(
+    engine: Values,
+    step: StepLoss,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    weight: float,
+    autocast: Context,
+    no_sync: Context,
+    backward: Callable[[Tensor], object],
+) -> Tensor:
+    """The same where no entry depends on another: each batch is run once, and no rank asks the others."""
+    mean = torch.zeros((), device=next(model.parameters()).device)
+    for number, batch in enumerate(batches):
+        reference = reference_values(engine, step, model, [batch], autocast)
+        last = number == len(batches) - 1
+        with nullcontext() if last else no_sync(), autocast(), engine.values(model, batch) as values:
+            with torch.autocast(values.device.type, enabled=False):
+                found = by_entry(batch, values, reference)
+                loss = loss_of(step, found) / weight if found else values.sum() * 0.0
+            backward(loss)
+        mean += loss.detach()
+    return mean
+
+
 def reference_values(
     engine: Values, step: StepLoss, model: nn.Module, batches: Sequence[Batch], autocast: Context
 ) -> dict[int, Tensor]:
     """The values of each entry without the adapter; empty if the loss does not use them."""
     found: dict[int, Tensor] = {}
     if step.reference:
-        with engine.reference():
-            for batch in batches:
-                with autocast(), engine.values(model, batch) as values:
-                    found |= dict(zip(batch.entries, _of_entries(batch, values), strict=True)) if batch.entries else {}
+        for batch in batches:
+            values = reference_of(engine, model, batch, autocast)
+            found |= dict(zip(batch.entries, _of_entries(batch, values), strict=True)) if batch.entries else {}
+    return found
+
+
+def reference_of(engine: Values, model: nn.Module, batch: Batch, autocast: Context) -> Tensor:
+    """The values of each sequence of a batch without the adapter, (S, ...)."""
+    store = engine.reference_store
+    if store is not None and (kept := store.find(batch)) is not None:
+        return kept
+    with engine.reference(), autocast(), engine.values(model, batch) as values:
+        found = values
+    if store is not None and found.ndim == 2:
+        store.add(batch, found)
     return found
 
 

@@ -33,7 +33,7 @@ from siliang.plan.fake import fake_mode, make_fake_base, to_fake
 from siliang.plan.rows import cut, synthetic_row
 from siliang.plan.steps import Measured, Phase, baseline_step, measure
 from siliang.run_folder import weight_dtype
-from siliang.tasks import TASKS
+from siliang.tasks import task_of
 from siliang.train.checks import check_quantization
 from siliang.types import ConfigError, DataError
 from siliang.units import show_bytes
@@ -97,12 +97,12 @@ class FakeRun:
         self._device, self._baseline, self.precision = device, baseline, device.precision
         method_row = find_method(self._config.method.name)
         check_quantization(self._config, method_row)
-        TASKS[config.task].check_settings(config.train)
+        task_of(config).check_settings(config.train)
         with fake_mode() as self._mode:
             dtype = weight_dtype(method_row, device.precision)
             base = make_fake_base(
                 base_config,
-                TASKS[config.task].model,
+                task_of(config).model,
                 dtype=dtype,
                 quantization=quantization,
                 shardable=config.distributed.strategy == "fsdp",
@@ -130,7 +130,7 @@ class FakeRun:
                 shard(self.model, mesh, torch.device("cpu"))
             self.engine = Engine(
                 self.model,
-                TASKS[config.task],
+                task_of(config),
                 packing=config.train.packing and baseline is None,
                 memory_budget=None,
                 keep_frozen=config.train.keep_frozen and baseline is None and mesh is None,
@@ -292,7 +292,7 @@ def collator_of(
     t, pad = config.train, getattr(model.config, "pad_token_id", None)
     return StepCollator(
         PadCollator(pad if isinstance(pad, int) and pad >= 0 else 0),
-        TASKS[config.task],
+        task_of(config),
         batch_size or t.batch_size,
         tokens_at_once,
         packed=packed,

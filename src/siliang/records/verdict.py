@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-Verdict = Literal["one class", "majority", "not below the base", "no spans", "no number"]
+Verdict = Literal["one class", "majority", "not below the base", "not above chance", "no spans", "no number"]

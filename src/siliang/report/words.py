@@ -103,6 +103,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "f1": ("F1", "F1"),
     "eval_loss": ("loss", "损失"),
     "perplexity": ("perplexity", "困惑度"),
+    "margin": ("margin of rewards", "奖励差"),
     "precision": ("precision", "精确率"),
     "recall": ("recall", "召回率"),
     "exact_match": ("exact match", "完全匹配"),
@@ -116,6 +117,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "没有学到东西：不比全部预测为样本最多的类别好",
     ),
     "not below the base": ("learned nothing: loss not below the base model's", "没有学到东西：损失不低于基座模型"),
+    "not above chance": (
+        "learned nothing: does not prefer the chosen answers",
+        "没有学到东西：并不偏好所选的回答",
+    ),
     "no spans": ("learned nothing: no span is correct", "没有学到东西：没有一个片段正确"),
     "no number": ("learned nothing: its loss is not finite", "没有学到东西：损失不是有限值"),
     "of_runs": ("{what} ({n} of {of} runs)", "{what}（{of} 次运行中的 {n} 次）"),

@@ -4,7 +4,9 @@ A task's row says all that the other rooms ask: the rows and tokens that it lear
 metrics, the verdict, what the plan and the display of tokens take, and how a trained run is used.
 """
 
+from siliang.config import RunConfig
 from siliang.tasks.causal_lm import CAUSAL_LM
+from siliang.tasks.preference import PREFERENCE
 from siliang.tasks.question_ans import QUESTION_ANS
 from siliang.tasks.seq_2_seq_lm import SEQ_2_SEQ_LM
 from siliang.tasks.seq_cls import SEQ_CLS
@@ -23,10 +25,20 @@ from siliang.tasks.task import (
 from siliang.tasks.token_cls import TOKEN_CLS
 from siliang.types import TaskType
 
-TASKS: dict[TaskType, Task] = {task.name: task for task in (CAUSAL_LM, SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS)}
+TASKS: dict[TaskType, Task] = {
+    task.name: task for task in (CAUSAL_LM, PREFERENCE, SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS)
+}
+
+
+def task_of(config: RunConfig) -> Task:
+    """The task of a run, with what its settings choose."""
+    task = TASKS[config.task]
+    return task if task.with_settings is None else task.with_settings(task, config)
+
 
 __all__ = [
     "CAUSAL_LM",
+    "PREFERENCE",
     "QUESTION_ANS",
     "SEQ_2_SEQ_LM",
     "SEQ_CLS",
@@ -42,4 +54,5 @@ __all__ = [
     "StepLoss",
     "Task",
     "Trained",
+    "task_of",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from siliang.config import TrainConfig
+from siliang.config import RunConfig, TrainConfig
 from siliang.data.examples import Example
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import DataSpec
@@ -68,11 +68,13 @@ class StepLoss:
         loss: Summed over the entries of a step. From the values of each entry, (its sequences, ...), in the order of
             the data set, and from those of the reference model. No value may depend on another batch.
         reference: The loss also takes the values that the model gives without its adapter; they have no gradient.
+        separable: The loss of each entry depends on no other entry, so that each batch is run once.
     """
 
     values: Callable[[Any, Batch], Tensor]
     loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
     reference: bool = False
+    separable: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ class Task:
         smooths_labels: The loss takes `label_smoothing`, as that of a model that writes does.
         step_loss: The loss of a whole step, in the place of any other, where rows are compared with each other. It
             does not take `label_smoothing`.
+        with_settings: The task with what the settings of a run choose; None where they choose nothing.
         counts_rows: The loss is a mean over rows that do not depend on each other: a step's rows may be chosen by
             length.
 
@@ -251,6 +254,7 @@ class Task:
     loss: Callable[..., Tensor] | None = None
     smooths_labels: bool = False
     step_loss: StepLoss | None = None
+    with_settings: Callable[[Task, RunConfig], Task] | None = None
     counts_rows: bool = False
 
     read: Reader | None = None

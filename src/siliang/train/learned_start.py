@@ -27,7 +27,7 @@ from siliang.methods.start import StartBatch, keep_start, waiting
 from siliang.peft_api.for_tasks import get_peft_model
 from siliang.peft_api.model import PeftModel
 from siliang.records import Learned
-from siliang.tasks import TASKS
+from siliang.tasks import task_of
 from siliang.types import ConfigError
 
 
@@ -187,7 +187,7 @@ class Learner:
         torch.nn.Module.to(model, self.device)
         engine = Engine(
             model,
-            TASKS[self.config.task],
+            task_of(self.config),
             packing=False,
             memory_budget=t.memory_budget,
             checkpointing=t.gradient_checkpointing,

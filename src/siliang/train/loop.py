@@ -352,6 +352,7 @@ class Training:
             "guard": self.guard.state_dict(),
             "evaluation_due": self._evaluation_due,
             "log": self.log.state_dict(),
+            "reference": store.state_dict() if (store := self.engine.reference_store) else None,
         }
 
     def _resume(self, state: dict[str, Any], path: Path) -> None:
@@ -375,6 +376,8 @@ class Training:
         self._evaluation_due = state["evaluation_due"] and len(self.prepared.eval_set) > 0
         if (rank := self.prepared.ranks.rank) < len(state["random"]):
             self._saved_random = state["random"][rank]
+        if (store := self.engine.reference_store) is not None and state["reference"] is not None:
+            store.load_state_dict(state["reference"])
         self._fill_frozen_cache()
 
     def _restore_random(self) -> None:

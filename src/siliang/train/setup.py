@@ -15,7 +15,7 @@ from siliang.distributed.sharding import ignore_frozen_in_ddp, is_sharded
 from siliang.engine.batches import StepCollator, distinct_tokens, most_tokens
 from siliang.engine.step import Engine
 from siliang.language import local
-from siliang.tasks import TASKS
+from siliang.tasks import task_of
 from siliang.train.optimizer import OPTIMIZERS
 from siliang.train.types import Run
 
@@ -30,11 +30,12 @@ def make_engine(run: Run) -> Engine:
     _move(run.model, run.device)
     engine = Engine(
         run.model,
-        TASKS[run.config.task],
+        task_of(run.config),
         packing=t.packing,
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
         keep_frozen=t.keep_frozen and run.epochs > 1 and run.ranks.size == 1,  # a rank's rows change
+        keep_reference=run.ranks.size == 1,
         frozen_tokens=partial(distinct_tokens, run.train_set),
         memory_share=1 / run.ranks.local_size,
         state_share=OPTIMIZERS[t.optimizer].state_share,
@@ -53,7 +54,7 @@ def make_collator(run: Run, engine: Engine) -> StepCollator:
     t = run.config.train
     return StepCollator(
         PadCollator(run.tokenizer.pad_token_id),
-        TASKS[run.config.task],
+        task_of(run.config),
         t.batch_size,
         most_tokens(t.tokens_at_once, run.device.type, run.precision.dtype),
         packed=engine.padding is not None,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from siliang.language import Bilingual, local
@@ -55,6 +55,26 @@ class _Log(Part):
     rate: Rate | None
 
 
+class _Reference(Part):
+    keys: object
+    values: object
+
+    @model_validator(mode="after")
+    def _rows_of_numbers(self) -> _Reference:
+        keys, values = self.keys, self.values
+        if not (
+            isinstance(keys, Tensor)
+            and isinstance(values, Tensor)
+            and keys.dtype == torch.uint8
+            and keys.ndim == 2
+            and len(keys) == len(values)
+            and values.dtype == torch.float32
+            and values.ndim == min(len(keys), 1) + 1
+        ):
+            raise ValueError("must be rows of keys and of numbers, as many of the one as of the other")
+        return self
+
+
 class _State(Part):
     step: Count
     best: _Best | None
@@ -68,6 +88,7 @@ class _State(Part):
     guard: _Guard
     evaluation_due: bool
     log: _Log
+    reference: _Reference | None
 
 
 def check_state(state: Any, step: int, path: Path) -> None:

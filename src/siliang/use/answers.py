@@ -12,7 +12,7 @@ from siliang.peft_api.model import PeftModel
 from siliang.records import Answer, Answers
 from siliang.run_folder import OpenedRun
 from siliang.secrets import redacted_part
-from siliang.tasks import TASKS
+from siliang.tasks import task_of
 from siliang.train.types import Run
 from siliang.use.evaluate import engine_of, metrics_of_texts, sums_of
 from siliang.use.generate import generate
@@ -34,7 +34,7 @@ def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = F
     opened = OpenedRun(
         run.folder, run.config, run.record, run.model.eval(), run.tokenizer, precision=run.precision, task_id=0
     )
-    if TASKS[run.config.task].writes:
+    if task_of(run.config).writes:
         return _texts(run, opened, prompts, max_new_tokens, base=base)
     return _predictions(run, opened, prompts)
 
@@ -46,7 +46,7 @@ def sample(n: int, size: int) -> list[int]:
 
 def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
     """Predictions for some of the held-out rows, each with all its entries, and for the prompts."""
-    task, numbers = TASKS[run.config.task], run.eval_set.column("row")
+    task, numbers = task_of(run.config), run.eval_set.column("row")
     if task.replies is None:
         return Answers()
     examples = np.unique(numbers)
@@ -92,7 +92,7 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
             shown = redacted_part(instruction + right, 0, at).strip()
             given, right = redacted_part(instruction + given, at), redacted_part(instruction + right, at)
         found.rows.append(Answer(where=place, asked=shown, right=right, given=given))
-    if TASKS[run.config.task].of_texts is not None:
+    if task_of(run.config).of_texts is not None:
         tuned = run.model
         with tuned.disable_adapter() if base and isinstance(tuned, PeftModel) else nullcontext():
             found.metrics |= metrics_of_texts(opened, run.eval_rows)

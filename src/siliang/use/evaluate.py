@@ -23,7 +23,7 @@ from siliang.language import Bilingual, together
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, autocast
 from siliang.secrets import HIDDEN
-from siliang.tasks import TASKS, Reader
+from siliang.tasks import Reader, task_of
 from siliang.types import DataError
 from siliang.use.generate import one_plain_answer
 from siliang.use.positions import check_positions
@@ -45,7 +45,7 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
     Raises:
         DataError: There is no row to measure, or none has a label.
     """
-    task, rows = TASKS[run.config.task], eval_rows(run, data)
+    task, rows = task_of(run.config), eval_rows(run, data)
     with engine_of(run) as engine:
         sums = sums_of(run, engine, rows.tokens, task.read, batch_size)
     metrics = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
@@ -59,7 +59,7 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
 def engine_of(run: OpenedRun) -> Iterator[Engine]:
     """The engine that measured the run in training; removed from the model at the end of the block."""
     # outside of autocast, as in training: what it tries has to come to the same decisions
-    engine = Engine(run.model, TASKS[run.config.task], packing=run.config.train.packing)
+    engine = Engine(run.model, task_of(run.config), packing=run.config.train.packing)
     try:
         with run.of_task():
             yield engine
@@ -86,7 +86,7 @@ def sums_of(
 def metrics_of_texts(run: OpenedRun, rows: EvalRows, *, batch_size: int | None = None) -> dict[str, float]:
     """Metrics of the generated texts for the rows' sources, compared with their targets; empty for a task that does not
     measure texts."""
-    task = TASKS[run.config.task]
+    task = task_of(run.config)
     if task.of_texts is None:
         return {}
     collate = PadCollator(run.tokenizer.pad_token_id)
@@ -120,7 +120,7 @@ def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, sam
         DataError: There are none, all are longer than data.max_length where these are dropped, or the run's own data is
             not what it was.
     """
-    settings, spec = run.config.data, TASKS[run.config.task].data
+    settings, spec = run.config.data, task_of(run.config).data
     if data is None and same and run.trained is not None:
         run.trained.check_data()
     if data is not None:

@@ -21,7 +21,7 @@ from siliang.merge import MergeProof, merge_with_proof
 from siliang.models.save import save_model
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, create_output, find_run, open_trained
-from siliang.tasks import TASKS
+from siliang.tasks import task_of
 from siliang.types import ConfigError, DataError, MergeError, message_of
 from siliang.use.evaluate import eval_rows
 
@@ -83,14 +83,14 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
 
 def served_tokenizer(run: OpenedRun) -> tuple[Any, str]:
     """The run's tokenizer with the chat template that it was trained with, and which that is, in words."""
-    if not TASKS[run.config.task].decoder_only:
+    if not task_of(run.config).decoder_only:
         return run.tokenizer, ""
     return with_chat_template(run.tokenizer, run.config.data.template, run.record.layout)
 
 
 def _samples(run: OpenedRun, tokens: TokenSet) -> Iterator[dict[str, Tensor]]:
     """The model's inputs, one entry at a time."""
-    collate, task = PadCollator(run.tokenizer.pad_token_id), TASKS[run.config.task]
+    collate, task = PadCollator(run.tokenizer.pad_token_id), task_of(run.config)
     left_out = () if task.has_encoder else task.data.targets  # a decoder reads the labels
     for i in range(min(PROOF_SAMPLES, len(tokens))):
         row = tokens[i]

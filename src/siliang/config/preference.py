@@ -1,0 +1,86 @@
+"""The settings of learning from preferences."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from siliang.config.section import Section
+from siliang.language import Bilingual
+from siliang.types import ConfigError
+
+LossName = Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "orpo", "simpo", "cpo"]
+BETA: dict[LossName, float] = {"simpo": 2.0}  # of the authors; 0.1 for the others
+
+
+class PreferenceConfig(Section):
+    """The loss of the task preference."""
+
+    loss: LossName = "sigmoid"
+    """The loss. sigmoid is DPO's own, sigmoid_norm divides its log-probabilities by the number of tokens; hinge, ipo
+    and robust are variants; these five compare the model with the base model. orpo, simpo and cpo do without it.
+
+    损失函数。sigmoid 是 DPO 原来的损失，sigmoid_norm 把其中的对数概率除以词元数；hinge、ipo 和 robust 是它的变体；这五
+    种都与基座模型比较。orpo、simpo 和 cpo 不需要比较。"""
+    beta: Annotated[float, Field(gt=0.0)] | None = None
+    """How strongly the loss weighs the difference of two answers: DPO's beta, IPO's tau, the weight of ORPO's odds
+    ratio. None: 2.0 with simpo, otherwise 0.1.
+
+    损失函数对两个回答之差的放大倍数：DPO 的 beta、IPO 的 tau、ORPO 中比值比的权重。None：simpo 是 2.0，其余是 0.1。"""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """The share of pairs that are expected to be in the wrong order; for sigmoid, sigmoid_norm, simpo, cpo and robust,
+    which needs it.
+
+    预计顺序写反的样本比例；用于 sigmoid、sigmoid_norm、simpo、cpo，以及必须设置它的 robust。"""
+    gamma: Annotated[float, Field(ge=0.0)] | None = None
+    """SimPO's target margin between the two rewards. None: 0.5. Only for simpo.
+
+    SimPO 中两个奖励之间的目标差距。None：0.5。只用于 simpo。"""
+    nll_weight: Annotated[float, Field(ge=0.0)] | None = None
+    """The weight of the loss of the chosen answers' tokens, which is added. None: 1.0 with orpo and cpo, otherwise 0.
+
+    额外加上的、所选回答各词元损失的权重。None：orpo 和 cpo 是 1.0，其余是 0。"""
+
+    @property
+    def strength(self) -> float:
+        """beta, with the default of the loss."""
+        return BETA.get(self.loss, 0.1) if self.beta is None else self.beta
+
+    @property
+    def margin(self) -> float:
+        """gamma, with its default."""
+        return 0.5 if self.gamma is None else self.gamma
+
+    @property
+    def likelihood(self) -> float:
+        """nll_weight, with the default of the loss."""
+        return float(self.loss in ("orpo", "cpo")) if self.nll_weight is None else self.nll_weight
+
+    @model_validator(mode="after")
+    def _of_the_loss(self) -> PreferenceConfig:
+        if self.gamma is not None and self.loss != "simpo":
+            raise ConfigError(
+                Bilingual(
+                    f"preference.gamma = {self.gamma:g} is a setting of simpo, and preference.loss is {self.loss}: "
+                    "leave it out.",
+                    f"preference.gamma = {self.gamma:g} 只用于 simpo，而 preference.loss 是 {self.loss}：请去掉。",
+                )
+            )
+        if self.label_smoothing and self.loss in ("hinge", "ipo", "orpo"):
+            raise ConfigError(
+                Bilingual(
+                    f"preference.label_smoothing = {self.label_smoothing:g}: {self.loss} has none; leave it at 0.",
+                    f"preference.label_smoothing = {self.label_smoothing:g}：{self.loss} 没有这一项；请保持 0。",
+                )
+            )
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ConfigError(
+                Bilingual(
+                    "preference.loss = 'robust' needs preference.label_smoothing, the share of pairs in the wrong order, "
+                    "such as 0.1; without it, it is sigmoid.",
+                    "preference.loss = 'robust' 需要 preference.label_smoothing，即顺序写反的样本比例，如 0.1；为 0 时就是 "
+                    "sigmoid。",
+                )
+            )
+        return self

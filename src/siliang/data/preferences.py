@@ -1,0 +1,147 @@
+"""Rows with a better and a worse answer, as published data and other programs write them.
+
+{prompt, chosen, rejected}                      texts, or turns (TRL, UltraFeedback)
+{chosen, rejected}                              whole conversations, of which the common beginning is asked;
+                                                or texts with "Human:" and "Assistant:" (HH-RLHF)
+{instruction, input, chosen, rejected}          LLaMA-Factory's alpaca
+{conversations, chosen: {from, value}, rejected: {from, value}}     LLaMA-Factory's sharegpt
+{messages, rejected_response}                   ms-swift: the last answer of `messages` is the better one
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from siliang.config import Columns
+from siliang.data.cells import BadRow, Result, Values, as_text, cell, given
+from siliang.data.examples import Message, Ranked
+from siliang.data.refused import MEDIA, text_only
+from siliang.data.turns import history_of, listed, tools_of, turns_of
+from siliang.language import Bilingual
+
+SPEAKERS = re.compile(r"\n*\b(Human|Assistant): ?")  # of HH-RLHF
+
+
+def read_chosen_rejected(values: Values, c: Columns) -> Result:
+    """A row with the columns chosen and rejected."""
+    refuse_media(values)
+    answers = [_answer(values.get(name), name) for name in (c.chosen, c.rejected)]
+    asked = _asked(values, c)
+    return _ranked(values, c, asked, *answers)
+
+
+def read_messages_rejected(values: Values, c: Columns) -> Result:
+    """A row whose conversation ends with the better answer, with the worse one in a column of its own."""
+    refuse_media(values)
+    turns = turns_of(values.get(c.messages), c.messages)
+    rejected = _answer(values.get("rejected_response"), "rejected_response")
+    if not turns or turns[-1].role != "assistant":
+        return Bilingual(
+            f"has no answer at the end of {c.messages!r}, which is to be the better one",
+            f"的 {c.messages!r} 末尾没有回答，那里应是较好的回答",
+        )
+    whole = rejected[0].role != "assistant"
+    return _ranked(values, c, [] if whole else turns[:-1], turns if whole else turns[-1:], rejected)
+
+
+def refuse_media(values: Values) -> None:
+    """Refuses a row with pictures, sound or video."""
+    for name in MEDIA:
+        if given(values.get(name)):
+            raise BadRow(text_only(name))
+
+
+def _answer(value: object, column: str) -> list[Message]:
+    """The turns of an answer, or of a conversation that ends with it."""
+    value = listed(value)
+    if isinstance(value, dict):  # one turn
+        value = [value]
+    if isinstance(value, list | tuple):
+        return turns_of(value, column)
+    text = as_text(value)
+    if not text.strip():
+        raise BadRow(Bilingual(f"has an empty {column!r}", f"的 {column!r} 为空"))
+    return _of_speakers(text) or [Message("assistant", text)]
+
+
+def _of_speakers(text: str) -> list[Message]:
+    """The turns of a text as HH-RLHF writes a conversation; none where it is not one."""
+    if not text.lstrip().startswith("Human:"):
+        return []
+    _, *parts = SPEAKERS.split(text)
+    roles = zip(parts[::2], parts[1::2], strict=True)
+    return [Message("user" if name == "Human" else "assistant", words.strip()) for name, words in roles]
+
+
+def _asked(values: Values, c: Columns) -> list[Message]:
+    """The turns in front of both answers, as far as columns of their own hold them."""
+    for name in (c.messages, "conversations"):
+        if given(values.get(name)):
+            return turns_of(values.get(name), name)
+    for name in (c.prompt, c.instruction):
+        value = listed(values.get(name))
+        if isinstance(value, list | tuple) and value:
+            return turns_of(value, name)
+        if (text := cell(values, name)).strip():
+            asked = [Message("user", text, cell(values, c.input) if name == c.instruction else "")]
+            return [m for q, a in history_of(values) for m in (Message("user", q), Message("assistant", a))] + asked
+    return []
+
+
+def _ranked(values: Values, c: Columns, asked: list[Message], chosen: list[Message], rejected: list[Message]) -> Result:
+    """The example of two answers, each alone or as a whole conversation."""
+    whole = chosen[0].role != "assistant", rejected[0].role != "assistant"
+    if whole[0] != whole[1]:
+        return Bilingual(
+            f"has a whole conversation in one of {c.chosen!r} and {c.rejected!r}, and an answer alone in the other",
+            f"的 {c.chosen!r} 和 {c.rejected!r} 一个是整段对话，另一个只是回答",
+        )
+    if whole[0]:
+        common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(rejected))
+        common = min(common, len(chosen) - 1, len(rejected) - 1)
+        before = chosen[:common]
+        if asked and not _same(asked, before):
+            return Bilingual(
+                f"asks one thing in its own column and another in {c.chosen!r}: {_short(asked)} and {_short(before)}",
+                f"自己一列的提问与 {c.chosen!r} 中的不同：{_short(asked)} 与 {_short(before)}",
+            )
+        asked, chosen, rejected = before, chosen[common:], rejected[common:]
+    if system := cell(values, c.system).strip():
+        asked = [Message("system", system), *asked]
+    return _checked(Ranked(tuple(asked), (tuple(chosen), tuple(rejected)), tools_of(values, c)), c)
+
+
+def _same(asked: list[Message], before: list[Message]) -> bool:
+    """Whether a column of its own asks what the conversations ask: all their turns, or the last question of them."""
+    alone = [m for m in before if m.role != "system"]
+    texts = [m.text.strip() for m in asked if m.role != "system"]
+    return texts in ([m.text.strip() for m in alone], [m.text.strip() for m in alone[-1:]], [alone[0].text.strip()])
+
+
+def _checked(ranked: Ranked, c: Columns) -> Result:
+    """The example, or why no answer of it can be learned."""
+    talk = [m for m in ranked.asked if m.role != "system"]
+    if not talk:
+        return Bilingual(
+            f"has no question: name its column with data.columns.prompt, or put it into both {c.chosen!r} and "
+            f"{c.rejected!r}",
+            f"没有提问：请用 data.columns.prompt 指定它的列，或把它写进 {c.chosen!r} 和 {c.rejected!r}",
+        )
+    if talk[0].role != "user" or talk[-1].role == "assistant":
+        where, role = ("begins", talk[0].role) if talk[0].role != "user" else ("ends", "assistant")
+        return Bilingual(
+            f"{where} its question with the {role}: it must begin with the user, and an answer must follow it",
+            f"的提问以 {role} {'开头' if where == 'begins' else '结尾'}：应以 user 开头，并由回答接在后面",
+        )
+    for name, answer in zip((c.chosen, c.rejected), ranked.answers, strict=False):
+        if answer[-1].role != "assistant":
+            return Bilingual(f"has no answer at the end of {name!r}", f"的 {name!r} 末尾没有回答")
+        if any(m.role == "assistant" and not m.content.strip() and not m.calls for m in answer):
+            return Bilingual(f"has an empty answer in {name!r}", f"的 {name!r} 中有空的回答")
+    return replace(ranked, answers=tuple(tuple(replace(m, trained=True) for m in a) for a in ranked.answers))
+
+
+def _short(turns: list[Message]) -> str:
+    text = turns[-1].text if turns else ""
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")

@@ -1,0 +1,158 @@
+"""The losses of preferences, each a row of `LOSSES`.
+
+Legend, per pair: c, r: log-probabilities of the chosen and the rejected answer, given the prompt, summed over their
+tokens; c', r': those of the base model; m, n: their numbers of tokens. All are (N,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siliang.config import LossName, PreferenceConfig
+
+LOG_HALF = -0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a step.
+
+    Attributes:
+        chosen: c.
+        rejected: r.
+        chosen_tokens: m.
+        rejected_tokens: n.
+        base_chosen: c'; 0 for a loss without a base model.
+        base_rejected: r'; likewise.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    base_chosen: Tensor
+    base_rejected: Tensor
+
+    @classmethod
+    def of(cls, values: Sequence[Tensor], reference: Sequence[Tensor]) -> Pairs:
+        """
+        Args:
+            values: Of each pair, (2, 2): the log-probability and the number of tokens of the chosen answer, and of the
+                rejected one.
+            reference: Likewise, of the base model; empty for a loss without it.
+        """
+        own = torch.stack(list(values))
+        base = torch.stack(list(reference)) if reference else torch.zeros_like(own)
+        return cls(own[:, 0, 0], own[:, 1, 0], own[:, 0, 1], own[:, 1, 1], base[:, 0, 0], base[:, 1, 0])
+
+    @property
+    def gains(self) -> tuple[Tensor, Tensor]:
+        """c - c' and r - r'."""
+        return self.chosen - self.base_chosen, self.rejected - self.base_rejected
+
+    @property
+    def mean_gains(self) -> tuple[Tensor, Tensor]:
+        """(c - c') / m and (r - r') / n."""
+        chosen, rejected = self.gains
+        return chosen / self.chosen_tokens.clamp(min=1), rejected / self.rejected_tokens.clamp(min=1)
+
+
+def smoothed(logits: Tensor, share: float) -> Tensor:
+    """-log sigmoid(x), with a share of the pairs taken for swapped."""
+    return -(1 - share) * F.logsigmoid(logits) - share * F.logsigmoid(-logits)
+
+
+def sigmoid(pairs: Pairs, s: PreferenceConfig) -> Tensor:
+    """-log sigmoid(beta ((c - c') - (r - r')))."""
+    chosen, rejected = pairs.gains
+    return smoothed(s.strength * (chosen - rejected), s.label_smoothing)
+
+
+def sigmoid_norm(pairs: Pairs, s: PreferenceConfig) -> Tensor:
+    """-log sigmoid(beta ((c - c') / m - (r - r') / n))."""
+    chosen, rejected = pairs.mean_gains
+    return smoothed(s.strength * (chosen - rejected), s.label_smoothing)
+
+
+def hinge(pairs: Pairs, s: PreferenceConfig) -> Tensor:
+    """max(0, 1 - beta ((c - c') - (r - r')))."""
+    chosen, rejected = pairs.gains
+    return torch.relu(1 - s.strength * (chosen - rejected))
+
+
+def ipo(pairs: Pairs, s: PreferenceConfig) -> Tensor:
+    """((c - c') / m - (r - r') / n - 1 / (2 beta))^2."""
+    chosen, rejected = pairs.mean_gains
+    return (chosen - rejected - 1 / (2 * s.strength)).square()
+
+
+def robust(pairs: Pairs, s: PreferenceConfig) -> Tensor:
+    """(-(1 - e) log sigmoid(x) + e log sigmoid(-x)) / (1 - 2 e), x as in sigmoid."""
+    chosen, rejected = pairs.gains
+    x, e = s.strength * (chosen - rejected), s.label_smoothing
+    return (e * F.logsigmoid(-x) - (1 - e) * F.logsigmoid(x)) / (1 - 2 * e)
+
+
+def orpo(pairs: Pairs, s: PreferenceConfig) -> Tensor:
+    """-beta log sigmoid(log(p / (1 - p)) - log(q / (1 - q))), p = exp(c / m), q = exp(r / n)."""
+    chosen, rejected = pairs.mean_gains
+    odds = chosen - rejected - (_log1mexp(chosen) - _log1mexp(rejected))
+    return -s.strength * F.logsigmoid(odds)
+
+
+def simpo(pairs: Pairs, s: PreferenceConfig) -> Tensor:
+    """-log sigmoid(beta (c / m - r / n) - gamma)."""
+    chosen, rejected = pairs.mean_gains
+    return smoothed(s.strength * (chosen - rejected) - s.margin, s.label_smoothing)
+
+
+def cpo(pairs: Pairs, s: PreferenceConfig) -> Tensor:
+    """-log sigmoid(beta (c - r))."""
+    return smoothed(s.strength * (pairs.chosen - pairs.rejected), s.label_smoothing)
+
+
+def likelihood(pairs: Pairs) -> Tensor:
+    """The loss of the chosen answers' tokens, their mean over all of the step, a scalar."""
+    return -pairs.chosen.sum() / pairs.chosen_tokens.sum().clamp(min=1)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, exact at both ends (Maechler 2012)."""
+    x = x.clamp(max=-1e-7)
+    return torch.where(x > LOG_HALF, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """A loss.
+
+    Attributes:
+        loss: Of each pair, (N,).
+        paper: Its source.
+        reference: It compares the model with the base model.
+        by_tokens: A reward is a mean over tokens, otherwise a sum.
+    """
+
+    loss: Callable[[Pairs, PreferenceConfig], Tensor]
+    paper: str
+    reference: bool = True
+    by_tokens: bool = False
+
+
+LOSSES: dict[LossName, PairLoss] = {
+    "sigmoid": PairLoss(sigmoid, "DPO, Rafailov et al. 2023, arXiv 2305.18290"),
+    "hinge": PairLoss(hinge, "SLiC, Zhao et al. 2023, arXiv 2305.10425; with a base model, Liu et al. 2024"),
+    "ipo": PairLoss(ipo, "IPO, Azar et al. 2023, arXiv 2310.12036", by_tokens=True),
+    "robust": PairLoss(robust, "Robust DPO, Chowdhury et al. 2024, arXiv 2403.00409"),
+    "sigmoid_norm": PairLoss(
+        sigmoid_norm, "length-normalized DPO, Lambert et al. 2024 (Tulu 3), 2411.15124", by_tokens=True
+    ),
+    "orpo": PairLoss(orpo, "ORPO, Hong et al. 2024, arXiv 2403.07691", reference=False, by_tokens=True),
+    "simpo": PairLoss(simpo, "SimPO, Meng et al. 2024, arXiv 2405.14734", reference=False, by_tokens=True),
+    "cpo": PairLoss(cpo, "CPO, Xu et al. 2024, arXiv 2401.08417", reference=False),
+}

@@ -1,0 +1,145 @@
+"""The losses of preferences beside TRL's: whole trainings by DPOTrainer, and the functions of CPO, SimPO and ORPO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from every_task import configured, make_models
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer  # pyright: ignore
+from trl.experimental.cpo import CPOTrainer  # pyright: ignore
+from trl.experimental.orpo import ORPOTrainer  # pyright: ignore
+
+from siliang.config import PreferenceConfig
+from siliang.engine.batches import sequences_of
+from siliang.plan.rows import order
+from siliang.tasks.preference_losses import LOSSES, Pairs, likelihood
+from siliang.tasks.prepare import prepare_data
+from siliang.train.run import train
+
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+STEPS = {"sigmoid": 30, "ipo": 6, "hinge": 6, "robust": 6, "sigmoid_norm": 6}
+PEERS: dict[str, dict[str, Any]] = {"robust": {"label_smoothing": 0.2}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+class InOrder(DPOTrainer):
+    """Takes the rows as they come, and as tokens."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize("loss", STEPS)
+def test_losses_of_a_training_are_those_of_trl(loss: str, models: dict[str, Path], tmp_path: Path) -> None:
+    steps, more = STEPS[loss], PEERS.get(loss, {})
+    base = AutoModelForCausalLM.from_pretrained(models["preference"])
+    torch.manual_seed(1)
+    start = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(base, start)
+    wrapped.save_pretrained(tmp_path / "start")
+    constant = {"warmup_fraction": 0.0, "schedule": "constant", "learning_rate": 5e-3}
+    config = configured("preference", models, tmp_path, max_steps=steps, log_every=1, **constant)
+    values = config.model_dump(mode="json") | {
+        "adapter": str(tmp_path / "start"),
+        "method": {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        "preference": {"loss": loss, "beta": 0.3, **more},
+    }
+    values["data"]["test_size"] = 0.3  # of 23 rows: 16 are left, four steps of an epoch
+    config = type(config).build(values)
+    record = train(config)
+    assert [line.step for line in record.steps if line.loss is not None] == list(range(1, steps + 1))
+
+    tokens = prepare_data(config).train
+    rows = [row for step in order(config, tokens.lengths) for row in step]
+    dataset = Dataset.from_list([_ids(tokens[i]) for i in rows])
+    settings = DPOConfig(
+        str(tmp_path / "trl"),
+        per_device_train_batch_size=4,
+        max_steps=steps,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        beta=0.3,
+        loss_type=[loss],
+        max_length=None,
+        remove_unused_columns=False,
+        **more,
+    )
+    trainer = InOrder(
+        model=wrapped,
+        args=settings,
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(models["preference"]),
+    )
+    trainer.train()
+    theirs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    ours = [line.loss for line in record.steps if line.loss is not None]
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    assert ours[0] != pytest.approx(ours[-1], rel=1e-3)
+
+
+def _ids(row: dict[str, Any]) -> dict[str, list[int]]:
+    """A pair as TRL has it after its tokenization."""
+    chosen, rejected = sequences_of(row)
+    first = next(i for i, x in enumerate(chosen["labels"]) if x != -100)
+    return {
+        "prompt_ids": chosen["input_ids"][:first],
+        "chosen_ids": chosen["input_ids"][first:],
+        "rejected_ids": rejected["input_ids"][first:],
+    }
+
+
+# ---- losses without a base model ----
+
+C, R = torch.tensor([-3.2, -11.0, -0.4]), torch.tensor([-4.1, -2.5, -9.0])
+M, N = torch.tensor([3.0, 7.0, 2.0]), torch.tensor([4.0, 2.0, 9.0])
+PAIRS = Pairs(C, R, M, N, torch.zeros(3), torch.zeros(3))
+
+
+def _as_cpo(loss: str, beta: float, smoothing: float) -> Any:
+    return SimpleNamespace(
+        alpha=0.0,
+        beta=beta,
+        label_smoothing=smoothing,
+        loss_type=loss,
+        simpo_gamma=0.7,
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )
+
+
+def test_cpo_and_simpo_are_those_of_trl() -> None:
+    cpo = PreferenceConfig(loss="cpo", beta=0.2, label_smoothing=0.1)
+    expected, _, _ = CPOTrainer.cpo_loss(_as_cpo("sigmoid", 0.2, 0.1), C, R)
+    torch.testing.assert_close(LOSSES["cpo"].loss(PAIRS, cpo), expected)
+    simpo = PreferenceConfig(loss="simpo", beta=2.5, gamma=0.7)
+    expected, _, _ = CPOTrainer.cpo_loss(_as_cpo("simpo", 2.5, 0.0), C / M, R / N)
+    torch.testing.assert_close(LOSSES["simpo"].loss(PAIRS, simpo), expected)
+
+
+def test_orpo_is_that_of_trl() -> None:
+    """TRL also learns the prompts; the paper's loss is that of an answer given its prompt."""
+    orpo = PreferenceConfig(loss="orpo", beta=0.2)
+    found, *_ = ORPOTrainer.odds_ratio_loss(_as_cpo("", 0.2, 0.0), C / M, R / N)
+    torch.testing.assert_close(LOSSES["orpo"].loss(PAIRS, orpo), -found)
+    assert float(likelihood(PAIRS)) == pytest.approx((3.2 + 11.0 + 0.4) / 12)
