@@ -84,7 +84,8 @@ def configured(task: str, models: dict[str, Path], folder: Path, method: str = "
         "method": METHODS[method],
         "data": {"train": str(data), "test_size": 0.5, "max_length": 24, "stride": 4, "max_target_length": 8},
         "train": settings | train,
-        "accept": ["SL042"],
+        "preference": {"loss": "simpo"} if task == "preference" and method == "full" else None,
+        "accept": ["SL042", "SL045"],
         "output": str(folder / "run"),
     }
     return RunConfig.build(values)

@@ -74,9 +74,11 @@ def test_a_row_is_whole(task: Task) -> None:
     assert task.writes or (task.read and task.measure and task.replies and task.asks and task.blank)
     assert task.judged_by != "answers" or task.majority is not None
     row = task.synthetic_row(16, 8)
-    assert row.keys() <= data.columns.keys() and set(data.targets) <= row.keys() and len(row["input_ids"]) == 16
+    sequences = len(row.get("sequences", [16]))
+    assert row.keys() <= data.table.keys() and set(data.targets) <= row.keys()
+    assert len(row["input_ids"]) == 16 * sequences
     (batch,) = StepCollator(PadCollator(0), task, 2)([dict(row), dict(row)])["batches"]
-    assert batch.lengths == (16, 16) and sum(half.weight for half in batch.halves()) == batch.weight
+    assert batch.lengths == (16,) * 2 * sequences and sum(half.weight for half in batch.halves()) == batch.weight
     shown = task.show(row, ["O"])
     assert list(shown.ids) == row["input_ids"]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from siliang.check import rules_labels as labels
 from siliang.check import rules_model as model
+from siliang.check import rules_preferences as preferences
 from siliang.check import rules_rows as rows
 from siliang.check import rules_run as run
 from siliang.check import rules_tokenizer as tokenizer
@@ -59,6 +60,9 @@ RULES: dict[str, Rule] = {
         Rule("SL041", "warning", run.steps, "run"),
         Rule("SL042", "warning", run.learning_rate, "run"),
         Rule("SL043", "error", run.disk, "run"),
+        Rule("SL044", "warning", preferences.contradictory_pairs, "rows"),
+        Rule("SL045", "warning", preferences.length_decides, "rows"),
+        Rule("SL046", "warning", preferences.refusals_preferred, "rows"),
     )
 }
 

@@ -77,10 +77,10 @@ class PreferenceConfig(Section):
         if self.loss == "robust" and not self.label_smoothing:
             raise ConfigError(
                 Bilingual(
-                    "preference.loss = 'robust' needs preference.label_smoothing, the share of pairs in the wrong order, "
-                    "such as 0.1; without it, it is sigmoid.",
-                    "preference.loss = 'robust' 需要 preference.label_smoothing，即顺序写反的样本比例，如 0.1；为 0 时就是 "
-                    "sigmoid。",
+                    "preference.loss = 'robust' needs preference.label_smoothing, the share of pairs in the wrong "
+                    "order, such as 0.1; without it, it is sigmoid.",
+                    "preference.loss = 'robust' 需要 preference.label_smoothing，即顺序写反的样本比例，如 0.1；"
+                    "为 0 时就是 sigmoid。",
                 )
             )
         return self

@@ -1,0 +1,148 @@
+"""Rows with a better and a worse answer: their layouts, what is refused, and how pairs are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import word_tokenizer, write_jsonl
+
+from siliang.check import find
+from siliang.check.input import gather_input
+from siliang.config import Columns, DataConfig
+from siliang.data.examples import Example, Message, Ranked, from_json, to_json
+from siliang.data.find_layout import find_layout
+from siliang.data.tokens import tokenize
+from siliang.engine.batches import sequences_of
+from siliang.tasks.preference import PREFERENCE
+
+Q, GOOD, BAD = "what is one", "one is one", "two"
+ASKED = [{"role": "user", "content": Q}]
+ANSWERS = [[{"role": "assistant", "content": text}] for text in (GOOD, BAD)]
+WHOLE = [[*ASKED, *answer] for answer in ANSWERS]
+ROWS: dict[str, dict[str, Any]] = {
+    "TRL, texts": {"prompt": Q, "chosen": GOOD, "rejected": BAD},
+    "TRL, turns": {"prompt": ASKED, "chosen": ANSWERS[0], "rejected": ANSWERS[1]},
+    "TRL, whole conversations": {"chosen": WHOLE[0], "rejected": WHOLE[1]},
+    "UltraFeedback": {"prompt": Q, "chosen": WHOLE[0], "rejected": WHOLE[1], "score_chosen": 8.0},
+    "HH-RLHF": {
+        "chosen": f"\n\nHuman: {Q}\n\nAssistant: {GOOD}",
+        "rejected": f"\n\nHuman: {Q}\n\nAssistant: {BAD}",
+    },
+    "LLaMA-Factory, alpaca": {"instruction": Q, "input": "", "chosen": GOOD, "rejected": BAD},
+    "LLaMA-Factory, sharegpt": {
+        "conversations": [{"from": "human", "value": Q}],
+        "chosen": {"from": "gpt", "value": GOOD},
+        "rejected": {"from": "gpt", "value": BAD},
+    },
+    "ms-swift": {"messages": WHOLE[0], "rejected_response": BAD},
+}
+
+
+def read(row: dict[str, Any]) -> Example | str:
+    layout, columns = find_layout("auto", row, PREFERENCE.data, Columns(), "rows.jsonl")
+    return layout.example(row, columns)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+def test_a_pair_in_the_layouts_of_the_field(row: dict[str, Any]) -> None:
+    found = read(row)
+    assert isinstance(found, Ranked)
+    assert found == Ranked((Message("user", Q),), ((Message("assistant", GOOD),), (Message("assistant", BAD),)))
+    assert from_json(to_json(found)) == found
+
+
+def test_turns_in_front_of_the_question_belong_to_it() -> None:
+    before = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    found = read({"chosen": [*before, *WHOLE[0]], "rejected": [*before, *WHOLE[1]], "system": "three"})
+    assert isinstance(found, Ranked)
+    assert [m.role for m in found.asked] == ["system", "user", "assistant", "user"]
+    assert [m.trained for m in found.conversations[0].messages] == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"prompt": Q, "chosen": GOOD, "rejected": " "}, "has an empty 'rejected'"),
+        ({"chosen": GOOD, "rejected": BAD}, "has no question"),
+        ({"prompt": Q, "chosen": WHOLE[0], "rejected": ANSWERS[1]}, "a whole conversation in one of"),
+        ({"prompt": "what is two", "chosen": WHOLE[0], "rejected": WHOLE[1]}, "asks one thing in its own column"),
+        ({"prompt": [*ASKED, *ANSWERS[0]], "chosen": GOOD, "rejected": BAD}, "ends its question with the assistant"),
+        ({"prompt": Q, "chosen": ASKED, "rejected": ASKED}, "has no answer at the end of 'chosen'"),
+        ({"messages": ASKED, "rejected_response": BAD}, "has no answer at the end of 'messages'"),
+        ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "images": ["a.png"]}, "siliang trains on text alone"),
+    ],
+)
+def test_a_row_that_is_no_pair_says_why(row: dict[str, Any], why: str) -> None:
+    found = read(row)
+    assert isinstance(found, str) and why in found
+
+
+def test_two_equal_answers_are_no_preference() -> None:
+    found = read({"prompt": Q, "chosen": GOOD, "rejected": GOOD})
+    assert isinstance(found, Ranked) and "the same text for two of its answers" in str(found.problem)
+
+
+# ---- tokens ----
+
+
+def pairs(examples: list[Example], **settings: Any) -> list[dict[str, Any]]:
+    data = DataConfig.model_validate({"train": "-", **settings})
+    tokenizer: Any = word_tokenizer()
+    tokens = tokenize(examples, tokenizer, data, PREFERENCE.data)
+    return [tokens[i] for i in range(len(tokens))]
+
+
+def ranked(asked: str, *answers: str) -> Ranked:
+    return Ranked((Message("user", asked),), tuple((Message("assistant", a),) for a in answers))
+
+
+def test_a_ranking_becomes_every_pair_of_it() -> None:
+    found = pairs([ranked(Q, "one", "two", "three")])
+    ends = [[part["input_ids"][-2] for part in sequences_of(row)] for row in found]
+    one, two, three = (
+        word_tokenizer()(word, add_special_tokens=False)["input_ids"][0] for word in ("one", "two", "three")
+    )
+    assert ends == [[one, two], [one, three], [two, three]]
+
+
+def test_a_pair_that_is_too_long_keeps_one_prompt() -> None:
+    asked = " ".join(["one", "two", "three", "four"] * 10)
+    (row,) = pairs([ranked(asked, "one two three", "four")], max_length=24)
+    chosen, rejected = sequences_of(row)
+    prompts = [
+        [x for x, label in zip(s["input_ids"], s["labels"], strict=True) if label == -100] for s in (chosen, rejected)
+    ]
+    assert prompts[0] == prompts[1] and len(chosen["input_ids"]) == 24
+    assert row["lost_answer"] == 0 and row["lost"] > 0
+    answers = " ".join(["four"] * 40)
+    (row,) = pairs([ranked(asked, answers, "one")], max_length=24)
+    chosen, _ = sequences_of(row)
+    assert len(chosen["input_ids"]) == 24 and sum(x != -100 for x in chosen["labels"]) == 12
+    assert chosen["labels"][-1] == word_tokenizer().eos_token_id and row["lost_answer"] > 0
+    long, short = ranked(asked, "one", "two"), ranked(Q, "one", "two")
+    (row,) = pairs([short, long], max_length=24, too_long="drop")
+    assert [row] == pairs([short], max_length=24)
+
+
+# ---- check ----
+
+
+def findings(rows: list[dict[str, Any]], folder: Path) -> set[str]:
+    from every_task import configured, make_models
+
+    models = make_models(folder)
+    config = configured("preference", models, folder)
+    write_jsonl(folder / "preference.jsonl", rows)
+    return {finding.code for finding in find(gather_input(config))}
+
+
+def test_check_names_contradictions_lengths_and_refusals(tmp_path: Path) -> None:
+    plain = [{"prompt": f"say {i}", "chosen": f"one {i}", "rejected": f"two {i}"} for i in range(40)]
+    assert not {"SL044", "SL045", "SL046"} & findings(plain, tmp_path / "plain")
+    longer = [row | {"chosen": f"{row['chosen']} and more"} for row in plain]
+    other_way = {**longer[0], "chosen": longer[0]["rejected"], "rejected": longer[0]["chosen"]}
+    assert {"SL044", "SL045"} <= findings([*longer, other_way], tmp_path / "longer")
+    refusing = [row | {"chosen": "Sorry, I cannot"} for row in plain]
+    assert "SL046" in findings(refusing, tmp_path / "refusing")
