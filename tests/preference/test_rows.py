@@ -11,9 +11,10 @@ from tiny import word_tokenizer, write_jsonl
 from siliang.check import find
 from siliang.check.input import gather_input
 from siliang.config import Columns, DataConfig
+from siliang.data.encode import IGNORED
 from siliang.data.examples import Example, Message, Ranked, from_json, to_json
 from siliang.data.find_layout import find_layout
-from siliang.data.tokens import tokenize
+from siliang.data.tokens import TokenSet, tokenize
 from siliang.engine.batches import sequences_of
 from siliang.tasks.preference import PREFERENCE
 
@@ -87,10 +88,14 @@ def test_two_equal_answers_are_no_preference() -> None:
 # ---- tokens ----
 
 
-def pairs(examples: list[Example], **settings: Any) -> list[dict[str, Any]]:
+def tokenized(examples: list[Example], **settings: Any) -> TokenSet:
     data = DataConfig.model_validate({"train": "-", **settings})
     tokenizer: Any = word_tokenizer()
-    tokens = tokenize(examples, tokenizer, data, PREFERENCE.data)
+    return tokenize(examples, tokenizer, data, PREFERENCE.data)
+
+
+def pairs(examples: list[Example], **settings: Any) -> list[dict[str, Any]]:
+    tokens = tokenized(examples, **settings)
     return [tokens[i] for i in range(len(tokens))]
 
 
@@ -109,21 +114,21 @@ def test_a_ranking_becomes_every_pair_of_it() -> None:
 
 def test_a_pair_that_is_too_long_keeps_one_prompt() -> None:
     asked = " ".join(["one", "two", "three", "four"] * 10)
-    (row,) = pairs([ranked(asked, "one two three", "four")], max_length=24)
-    chosen, rejected = sequences_of(row)
+    tokens = tokenized([ranked(asked, "one two three", "four")], max_length=24)
+    chosen, rejected = sequences_of(tokens[0])
     prompts = [
-        [x for x, label in zip(s["input_ids"], s["labels"], strict=True) if label == -100] for s in (chosen, rejected)
+        [x for x, label in zip(part["input_ids"], part["labels"], strict=True) if label == IGNORED]
+        for part in (chosen, rejected)
     ]
     assert prompts[0] == prompts[1] and len(chosen["input_ids"]) == 24
-    assert row["lost_answer"] == 0 and row["lost"] > 0
-    answers = " ".join(["four"] * 40)
-    (row,) = pairs([ranked(asked, answers, "one")], max_length=24)
-    chosen, _ = sequences_of(row)
-    assert len(chosen["input_ids"]) == 24 and sum(x != -100 for x in chosen["labels"]) == 12
-    assert chosen["labels"][-1] == word_tokenizer().eos_token_id and row["lost_answer"] > 0
+    assert tokens.column("lost_answer").tolist() == [0] and tokens.column("lost")[0] > 0
+    tokens = tokenized([ranked(asked, " ".join(["four"] * 40), "one")], max_length=24)
+    chosen, _ = sequences_of(tokens[0])
+    assert len(chosen["input_ids"]) == 24 and sum(x != IGNORED for x in chosen["labels"]) == 12
+    assert chosen["labels"][-1] == word_tokenizer().eos_token_id and tokens.column("lost_answer")[0] > 0
     long, short = ranked(asked, "one", "two"), ranked(Q, "one", "two")
-    (row,) = pairs([short, long], max_length=24, too_long="drop")
-    assert [row] == pairs([short], max_length=24)
+    tokens = tokenized([short, long], max_length=24, too_long="drop")
+    assert len(tokens) == tokens.dropped == 1 and [tokens[0]] == pairs([short], max_length=24)
 
 
 # ---- check ----
@@ -142,7 +147,8 @@ def test_check_names_contradictions_lengths_and_refusals(tmp_path: Path) -> None
     plain = [{"prompt": f"say {i}", "chosen": f"one {i}", "rejected": f"two {i}"} for i in range(40)]
     assert not {"SL044", "SL045", "SL046"} & findings(plain, tmp_path / "plain")
     longer = [row | {"chosen": f"{row['chosen']} and more"} for row in plain]
-    other_way = {**longer[0], "chosen": longer[0]["rejected"], "rejected": longer[0]["chosen"]}
-    assert {"SL044", "SL045"} <= findings([*longer, other_way], tmp_path / "longer")
+    other_way = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in longer]
+    assert "SL045" in findings(longer, tmp_path / "longer")
+    assert "SL044" in findings(longer + other_way, tmp_path / "both")
     refusing = [row | {"chosen": "Sorry, I cannot"} for row in plain]
     assert "SL046" in findings(refusing, tmp_path / "refusing")

@@ -94,8 +94,8 @@ def refusals_preferred(s: CheckInput) -> Iterator[Problem]:
 
     较好的回答中有许多是拒答
 
-    原因：所选的回答有很大一部分以拒答开头（“抱歉”“作为一个 AI”），被拒绝的回答中反而较少。要么两列写反了，要么模型会学会
-    拒答。
+    原因：所选的回答有很大一部分以拒答开头（“抱歉”“作为一个 AI”），被拒绝的回答中反而较少。要么两列写反了，要么模型会学
+    会拒答。
 
     办法：看几条样本。若写反了，用 data.columns.chosen 和 data.columns.rejected 交换两列；如果就是要学会拒答，用 accept:
     [SL046] 接受此项。

@@ -91,6 +91,9 @@ def _asked(values: Values, c: Columns) -> list[Message]:
 
 def _ranked(values: Values, c: Columns, asked: list[Message], chosen: list[Message], rejected: list[Message]) -> Result:
     """The example of two answers, each alone or as a whole conversation."""
+    for name, turns in ((c.chosen, chosen), (c.rejected, rejected)):
+        if turns[-1].role != "assistant":
+            return Bilingual(f"has no answer at the end of {name!r}", f"的 {name!r} 末尾没有回答")
     whole = chosen[0].role != "assistant", rejected[0].role != "assistant"
     if whole[0] != whole[1]:
         return Bilingual(
@@ -101,7 +104,7 @@ def _ranked(values: Values, c: Columns, asked: list[Message], chosen: list[Messa
         common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(rejected))
         common = min(common, len(chosen) - 1, len(rejected) - 1)
         before = chosen[:common]
-        if asked and not _same(asked, before):
+        if asked and before and not _same(asked, before):
             return Bilingual(
                 f"asks one thing in its own column and another in {c.chosen!r}: {_short(asked)} and {_short(before)}",
                 f"自己一列的提问与 {c.chosen!r} 中的不同：{_short(asked)} 与 {_short(before)}",
@@ -116,7 +119,7 @@ def _same(asked: list[Message], before: list[Message]) -> bool:
     """Whether a column of its own asks what the conversations ask: all their turns, or the last question of them."""
     alone = [m for m in before if m.role != "system"]
     texts = [m.text.strip() for m in asked if m.role != "system"]
-    return texts in ([m.text.strip() for m in alone], [m.text.strip() for m in alone[-1:]], [alone[0].text.strip()])
+    return texts in ([m.text.strip() for m in part] for part in (alone, alone[-1:], alone[:1]))
 
 
 def _checked(ranked: Ranked, c: Columns) -> Result:
@@ -135,8 +138,6 @@ def _checked(ranked: Ranked, c: Columns) -> Result:
             f"的提问以 {role} {'开头' if where == 'begins' else '结尾'}：应以 user 开头，并由回答接在后面",
         )
     for name, answer in zip((c.chosen, c.rejected), ranked.answers, strict=False):
-        if answer[-1].role != "assistant":
-            return Bilingual(f"has no answer at the end of {name!r}", f"的 {name!r} 末尾没有回答")
         if any(m.role == "assistant" and not m.content.strip() and not m.calls for m in answer):
             return Bilingual(f"has an empty answer in {name!r}", f"的 {name!r} 中有空的回答")
     return replace(ranked, answers=tuple(tuple(replace(m, trained=True) for m in a) for a in ranked.answers))
