@@ -7,7 +7,7 @@ NUMERIC := tests/ops tests/engine tests/parity tests/golden tests/models tests/t
 	tests/distributed/test_ranks.py $(addprefix tests/test_,$(addsuffix .py,adapter_life checkpoint inject quantized shared stock_trainer))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 test-long cluster-test check audit docs compat faults fmt bench bench-smoke methods-table same bench-gpu clean
+.PHONY: help demo test test-avx2 test-long cluster-test check audit docs compat peft-tests faults fmt bench bench-smoke methods-table same bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 19
@@ -55,6 +55,10 @@ audit: .venv/dev
 compat:  ## the contract tests with the oldest and the newest libraries that are allowed, minutes of it; ONLY=oldest for one
 	$(PYTHON) tests/compat.py $(ONLY)
 
+# PEFT's source distribution and what its tests import, in .peft-tests
+peft-tests: .venv/dev  ## PEFT's own tests with siliang in its place, an hour of it; ONLY="test_vera.py" for some, EVERY=20 for a sample
+	HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python tests/peft_suite/run.py $(ONLY) $(if $(EVERY),--every $(EVERY))
+
 docs: .venv/base  ## docs/errors.md, docs/names.md and what `siliang config` and `methods` print, from the code
 	$(BIN)/python -m siliang.errors > docs/errors.md
 	$(BIN)/python -m siliang.other_names > docs/names.md
@@ -81,7 +85,7 @@ bench-gpu: .venv/bench  ## the same on the CUDA device that is there
 	$(BIN)/python -m bench --gpu $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .venv-compat .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-compat .peft-tests .pytest_cache .ruff_cache .hypothesis
 
 .venv/base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "siliang needs Python 3.11 or later; say which with: make PYTHON=python3.12 ..."; exit 1; }

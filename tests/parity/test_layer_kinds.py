@@ -26,10 +26,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lokr-core": ("LoKrConfig", {"r": 1, "init_weights": False, "use_effective_conv2d": True, "decompose_both": True}),
     "loha": ("LoHaConfig", {"r": 2, "init_weights": False}),
     "loha-core": ("LoHaConfig", {"r": 2, "init_weights": False, "use_effective_conv2d": True}),
+    "ia3": ("IA3Config", {"init_ia3_weights": False, "feedforward_modules": []}),
+    "ia3-feedforward": ("IA3Config", {"init_ia3_weights": False, "feedforward_modules": ["look"]}),
 }
+ON_CONV3D, NOT_ON_CONV1D = ("hira", "ia3", "ia3-feedforward"), ("ia3", "ia3-feedforward")
 # of these PEFT's backward pass multiplies with the other product's core: test_the_gradients_of_lohas_cores
 NOT_OF_PEFT = ("hada_w1_a", "hada_w2_a")
-CASES = [(method, kind) for method in CONFIGS for kind in WINDOWS if method == "hira" or kind != "conv3d"]
+CASES = [
+    (method, kind)
+    for method in CONFIGS
+    for kind in WINDOWS
+    if (method in ON_CONV3D or kind != "conv3d") and (method not in NOT_ON_CONV1D or kind != "conv1d")
+]
 CASES.remove(("lokr-core", "conv1d"))  # PEFT fails there at r = 1: test_lokrs_core_on_a_wider_conv1d
 
 
@@ -190,3 +198,17 @@ def test_rotations_of_pictures_are_in_peft_alone(
     ):
         with pytest.raises(TargetError, match="on a Conv2d is in PEFT alone: name linear layers, or use LoRA"):
             attach()
+
+
+@pytest.mark.parametrize("feedforward", [False, True])
+def test_ia3_on_a_convolution_in_groups(feedforward: bool) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4)), torch.randn(2, 8, 9, 9)
+    settings: dict[str, Any] = {"target_modules": ["0"], "feedforward_modules": ["0"] if feedforward else []}
+    ours: Any = siliang.get_peft_model(deepcopy(base), siliang.IA3Config(**settings, init_ia3_weights=False))
+    theirs: Any = peft.get_peft_model(deepcopy(base), peft.IA3Config(**settings, init_ia3_weights=False))
+    theirs.load_state_dict(ours.state_dict())
+    wanted = theirs(x)
+    assert_close(ours(x), wanted)
+    assert_close(ours(x[0]), wanted[0])
+    assert_close(ours.merge_and_unload()(x), wanted)

@@ -96,6 +96,43 @@ class AdaptedLayer(PeftLayer):
         """The part of an adapter, as it is now."""
         return parts_of(self, attribute)[adapter]
 
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The attributes that hold parts of adapters, such as "lora_A"."""
+        held = {name: one for name, one in self.named_children() if isinstance(one, ByAdapter)}
+        return tuple(name for name, one in held.items() if next(one.parameters(), None) is not None)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The attributes that hold settings of adapters, such as "r"."""
+        settings = {name for adapter in self._adapters.values() for name in adapter.settings}
+        return (*sorted(settings), *(["scaling"] if self.scaling else []))
+
+    # ---- this layer alone, until the model's own functions set all layers again ----
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones of this layer, and trained; the others of it are frozen.
+
+        Args:
+            inference_mode: Freeze these too.
+        """
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.activate(names, disabled=self.disabled)
+        self.set_requires_grad(list(self._adapters), False)
+        self.set_requires_grad(names, not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Lets this layer compute with its adapters, or without; they are frozen meanwhile, as in PEFT."""
+        self.activate(self.active, disabled=not enabled)
+        self.set_requires_grad(self.active if enabled else list(self._adapters), enabled)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains the parts that adapters have on this layer, or freezes them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self._adapters:
+                for p in self._adapters[name].parameters().values():
+                    p.requires_grad_(requires_grad)
+
     # ---- which parameters the base layer has ----
 
     def activate(self, names: tuple[str, ...], *, disabled: bool) -> None:
@@ -176,6 +213,15 @@ class AdaptedLayer(PeftLayer):
         for adapter in here:
             adapter.check_merge()
 
+    @contextmanager
+    def in_evaluation(self) -> Iterator[None]:
+        """Within the block nothing of the adapters is dropped at random."""
+        training, self.training = self.training, False
+        try:
+            yield
+        finally:
+            self.training = training
+
     @torch.no_grad()
     def merge(self, names: Sequence[str], *, safe: bool = False) -> dict[str, nn.Parameter]:
         """The base layer's parameters with the adapters of `names` that this layer has in them, one after another.
@@ -194,7 +240,9 @@ class AdaptedLayer(PeftLayer):
         found: dict[str, nn.Parameter] = {}
         with self._with_overrides_of(here):
             for name in here:
-                for key, value in self._adapters[name].merged().items():
+                with self.in_evaluation():
+                    values = self._adapters[name].merged()
+                for key, value in values.items():
                     if getattr(self.base_layer, key) is None:
                         raise MergeError(
                             Bilingual(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -115,6 +116,19 @@ class AttachedAdapter(Adapter[PeftConfig]):
         """What a resumed training needs in addition to the adapter's file: a prompt's encoder, a method's state."""
         prompt = {} if self.prompt is None or self.prompt.flat else self.prompt.state_dict()
         return TrainingState(prompt, self.state)
+
+
+@contextmanager
+def frozen(adapters: Iterable[AttachedAdapter]) -> Iterator[None]:
+    """Within the block these adapters are not trained."""
+    trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 class SharedTensors(Mapping[str, Tensor]):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.injection import Injection
@@ -96,6 +97,14 @@ def _with_embeddings(
             )
         )
     with injection.bare() as base:
+        if wanted is True and not isinstance(base, PreTrainedModel):
+            warnings.warn(
+                Bilingual(
+                    "save_embedding_layers: the model is none of transformers, and its embeddings may not be found.",
+                    "save_embedding_layers：该模型不是 transformers 的模型，可能找不到它的嵌入层。",
+                ),
+                stacklevel=5,
+            )
         ends = [path for path in embedding_parameters(base) if not inside(path, list(adapter.parts.modules))]
         keys = {adapter.parameter_key(path): base.get_parameter(path) for path in ends}
         now = _vocabulary(base)

@@ -91,7 +91,8 @@ class Attachments:
         for wrapper in self.modules_to_save.values():
             wrapper.active = next((n for n in computing if n in wrapper.modules_to_save), None)
             wrapper.rows = rows
-            wrapper.active_adapters, wrapper.disable_adapters = list(active), base_alone
+            wrapper.active_adapters = [n for n in active if n in wrapper.modules_to_save]
+            wrapper.disable_adapters = base_alone
 
     def _activate_overrides(self, names: Sequence[str]) -> None:
         for override in self.overrides.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Sequence
 from itertools import combinations, permutations
 
@@ -159,3 +160,9 @@ def check_not_merged(name: str, merged: Collection[str]) -> None:
                 f"适配器 {name!r} 已合并到权重中：请先调用 unmerge_adapter，再删除。",
             )
         )
+
+
+def warn_of_no_merge() -> None:
+    """For a merge of adapters that are all merged."""
+    said = Bilingual("The adapters are merged already: nothing is done.", "这些适配器已经合并：不做任何事。")
+    warnings.warn(said, stacklevel=4)

@@ -192,7 +192,8 @@ def load_tensors(
         method_of(adapter.config).restore(adapter)
     for key, path in embeddings.items():
         if not torch.equal(sizes[path].cpu(), tensors[key].to(sizes[path].dtype).cpu()):
-            injection.override_parameter(path, name, tensors[key])
+            with injection.bare():
+                injection.attachments.override_parameter(path, name, tensors[key])
 
 
 def _respelled(

@@ -16,13 +16,14 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from siliang.adapters.active_layers import active_before, active_in
 from siliang.adapters.adapted_layer import AdaptedLayer, delete_parts
 from siliang.adapters.adapter import AttachedAdapter, make_shared, share_parts
 from siliang.adapters.attachments import Attachments
-from siliang.adapters.checks import check_not_merged, check_rows, check_together, checked_parts
+from siliang.adapters.checks import check_not_merged, check_rows, check_together, checked_parts, warn_of_no_merge
 from siliang.adapters.choose_modules import choose_saved_modules
 from siliang.adapters.file_sizes import FileSizes, check_sizes
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper
@@ -125,10 +126,6 @@ class Injection(nn.Module):
         while self._remove_hooks:
             self._remove_hooks.pop()()
 
-    def parked_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that are not in the model now, and must move with it all the same."""
-        return self.attachments.parked_parameters()
-
     # ---- attaching ----
 
     def add_adapter(self, name: str, config: PeftConfig, *, file: FileSizes | None = None) -> None:
@@ -215,6 +212,8 @@ class Injection(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes as the base model does, merged adapters or not."""
+        if not self.is_disabled:
+            self.active = active_before(self.attachments.layers.values(), self.active)
         self._disabled += 1
         self._apply_state()
         try:
@@ -306,24 +305,28 @@ class Injection(nn.Module):
 
     # ---- merging ----
 
-    def merge(self, *names: str, safe: bool = False) -> None:
+    def merge(self, names: Sequence[str] | None, *, safe: bool = False) -> None:
         """Merges adapters into the base layers' weights, in addition to those that are merged already.
 
         Args:
-            safe: Refuse where a merged weight is not finite.
+            names, safe: Which, None for the active ones; refuse where a merged weight is not finite.
 
         Raises:
             MergeError: An adapter is of a method that does not merge, is broken, its base is quantized, or it cannot be
                 active together with the others. Nothing has been changed then.
         """
         merged = self._to_merge(names)
+        if merged == self.merged:
+            return warn_of_no_merge()
         try:
             self.attachments.merge(merged, safe=safe)
             self.merged = merged
         finally:
             self._apply_state()
 
-    def _to_merge(self, names: Sequence[str]) -> tuple[str, ...]:
+    def _to_merge(self, names: Sequence[str] | None) -> tuple[str, ...]:
+        if names is None:
+            names = self.active = active_in(self.attachments.layers.values(), self.active)
         for name in names:
             config = self.adapters[name].config
             if why_not := method_of(config).why_not_merged(config.to_dict()):
@@ -353,12 +356,12 @@ class Injection(nn.Module):
             warnings.warn(said, stacklevel=4)
             self.unmerge()
 
-    def merge_for_good(self, *names: str, safe: bool = False, progress: bool = False) -> nn.Module:
+    def merge_for_good(self, names: Sequence[str] | None, *, safe: bool = False, progress: bool = False) -> nn.Module:
         """Removes everything and returns the base model with adapters merged into it, also those merged before.
 
         Args:
-            safe: Refuse where a merged weight is not finite.
-            progress: Show how far it is.
+            names: Which; None for the active ones.
+            safe, progress: Refuse where a merged weight is not finite; show how far it is.
 
         Raises:
             MergeError: As `merge`; everything is still attached then.
@@ -377,7 +380,7 @@ class Injection(nn.Module):
         retie_or_untie(self.model)
         return self.model
 
-    # ---- a larger vocabulary, and parameters of files ----
+    # ---- a larger vocabulary ----
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
         """Resizes the embeddings, and every adapter's copy of them; returns the input embeddings.
@@ -389,8 +392,3 @@ class Injection(nn.Module):
         with self.bare():
             self.attachments.resize_token_embeddings(*args, **kwargs)
         return cast(PreTrainedModel, self.model).get_input_embeddings()
-
-    def override_parameter(self, path: str, name: str, tensor: Tensor) -> None:
-        """Makes `tensor` what adapter `name` has in place of the base model's parameter at `path`, untrained."""
-        with self.bare():
-            self.attachments.override_parameter(path, name, tensor)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,11 @@ class ModulesToSaveWrapper(nn.Module):
         active: The adapter whose copy computes; None for the module itself.
         rows: For a batch that mixes adapters, the one of each row; None otherwise.
         active_adapters, merged_adapters, disable_adapters: What PEFT's wrapper has under these names.
+        adapter_layer_names, other_param_names: The attributes that hold parts of adapters, and settings.
     """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+    other_param_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -53,6 +58,23 @@ class ModulesToSaveWrapper(nn.Module):
         """Removes adapter `name`, if it has a copy here."""
         if name in self.modules_to_save:
             del self.modules_to_save[name]
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one adapter's copy the one that computes, and trained, until the model's own functions set all again.
+
+        Args:
+            inference_mode: Freeze it too.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.active_adapters = [name for name in names if name in self.modules_to_save]
+        self.active = None if self.disable_adapters else next(iter(self.active_adapters), None)
+        for name, own in self.modules_to_save.items():
+            own.requires_grad_(name == self.active and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Lets the active adapter's copy compute, or the module itself."""
+        self.disable_adapters = not enabled
+        self.set_adapter(self.active_adapters, inference_mode=not enabled)
 
     def module_of(self, name: str | None) -> nn.Module:
         """What computes for adapter `name`: its copy, or the module itself."""

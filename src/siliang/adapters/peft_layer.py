@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.layer import LayerAdapter
+from siliang.models.introspect import features, is_linear
 
 
 class PeftLayer(nn.Module):
@@ -27,6 +30,10 @@ class PeftLayer(nn.Module):
     merged: tuple[str, ...]
     _adapters: dict[str, LayerAdapter]
 
+    @abstractmethod
+    def in_evaluation(self) -> AbstractContextManager[None]:
+        """Within the block nothing of the adapters is dropped at random."""
+
     def get_base_layer(self) -> nn.Module:
         """The layer of the base model."""
         return self.base_layer
@@ -38,6 +45,16 @@ class PeftLayer(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int | None:
+        """The base layer's inputs: the channels of a convolution, the rows of an embedding; None of other kinds."""
+        return _sizes(self.base_layer)[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """The outputs of the base layer: channels, the columns of an embedding; None of other kinds."""
+        return _sizes(self.base_layer)[1]
 
     # ---- the adapters ----
 
@@ -86,7 +103,8 @@ class PeftLayer(nn.Module):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging an adapter alone adds to the layer's weight, in the form in which that is stored."""
-        return self._adapters[adapter].delta_weight()
+        with self.in_evaluation():
+            return self._adapters[adapter].delta_weight()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -101,19 +119,35 @@ class PeftLayer(nn.Module):
             return found
 
 
+def _sizes(layer: nn.Module) -> tuple[int | None, int | None]:
+    """What goes into a layer and comes out, as PEFT counts it."""
+    if is_linear(layer):
+        return features(layer)
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return layer.in_channels, layer.out_channels
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.embed_dim, 3 * layer.embed_dim
+    return None, None
+
+
 class _Scalings(MutableMapping[str, float]):
     """The scalings of a layer's adapters by name, live."""
 
     def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
-        self._adapters = {name: adapter for name, adapter in adapters.items() if adapter.has_scaling}
+        self._all = adapters
+
+    def _of(self, name: str) -> LayerAdapter:
+        if name not in self._all or not self._all[name].has_scaling:
+            raise KeyError(name)
+        return self._all[name]
 
     def __getitem__(self, name: str) -> float:
-        return float(self._adapters[name].s)
+        return float(self._of(name).s)
 
     def __setitem__(self, name: str, value: float) -> None:
-        if name not in self._adapters:
-            raise KeyError(name)
-        adapter = self._adapters[name]
+        adapter = self._of(name)
         if isinstance(adapter.s, Tensor):  # compiled code reads it
             adapter.s.fill_(value)
         else:
@@ -125,10 +159,10 @@ class _Scalings(MutableMapping[str, float]):
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters)
+        return (name for name, adapter in self._all.items() if adapter.has_scaling)
 
     def __len__(self) -> int:
-        return len(self._adapters)
+        return sum(adapter.has_scaling for adapter in self._all.values())
 
     def __repr__(self) -> str:
         return repr(dict(self))

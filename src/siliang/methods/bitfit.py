@@ -9,7 +9,7 @@ own bias is kept for `unload` and `disable_adapter`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,3 +74,19 @@ def bias_paths(model: nn.Module, *, outside: Sequence[str]) -> list[str]:
         outside: Modules whose biases do not count.
     """
     return [path for path, _ in parameter_paths(model) if is_bias(path) and not inside(path, outside)]
+
+
+def chosen_biases(model: nn.Module, bias: str, layers: Collection[str], *, outside: Sequence[str]) -> tuple[str, ...]:
+    """The base biases that a config's `bias` trains: those called so, as in PEFT, which an attention's in_proj_bias is
+    not.
+
+    Args:
+        bias: "none", "all", or of the tuned layers alone ("lora_only" and the like).
+        layers: The tuned layers.
+        outside: Modules that are saved whole, whose biases do not count.
+    """
+    if bias == "none":
+        return ()
+    parts = [path.rpartition(".") for path in bias_paths(model, outside=outside)]
+    everywhere = [(owner, f"{owner}{dot}{own}") for owner, dot, own in parts if own == "bias"]
+    return tuple(path for owner, path in everywhere if bias == "all" or owner in layers)

@@ -43,7 +43,7 @@ class BOFTConfig(BlocksConfig):
         boft_n_butterfly_factor: Number of factors. 1 is OFT with a scaling of the outputs.
         boft_dropout: Share of the blocks of one factor, drawn anew each time, that do not turn during training.
         fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("boft_only").
         init_weights: Start from B = 1. False: from random turns, for tests.
     """
 
@@ -52,7 +52,7 @@ class BOFTConfig(BlocksConfig):
     boft_n_butterfly_factor: int = 1
     boft_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "boft_only"] = "none"
     init_weights: bool = True
 
     peft_type: ClassVar[str] = PeftType.BOFT

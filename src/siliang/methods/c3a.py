@@ -34,14 +34,14 @@ class C3AConfig(BlocksConfig):
 
     Attributes:
         block_size: B, which divides inputs and outputs: a larger block has fewer parameters.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("c3a_only").
         block_size_pattern: block_size for layers whose name ends in, or matches, the key: the first that does.
         init_weights: "xavier_uniform" (False means it too), "kaiming_uniform" or "gaussian"; True: zero, so that
             training starts from the base model.
     """
 
     block_size: int = 256
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "c3a_only"] = "none"
     block_size_pattern: dict[str, int] = field(default_factory=dict)
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
 

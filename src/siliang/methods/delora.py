@@ -35,7 +35,7 @@ class DeloraConfig(BlocksConfig):
         r: Rank.
         delora_lambda: What lambda, the bound of the update, is at the start. It is trained too.
         module_dropout: Probability of zeroing an input of A during training.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("delora_only").
         init_weights: The update is zero at the start. False: random, for tests.
         rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
         lambda_pattern: delora_lambda likewise.
@@ -44,7 +44,7 @@ class DeloraConfig(BlocksConfig):
     r: int = 8
     delora_lambda: float = 15
     module_dropout: float = 0.0
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "delora_only"] = "none"
     init_weights: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     lambda_pattern: dict[str, float] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class DeloraLayer(Factored):
         """A with the norms of W in its columns, and B with c in its columns."""
         A_RI, B_OR, bound = (self.part(f"delora_{key}") for key in ("A", "B", "lambda"))
         norms_R = A_RI.norm(dim=1).clamp(min=LEAST_NORM) * B_OR.norm(dim=0).clamp(min=LEAST_NORM)
-        return A_RI * self.part("delora_w_norm"), B_OR * (bound / len(A_RI) / norms_R)
+        return A_RI * self.part("delora_w_norm").to(A_RI.dtype), B_OR * (bound / len(A_RI) / norms_R)
 
 
 class Delora(LayerMethod[DeloraConfig]):

@@ -36,7 +36,7 @@ class FourierFTConfig(BlocksConfig):
         scaling: s. It is large, because the transform divides by the number of weights.
         random_loc_seed: Seed of the places.
         fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("fourier_only").
         n_frequency_pattern: n_frequency for layers whose name ends in, or matches, the key: the first that does.
         init_weights: The values start at zero. False: at random, so that training does not start from the base model.
     """
@@ -45,7 +45,7 @@ class FourierFTConfig(BlocksConfig):
     scaling: float = 150.0
     random_loc_seed: int = 777
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "fourier_only", "fourierft_only"] = "none"
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
     init_weights: bool = False
 

@@ -39,7 +39,7 @@ class GraloraConfig(BlocksConfig):
         gralora_dropout: Probability of zeroing an input of the update during training.
         gralora_k: N: blocks in a row and in a column. It divides r, and the inputs and outputs of each layer.
         fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("gralora_only").
         init_weights: The update is zero at the start. False: random, for tests.
     """
 
@@ -49,7 +49,7 @@ class GraloraConfig(BlocksConfig):
     gralora_dropout: float = 0.0
     gralora_k: int = 2
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "gralora_only"] = "none"
     init_weights: bool = True
 
     peft_type: ClassVar[str] = PeftType.GRALORA

@@ -38,13 +38,13 @@ class HRAConfig(BlocksConfig):
         r: Number of reflections. An even one starts from H = 1.
         apply_GS: Orthogonal reflections. They do not start from H = 1.
         init_weights: Columns equal in pairs at the start, where that gives H = 1. False: random ones, for tests.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("hra_only").
     """
 
     r: int = 8
     apply_GS: bool = False  # noqa: N815, as PEFT has it
     init_weights: bool = True
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "hra_only"] = "none"
 
     peft_type: ClassVar[str] = PeftType.HRA
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
@@ -77,6 +77,7 @@ class HRALayer(InputTransform):
     def factors(self) -> tuple[Tensor, Tensor]:
         """U^T (R, I) and U T (I, R), of which the product is 1 - H."""
         U_IR = self.part("hra_u")
+        U_IR = U_IR.to(torch.promote_types(U_IR.dtype, torch.float32))
         with torch.autocast(U_IR.device.type, enabled=False):  # a rounded U T would not be orthogonal
             if self.orthogonal:
                 Q_IR, _ = torch.linalg.qr(U_IR)

@@ -4,7 +4,8 @@ arXiv:2205.05638).
     y = l * (W x + b)        for keys, values and the like: l scales what comes out
     y = W (l * x) + b        for feed-forward layers: l scales what goes in
 
-l = 1 at the start, so y is the base layer's exactly. Shapes: l (O, 1), or (1, I) for feed-forward layers.
+l = 1 at the start, so y is the base layer's exactly. Shapes: l (O, 1), or (1, I) for feed-forward layers; on
+convolutions (1, O, 1, 1) or (1, I, 1, 1).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, trained_dtype
 from siliang.methods.method import Method, Parts
 from siliang.methods.targets import IA3_FEEDFORWARD, IA3_TARGETS
-from siliang.models.introspect import as_stored, features, is_linear
+from siliang.models.introspect import as_stored, features, is_convolution, is_linear
 from siliang.models.quantized import float_weight
 from siliang.module_paths import ends_with, matching_paths
 from siliang.types import ConfigError, PeftType
@@ -60,7 +61,7 @@ class IA3Config(LayerConfig):
 
 
 class IA3(Method[IA3Config]):
-    """One factor for each output, or input, of the chosen linear layers."""
+    """One factor for each output, or input, of the chosen linear layers and convolutions."""
 
     name = "ia3"
     config = IA3Config
@@ -77,7 +78,7 @@ class IA3(Method[IA3Config]):
         layers = find_targets(
             model,
             config,
-            is_linear,
+            _supports,
             defaults=self.default_targets,
             outside=saved,
             lenient=from_file,
@@ -92,6 +93,11 @@ class IA3(Method[IA3Config]):
         return Parts(layers={path: partial(_make, path in feedforward, ones) for path in layers})
 
 
+def _supports(layer: nn.Module) -> bool:
+    """PEFT has it on these convolutions too."""
+    return is_linear(layer) or (is_convolution(layer) and isinstance(layer, nn.Conv2d | nn.Conv3d))
+
+
 def _make(feedforward: bool, ones: bool, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
     """IA3 on one layer.
 
@@ -99,9 +105,13 @@ def _make(feedforward: bool, ones: bool, layer: Layer, name: str, shared: Mappin
         feedforward: The input is scaled, not the output.
         ones: Start from ones, not at random.
     """
-    weight = layer.base_layer.weight
-    in_features, out_features = features(layer.base_layer)
-    shape = (1, in_features) if feedforward else (out_features, 1)
+    base, weight = layer.base_layer, layer.base_layer.weight
+    if is_convolution(base):
+        places = [1] * (weight.dim() - 2)
+        shape = (1, base.in_channels if feedforward else base.out_channels, *places)
+    else:
+        in_features, out_features = features(base)
+        shape = (1, in_features) if feedforward else (out_features, 1)
     start = torch.ones if ones else torch.randn
     factors = start(shape, device=weight.device, dtype=trained_dtype(weight))
     kind = IA3Input if feedforward else IA3Output
@@ -109,26 +119,36 @@ def _make(feedforward: bool, ones: bool, layer: Layer, name: str, shared: Mappin
 
 
 class IA3Output(LayerAdapter):
-    """y = l * (W x + b), with l as `ia3_l.<adapter>` (O, 1)."""
+    """y = l * (W x + b), with l as `ia3_l.<adapter>` (O, 1), on a convolution (1, O, 1, 1)."""
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         y = base_forward(x)
-        return y * self.part("ia3_l").flatten().to(y.dtype)
+        return y * _each(self, y)
 
     def merged(self) -> dict[str, Tensor]:
-        found = {"weight": _scaled(self.layer, self.part("ia3_l"))}
+        l = self.part("ia3_l")  # noqa: E741, the equation's letter
+        found = {"weight": _scaled(self.layer, l.transpose(0, 1) if is_convolution(self.layer.base_layer) else l)}
         bias = self.layer.base_layer.bias
-        return found if bias is None else found | {"bias": bias * self.part("ia3_l").flatten()}
+        return found if bias is None else found | {"bias": bias * l.flatten()}
 
 
 class IA3Input(LayerAdapter):
-    """y = W (l * x) + b, with l as `ia3_l.<adapter>` (1, I)."""
+    """y = W (l * x) + b, with l as `ia3_l.<adapter>` (1, I), on a convolution (1, I, 1, 1)."""
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
-        return base_forward(x * self.part("ia3_l").flatten().to(x.dtype))
+        return base_forward(x * _each(self, x))
 
     def merged(self) -> dict[str, Tensor]:
-        return {"weight": _scaled(self.layer, self.part("ia3_l"))}
+        base, l = self.layer.base_layer, self.part("ia3_l")  # noqa: E741, the equation's letter
+        if is_convolution(base):  # each group of outputs reads its own inputs
+            l = l.unflatten(1, (base.groups, -1))[0].repeat_interleave(base.out_channels // base.groups, 0)  # noqa: E741
+        return {"weight": _scaled(self.layer, l)}
+
+
+def _each(adapter: LayerAdapter, values: Tensor) -> Tensor:
+    """l, so that it multiplies `values`: the last dimension of a linear layer's, the channels of a convolution's."""
+    factors = adapter.part("ia3_l")
+    return (factors[0] if is_convolution(adapter.layer.base_layer) else factors.flatten()).to(values.dtype)
 
 
 def _scaled(layer: Layer, factors: Tensor) -> Tensor:

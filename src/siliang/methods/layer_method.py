@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
+from siliang.methods.bitfit import chosen_biases
 from siliang.methods.blocks import Blocks
 from siliang.methods.config import LayerConfig
 from siliang.methods.find_targets import find_targets
@@ -119,7 +120,11 @@ class LayerMethod(Method[B]):
                 own[path] = copy.copy(own[path])
                 setattr(own[path], setting, value)
         layers: dict[str, MakeAdapter] = {path: partial(self.make, own[path]) for path in paths}
-        return Parts(layers=layers, shared=self.shared(config, {path: model.get_submodule(path) for path in paths}))
+        return Parts(
+            layers=layers,
+            parameters=chosen_biases(model, getattr(config, "bias", "none"), paths, outside=saved),
+            shared=self.shared(config, {path: model.get_submodule(path) for path in paths}),
+        )
 
 
 def check_fits(key: str, value: int, size: int, side: Literal["inputs", "outputs", "weights"]) -> None:

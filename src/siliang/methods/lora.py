@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods import lora_start
-from siliang.methods.bitfit import bias_paths
+from siliang.methods.bitfit import chosen_biases
 from siliang.methods.blocks import Blocks
 from siliang.methods.config import CONFIG_NAME
 from siliang.methods.dora import DORA
@@ -137,7 +137,7 @@ class Lora(Method[LoraConfig]):
         }
         return Parts(
             layers=adapters | on_parameters(held, specs, layers),
-            parameters=tuple(_biases(model, config, adapters, saved)),
+            parameters=chosen_biases(model, config.bias, adapters, outside=saved),
             table_rows=named_rows(model, config.trainable_token_indices, saved=saved),
             state=state_of(starts),
         )
@@ -293,12 +293,3 @@ def _offload(config: LoraConfig) -> torch.device | None:
             )
         )
     return GPU
-
-
-def _biases(model: nn.Module, config: LoraConfig, layers: Collection[str], saved: Sequence[str]) -> list[str]:
-    """The base biases that `bias` names: those called so, as in PEFT, which an attention's in_proj_bias is not."""
-    if config.bias == "none":
-        return []
-    parts = [path.rpartition(".") for path in bias_paths(model, outside=saved)]
-    everywhere = [(owner, f"{owner}{dot}{own}") for owner, dot, own in parts if own == "bias"]
-    return [path for owner, path in everywhere if config.bias == "all" or owner in layers]

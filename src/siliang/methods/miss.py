@@ -38,14 +38,14 @@ class MissConfig(BlocksConfig):
         mini_r: With "mini": size of the groups of outputs, which divides them.
         init_weights: True: the first equation, zero at the start; False: random at the start, for tests. "mini" and
             "bat": the others.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("MiSS_only").
     """
 
     r: int = 64
     miss_dropout: float = 0.0
     mini_r: int = 1
     init_weights: bool | Literal["bat", "mini"] = True
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "MiSS_only", "miss_only"] = "none"
 
     peft_type: ClassVar[str] = PeftType.MISS
     FORMER_TYPES: ClassVar[tuple[str, ...]] = ("BONE",)
@@ -94,7 +94,7 @@ class BlockAffine(ComputedParameters):
         return {"weight": self._changed}
 
     def _changed(self, W_OI: Tensor) -> Tensor:
-        B_JRR = self.part("miss_block")
+        B_JRR = self.part("miss_block").to(W_OI.dtype)
         W_JRNR = W_OI.unflatten(0, (len(B_JRR), -1)).unflatten(-1, (-1, B_JRR.shape[1]))
         change = torch.einsum("jrns,jst->jrnt", W_JRNR, B_JRR) + B_JRR[:, :, None]
         return W_OI + change.reshape(W_OI.shape)

@@ -36,7 +36,7 @@ class OFTConfig(BlocksConfig):
         oft_block_size: Size of a block; 0 where r is set. The nearest size that divides I is taken.
         module_dropout: Share of the blocks that do not turn during training.
         fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("oft_only").
         init_weights: Start from R = 1. False: from random turns, for tests.
         coft: Keep each Q within a norm of eps / sqrt(N).
         eps: That bound.
@@ -49,7 +49,7 @@ class OFTConfig(BlocksConfig):
     oft_block_size: int = 32
     module_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "oft_only"] = "none"
     init_weights: bool = True
     coft: bool = False
     eps: float = 6e-5
@@ -137,6 +137,7 @@ def cayley(Q_NSS: Tensor, terms: int | None) -> Tensor:
     """The orthogonal matrices of skew-symmetric ones, as PEFT has them: the first `terms` of (1 + Q)(1 - Q)^-1 as a
     series, of which the last counts once and 3 are taken as 4; None for (1 - Q)(1 + Q)^-1 itself.
     """
+    Q_NSS = Q_NSS.to(torch.promote_types(Q_NSS.dtype, torch.float32))  # rounded it would not be orthogonal
     one = torch.eye(Q_NSS.shape[-1], dtype=Q_NSS.dtype, device=Q_NSS.device)
     if terms is None:
         return torch.linalg.solve(one + Q_NSS, one - Q_NSS, left=False)

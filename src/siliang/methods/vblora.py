@@ -43,7 +43,7 @@ class VBLoRAConfig(BlocksConfig):
             cannot be trained on, also not from a checkpoint.
         vblora_dropout: Probability of zeroing an input of A during training.
         fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("vblora_only").
         init_vector_bank_bound: The bank is uniform between its negative and it at the start; 0 would stay 0.
         init_logits_std: Standard deviation of the logits at the start.
     """
@@ -55,7 +55,7 @@ class VBLoRAConfig(BlocksConfig):
     save_only_topk_weights: bool = False
     vblora_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "vblora_only"] = "none"
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 

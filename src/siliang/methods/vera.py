@@ -38,14 +38,14 @@ class ProjectionConfig(BlocksConfig):
         save_projection: The file holds them. False: they are made from the seed again, for which a new release of
             PyTorch may draw other numbers.
         fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("vera_only").
         init_weights: The update is zero at the start. False: random, for tests.
     """
 
     projection_prng_key: int = 0
     save_projection: bool = True
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "vera_only"] = "none"
     init_weights: bool = True
 
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)

@@ -42,7 +42,7 @@ class WaveFTConfig(BlocksConfig):
         use_idwt: Transform C. False: add it as it is.
         random_loc_seed: Seed of the places.
         fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
-        bias: "none", the one that siliang has.
+        bias: The base biases that are trained too: "none", "all", or of the tuned layers ("waveft_only").
         n_frequency_pattern: n_frequency for layers whose name ends in, or matches, the key: the first that does, in
             the order given.
         proportional_parameters: Share n_frequency times the number of layers among them by the sizes of their weights.
@@ -55,7 +55,7 @@ class WaveFTConfig(BlocksConfig):
     use_idwt: bool = True
     random_loc_seed: int = 777
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "waveft_only"] = "none"
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
     proportional_parameters: bool = False
     init_weights: bool = True

@@ -54,7 +54,7 @@ class AnswersAsBase(PreTrainedModel):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnswersAsBase:
         """Moves the parameters that are not in the model now together with it."""
         super()._apply(fn, recurse)
-        for p in {id(p): p for p in self.injection.parked_parameters()}.values():
+        for p in {id(p): p for p in self.injection.attachments.parked_parameters()}.values():
             p.data = fn(p.data)
         return self
 

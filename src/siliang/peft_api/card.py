@@ -34,7 +34,7 @@ def write_card(
         facts: What else is known, such as {"data": "reviews.csv", "accuracy": "0.91"}.
     """
     path = folder / CARD_NAME
-    base = base_name(config)
+    base = base_name(config) if model is None or hasattr(model, "config") else None  # else it has no page on the hub
     card = ModelCard.load(path) if path.is_file() else ModelCard(_text(config, base, facts or {}))
     data = card.data
     assert isinstance(data, ModelCardData)

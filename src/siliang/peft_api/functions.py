@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siliang.adapters.adapted_layer import AdaptedLayer
+from siliang.adapters.adapted_layer import AdaptedLayer, ByAdapter
+from siliang.adapters.adapter_state import adapter_state
 from siliang.adapters.files import load_tensors
 from siliang.hub import adapter_folder
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig, config_class
 from siliang.models.checkpointing import enable_checkpointing
+from siliang.peft_api.checks import check_known
 from siliang.peft_api.model import PeftModel
+from siliang.peft_api.saved import LoadResult
 from siliang.peft_api.tuners import TUNERS, TunerModel
 from siliang.types import ConfigError, SiliangError
 from siliang.weight_files import read_adapter
@@ -37,7 +40,7 @@ def get_peft_config(config_dict: dict[str, object]) -> PeftConfig:
 
 
 def get_peft_model_state_dict(
-    model: PeftModel,
+    model: nn.Module,
     state_dict: dict[str, Tensor] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
@@ -56,18 +59,68 @@ def get_peft_model_state_dict(
         AdapterError: `state_dict` lacks a part of it.
     """
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
-    return {key: t.detach() for key, t in model.adapter_state(adapter_name, state_dict, save_embedding_layers).items()}
+    if isinstance(inner := getattr(model, "module", model), PeftModel):
+        found = inner.adapter_state(adapter_name, state_dict, save_embedding_layers)
+    else:
+        injection = injection_of(model)
+        check_known(adapter_name, injection.adapters)
+        live = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        keys = {id(t): key for key, t in live}
+        found = adapter_state(
+            injection, adapter_name, state_dict=state_dict, keys=keys, embeddings=save_embedding_layers
+        )
+        found = {_plain(key): t for key, t in found.items()}
+    return {key: t.detach() for key, t in found.items()}
+
+
+def _plain(key: str) -> str:
+    """A key of a file as it is for a model that is not wrapped."""
+    return key.removeprefix("base_model.").removeprefix("model.")
+
+
+def injection_of(model: nn.Module) -> TunerModel:
+    """What is attached to a model: by get_peft_model, or by inject_adapter_in_model.
+
+    Raises:
+        ConfigError: Nothing is.
+    """
+    model = getattr(model, "module", model)  # of a model that FSDP or DDP wraps
+    found = model.injection if isinstance(model, PeftModel) else vars(model).get("siliang_tuner", model)
+    if isinstance(found, TunerModel):
+        return found
+    raise ConfigError(
+        Bilingual(
+            f"{type(model).__name__} has no adapters: get_peft_model or inject_adapter_in_model attaches them.",
+            f"{type(model).__name__} 没有适配器：请用 get_peft_model 或 inject_adapter_in_model 接上。",
+        )
+    )
 
 
 def set_peft_model_state_dict(
-    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
-) -> None:
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
     """Copies tensors under the keys of a file into an adapter.
+
+    Args:
+        model: A PeftModel, or one of inject_adapter_in_model, whose keys have no `base_model.model.` before them.
+        low_cpu_mem_usage: Without effect: the values are copied to where the adapter is.
+
+    Returns:
+        What is missing and unexpected: nothing.
 
     Raises:
         AdapterError: They do not fit; nothing has been copied then.
     """
-    load_tensors(model.injection, adapter_name, peft_model_state_dict, source="peft_model_state_dict")
+    injection, tensors = injection_of(model), peft_model_state_dict
+    check_known(adapter_name, injection.adapters)
+    if not isinstance(model, PeftModel):
+        wrapped = {_plain(key): key for key in injection.adapters[adapter_name].tensors()}
+        tensors = {wrapped.get(_plain(key), f"base_model.model.{_plain(key)}"): t for key, t in tensors.items()}
+    load_tensors(injection, adapter_name, tensors, source="peft_model_state_dict")
+    return LoadResult([], [])
 
 
 def prepare_model_for_kbit_training(
@@ -125,12 +178,24 @@ def inject_adapter_in_model(
                 )
             )
         vars(peft_config)["target_modules"] = "|".join(map(re.escape, paths))
+    kind = TUNERS.get(peft_config.peft_type, TunerModel)
+    if kind.uses_shared_state:
+        raise ConfigError(
+            Bilingual(
+                f"The layers of {peft_config.peft_type} have shared state, for which a model without a wrapper has no "
+                "place: use get_peft_model.",
+                f"{peft_config.peft_type} 的各层共用张量，未包装的模型无处存放：请用 get_peft_model。",
+            )
+        )
     holder = model.__dict__.get("siliang_tuner")
     if isinstance(holder, TunerModel):
         holder.inject(adapter_name, peft_config)
     else:
-        kind = TUNERS.get(peft_config.peft_type, TunerModel)
-        model.__dict__["siliang_tuner"] = kind(model, peft_config, adapter_name)
+        holder = model.__dict__["siliang_tuner"] = kind(model, peft_config, adapter_name)
+    for name, shared in holder.named_children():
+        if isinstance(shared, ByAdapter):  # so that it moves with the model
+            model._modules[name] = shared
+    model.__dict__["peft_config"] = holder.peft_config
     return model
 
 
@@ -145,13 +210,13 @@ def _layer_of(key: str, model: nn.Module) -> str | None:
     return None
 
 
-def get_base_model_state_dict(model: PeftModel) -> dict[str, Tensor]:
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The base model's own state, by its own keys, without anything of the adapters."""
-    with model.injection.bare() as base:
+    with injection_of(model).bare() as base:
         return dict(base.state_dict())
 
 
-def set_base_model_state_dict(model: PeftModel, state_dict: dict[str, Tensor], strict: bool = True) -> object:
+def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True) -> object:
     """Loads the base model's own state, by its own keys.
 
     Returns:
@@ -160,7 +225,7 @@ def set_base_model_state_dict(model: PeftModel, state_dict: dict[str, Tensor], s
     Raises:
         RuntimeError: With `strict`, keys are missing or unexpected.
     """
-    with model.injection.bare() as base:
+    with injection_of(model).bare() as base:
         return base.load_state_dict(state_dict, strict=strict)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from siliang.adapters.adapter import frozen
 from siliang.adapters.adapter_state import adapter_state
 from siliang.adapters.checks import check_not_merged
 from siliang.adapters.files import size_errors
@@ -21,7 +22,7 @@ from siliang.models.quantized import keep_as_stored
 from siliang.peft_api.card import write_card
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
 from siliang.peft_api.describes import DescribesItself
-from siliang.peft_api.saved import AdapterToSave, SavedAdapter, check_saving, for_hub, save_adapters
+from siliang.peft_api.saved import AdapterToSave, LoadResult, SavedAdapter, check_saving, for_hub, save_adapters
 from siliang.peft_api.tuners import TUNERS, TunerModel
 from siliang.peft_checks import refresh
 from siliang.types import ConfigError, TaskType
@@ -131,7 +132,7 @@ class PeftModel(DescribesItself):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         **hub: Any,
-    ) -> None:
+    ) -> LoadResult:
         """Attaches an adapter from a folder (or a hub name), inactive until `set_adapter`.
 
         Where the model has an adapter of this name already, the file's weights are copied into that one, as in PEFT;
@@ -164,6 +165,7 @@ class PeftModel(DescribesItself):
             with size_errors(saved.folder):
                 self._add_adapter(adapter_name, saved.config, saved, autocast_adapter_dtype)
         self.injection.adapters[adapter_name].set_trainable(trained)
+        return LoadResult([], [])
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Takes adapters off for good. Where they were the only active ones, another takes their place, as in PEFT.
@@ -226,8 +228,8 @@ class PeftModel(DescribesItself):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model computes as the base model does, merged adapters or not."""
-        with self.injection.disabled():
+        """Within the block the model computes as the base model does, merged adapters or not; adapters are frozen."""
+        with self.injection.disabled(), frozen(self.injection.adapters.values()):
             yield
 
     # ---- merging and unloading ----
@@ -254,7 +256,7 @@ class PeftModel(DescribesItself):
             MergeError: The base model is quantized, the adapter is a prompt, or, with `safe_merge`, broken.
         """
         names = self._chosen(adapter_names)
-        base = self.injection.merge_for_good(*names, safe=safe_merge, progress=progressbar)
+        base = self.injection.merge_for_good(names, safe=safe_merge, progress=progressbar)
         self.peft_config.clear()
         return base
 
@@ -267,15 +269,15 @@ class PeftModel(DescribesItself):
         Raises:
             MergeError: As for `merge_and_unload`; nothing is merged then.
         """
-        self.injection.merge(*self._chosen(adapter_names), safe=safe_merge)
+        self.injection.merge(self._chosen(adapter_names), safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the weights again, bit for bit."""
         self.injection.unmerge()
 
-    def _chosen(self, names: list[str] | str | None) -> list[str]:
-        chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else names
-        for name in chosen:
+    def _chosen(self, names: list[str] | str | None) -> list[str] | None:
+        chosen = [names] if isinstance(names, str) else names
+        for name in chosen or ():
             check_known(name, self.peft_config)
         return chosen
 

@@ -15,6 +15,10 @@ from siliang.types import TargetError as NoMatchingPeftModuleError
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = PEFT_TYPE_TO_TUNER_MAPPING
 
 
+# what the names of a method's parameters begin with
+PEFT_TYPE_TO_PREFIX_MAPPING = {kind: model.prefix for kind, model in PEFT_TYPE_TO_TUNER_MAPPING.items() if model.prefix}
+
+
 class PeftWarning(UserWarning):
     """As in PEFT. siliang's own warnings are plain UserWarnings."""
 
@@ -22,6 +26,7 @@ class PeftWarning(UserWarning):
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "CPTEmbedding",
     "NoMatchingPeftModuleError",

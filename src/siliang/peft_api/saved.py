@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -29,6 +29,15 @@ from siliang.weight_files import read_adapter
 
 # arguments of PEFT without effect: an adapter is where its layers are
 PLACING = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
+
+
+class LoadResult(NamedTuple):
+    """What PEFT returns where it loads: the keys that were missing, and those that have no place. Here both are empty,
+    because either is an error.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 @dataclass(frozen=True)

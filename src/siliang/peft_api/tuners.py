@@ -9,23 +9,21 @@ They differ in their name alone: what a method does is in methods/.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
 from siliang.adapters.combine import MajoritySign
 from siliang.adapters.injection import Injection
 from siliang.adapters.present import of_tasks
-from siliang.language import Bilingual
 from siliang.methods.adalora import AdaLora, AdaLoraConfig
 from siliang.methods.config import PeftConfig
-from siliang.methods.lora_config import LoraConfig
 from siliang.methods.low_rank import LowRank
 from siliang.methods.method import Adapter
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
 from siliang.peft_api.of_layers import is_convertible, targeted_modules, targeted_parameters
-from siliang.peft_api.weighted import Combination, check_base_unchanged
-from siliang.types import ConfigError, PeftType
+from siliang.peft_api.weighted import Combination, check_base_unchanged, loras_of
+from siliang.types import PeftType
 
 
 class TunerModel(Injection):
@@ -35,7 +33,18 @@ class TunerModel(Injection):
         model: The base model.
         peft_config: The config of a first adapter; None for none.
         adapter_name: Its name.
+
+    Attributes:
+        prefix: What the names of the method's parameters begin with, as in PEFT.
+        uses_shared_state: The layers share tensors that a model outside of this one would not have.
     """
+
+    prefix: ClassVar[str] = ""
+    uses_shared_state: ClassVar[bool] = False
+
+    def __init_subclass__(cls, prefix: str = "", shared: bool = False) -> None:
+        super().__init_subclass__()
+        cls.prefix, cls.uses_shared_state = prefix, shared
 
     def __init__(
         self,
@@ -125,7 +134,7 @@ class TunerModel(Injection):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Adds adapters (the active ones) into the weights, until `unmerge_adapter`."""
-        self.merge(*(self.active if adapter_names is None else adapter_names), safe=safe_merge)
+        self.merge(adapter_names, safe=safe_merge)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -135,8 +144,7 @@ class TunerModel(Injection):
         Raises:
             MergeError: The base model is quantized, or, with `safe_merge`, an adapter is broken.
         """
-        names = self.active if adapter_names is None else adapter_names
-        return self.merge_for_good(*names, safe=safe_merge, progress=progressbar)
+        return self.merge_for_good(adapter_names, safe=safe_merge, progress=progressbar)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the weights again, bit for bit."""
@@ -176,24 +184,7 @@ class TunerModel(Injection):
             return
         for name in adapters:
             check_known(name, self.adapters)
-        configs = [self.adapters[name].config for name in adapters]
-        loras = [config for config in configs if isinstance(config, LoraConfig)]
-        if len(loras) < len(configs):
-            raise ConfigError(
-                Bilingual(
-                    "add_weighted_adapter combines LoRA adapters, and one of these is of another method.",
-                    "add_weighted_adapter 用于合成 LoRA 适配器，而其中一个是别的方法。",
-                )
-            )
-        copied = [path for name in adapters for path in self.adapters[name].parts.modules]
-        if twice := next((path for path in copied if copied.count(path) > 1), None):
-            raise ConfigError(
-                Bilingual(
-                    f"{twice}: several of the adapters have a copy of it (modules_to_save), and these cannot "
-                    "be combined.",
-                    f"{twice}：有几个适配器都带有它的副本（modules_to_save），无法合成。",
-                )
-            )
+        loras = loras_of([self.adapters[name] for name in adapters])
         how = Combination(
             adapters=adapters,
             weights=weights,
@@ -221,11 +212,11 @@ class TunerModel(Injection):
         assert self.active == active
 
 
-class LoraModel(TunerModel):
+class LoraModel(TunerModel, prefix="lora_"):
     """With LoRA."""
 
 
-class AdaLoraModel(TunerModel):
+class AdaLoraModel(TunerModel, prefix="lora_"):
     """With AdaLoRA."""
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -260,99 +251,99 @@ class AdaLoraModel(TunerModel):
         ]
 
 
-class IA3Model(TunerModel):
+class IA3Model(TunerModel, prefix="ia3_"):
     """With IA3."""
 
 
-class LNTuningModel(TunerModel):
+class LNTuningModel(TunerModel, prefix="ln_tuning_"):
     """With LN tuning."""
 
 
-class LoHaModel(TunerModel):
+class LoHaModel(TunerModel, prefix="hada_"):
     """With LoHa."""
 
 
-class LoKrModel(TunerModel):
+class LoKrModel(TunerModel, prefix="lokr_"):
     """With LoKr."""
 
 
-class FourierFTModel(TunerModel):
+class FourierFTModel(TunerModel, prefix="fourierft_"):
     """With FourierFT."""
 
 
-class C3AModel(TunerModel):
+class C3AModel(TunerModel, prefix="c3a_"):
     """With C3A."""
 
 
-class OFTModel(TunerModel):
+class OFTModel(TunerModel, prefix="oft_"):
     """With OFT."""
 
 
-class BeftModel(TunerModel):
+class BeftModel(TunerModel, prefix="beft_"):
     """With BEFT."""
 
 
-class BOFTModel(TunerModel):
+class BOFTModel(TunerModel, prefix="boft_"):
     """With BOFT."""
 
 
-class MissModel(TunerModel):
+class MissModel(TunerModel, prefix="miss_"):
     """With MiSS."""
 
 
-class ShiraModel(TunerModel):
+class ShiraModel(TunerModel, prefix="shira_"):
     """With SHiRA."""
 
 
-class VeraModel(TunerModel):
+class VeraModel(TunerModel, prefix="vera_lambda_", shared=True):
     """With VeRA."""
 
 
-class HiraModel(TunerModel):
+class HiraModel(TunerModel, prefix="hira_"):
     """With HiRA."""
 
 
-class DeloraModel(TunerModel):
+class DeloraModel(TunerModel, prefix="delora_"):
     """With DeLoRA."""
 
 
-class GraloraModel(TunerModel):
+class GraloraModel(TunerModel, prefix="gralora_"):
     """With GraLoRA."""
 
 
-class RandLoraModel(TunerModel):
+class RandLoraModel(TunerModel, prefix="randlora_"):
     """With RandLoRA."""
 
 
-class VBLoRAModel(TunerModel):
+class VBLoRAModel(TunerModel, prefix="vblora_", shared=True):
     """With VB-LoRA."""
 
 
-class WaveFTModel(TunerModel):
+class WaveFTModel(TunerModel, prefix="waveft_"):
     """With WaveFT."""
 
 
-class HRAModel(TunerModel):
+class HRAModel(TunerModel, prefix="hra_"):
     """With HRA."""
 
 
-class TrainableTokensModel(TunerModel):
+class TrainableTokensModel(TunerModel, prefix="trainable_tokens_"):
     """With trainable tokens."""
 
 
-class RoadModel(TunerModel):
+class RoadModel(TunerModel, prefix="road_"):
     """With RoAd."""
 
 
-class OSFModel(TunerModel):
+class OSFModel(TunerModel, prefix="osf_"):
     """With OSF."""
 
 
-class LilyModel(TunerModel):
+class LilyModel(TunerModel, prefix="lily_"):
     """With LILY."""
 
 
-class PolyModel(TunerModel):
+class PolyModel(TunerModel, prefix="poly_"):
     """With Poly."""
 
     def forward(self, *args: object, task_ids: Tensor | Sequence[int] | int | None = None, **kwargs: object) -> object:
@@ -361,11 +352,11 @@ class PolyModel(TunerModel):
             return super().forward(*args, **kwargs)
 
 
-class XLoraModel(TunerModel):
+class XLoraModel(TunerModel, prefix="xlora_"):
     """With X-LoRA."""
 
 
-class AdaptionPromptModel(TunerModel):
+class AdaptionPromptModel(TunerModel, prefix="adaption_prompt_"):
     """With LLaMA-Adapter."""
 
 

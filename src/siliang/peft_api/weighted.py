@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.adapters.adapted_layer import AdaptedLayer
+from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.combine import WAYS, MajoritySign, combine
 from siliang.language import Bilingual
 from siliang.methods.lora_config import LoraConfig
@@ -212,3 +213,28 @@ def _targets(configs: Sequence[LoraConfig]) -> list[str] | str:
             )
         )
     return sorted({name for names in lists for name in names})
+
+
+def loras_of(adapters: Sequence[AttachedAdapter]) -> list[LoraConfig]:
+    """The configs of adapters that are to be combined.
+
+    Raises:
+        ConfigError: One is no LoRA, or several have a copy of one module.
+    """
+    loras = [config for adapter in adapters if isinstance(config := adapter.config, LoraConfig)]
+    if len(loras) < len(adapters):
+        raise ConfigError(
+            Bilingual(
+                "add_weighted_adapter combines LoRA adapters, and one of these is of another method.",
+                "add_weighted_adapter 用于合成 LoRA 适配器，而其中一个是别的方法。",
+            )
+        )
+    copied = [path for adapter in adapters for path in adapter.parts.modules]
+    if twice := next((path for path in copied if copied.count(path) > 1), None):
+        raise ConfigError(
+            Bilingual(
+                f"{twice}: several of the adapters have a copy of it (modules_to_save), and these cannot be combined.",
+                f"{twice}：有几个适配器都带有它的副本（modules_to_save），无法合成。",
+            )
+        )
+    return loras

@@ -90,7 +90,7 @@ def measure(
     with tracker.tracking(model, list(engine.recompute.layers)):
         tracker.categorize((x for x in held_tensors(model)), "weights")
         if isinstance(model, PeftModel):  # weights that an adapter's start replaces, which are kept
-            tracker.categorize(model.injection.parked_parameters(), "weights")
+            tracker.categorize(model.injection.attachments.parked_parameters(), "weights")
         tracker.categorize(trained, "trained" if isinstance(model, PeftModel) else "weights")
         for batch in batches:
             tracker.categorize(_tensors(batch), "workspace")
