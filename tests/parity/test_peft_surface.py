@@ -270,3 +270,31 @@ def test_resized_embeddings_are_saved_where_the_base_is_of_the_hub(
         model = siliang.get_peft_model(base, siliang.LoraConfig(target_modules=["q_proj"]))
         model.save_pretrained(tmp_path / f"{more}")
         assert (key in load_file(tmp_path / f"{more}" / "adapter_model.safetensors")) == (more > 0)
+
+
+def test_scalings_can_be_replaced_and_set_again() -> None:
+    for library in BOTH:
+        model = library.get_peft_model(Net(), library.LoraConfig(target_modules=["lin0"], init_lora_weights=False))
+        layer, ids = model.base_model.model.lin0, torch.arange(4)
+        before, answer = layer.scaling, model(ids)
+        with (
+            library.helpers.rescale_adapter_scale(model, 0.5)
+            if library is peft
+            else library.rescale_adapter_scale(model, 0.5)
+        ):
+            assert (before["default"], layer.scaling["default"]) == (1.0, 0.5)
+            assert not torch.allclose(model(ids), answer)
+        assert layer.scaling["default"] == before["default"] == 1.0
+        layer.scaling = {"default": 3.0}
+        before["default"] = 2.0
+        assert layer.scaling["default"] == 3.0
+        layer.scaling = before
+        assert layer.scaling["default"] == 2.0
+        layer.scaling["default"] = 1.0
+        assert torch.allclose(model(ids), answer)
+
+
+def test_a_value_of_a_wrong_kind_is_a_type_error_too() -> None:
+    for library in BOTH:
+        with pytest.raises(TypeError):
+            library.LoraConfig(target_parameters="linear.weight")

@@ -81,8 +81,23 @@ class PeftLayer(nn.Module):
 
     @property
     def scaling(self) -> MutableMapping[str, float]:
-        """The scalings of the adapters that have one; setting one changes what the layer computes."""
-        return _Scalings(self._adapters)
+        """The scalings of the adapters that have one; setting one changes what the layer computes.
+
+        Another mapping can take its place, as in PEFT: the one before keeps its values, and can be set again.
+        """
+        return self.__dict__.setdefault("_scalings", _Scalings(self._adapters))
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, float]) -> None:
+        kept = dict(values)
+        own = self.scaling
+        assert isinstance(own, _Scalings)
+        own.leave()
+        new = (
+            values if isinstance(values, _Scalings) and values.adapters is self._adapters else _Scalings(self._adapters)
+        )
+        self.__dict__["_scalings"] = new
+        new.enter(kept)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Makes the scaling of an adapter `scale` times what its config says."""
@@ -133,22 +148,38 @@ def _sizes(layer: nn.Module) -> tuple[int | None, int | None]:
 
 
 class _Scalings(MutableMapping[str, float]):
-    """The scalings of a layer's adapters by name, live."""
+    """The scalings of a layer's adapters by name: live, or as they were when another mapping took its place.
+
+    Attributes:
+        adapters: The layer's adapters.
+    """
 
     def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
-        self._all = adapters
+        self.adapters = adapters
+        self._before: dict[str, float] | None = None
+
+    def leave(self) -> None:
+        """Keeps the present values."""
+        self._before = dict(self)
+
+    def enter(self, values: Mapping[str, float]) -> None:
+        """Makes these values the layer's."""
+        self._before = None
+        self.update(values)
 
     def _of(self, name: str) -> LayerAdapter:
-        if name not in self._all or not self._all[name].has_scaling:
+        if name not in self.adapters or not self.adapters[name].has_scaling:
             raise KeyError(name)
-        return self._all[name]
+        return self.adapters[name]
 
     def __getitem__(self, name: str) -> float:
-        return float(self._of(name).s)
+        return float(self._of(name).s) if self._before is None else self._before[name]
 
     def __setitem__(self, name: str, value: float) -> None:
         adapter = self._of(name)
-        if isinstance(adapter.s, Tensor):  # compiled code reads it
+        if self._before is not None:
+            self._before[name] = float(value)
+        elif isinstance(adapter.s, Tensor):  # compiled code reads it
             adapter.s.fill_(value)
         else:
             adapter.s = float(value)
@@ -159,10 +190,11 @@ class _Scalings(MutableMapping[str, float]):
         )
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, adapter in self._all.items() if adapter.has_scaling)
+        known = (name for name, adapter in self.adapters.items() if adapter.has_scaling)
+        return known if self._before is None else iter(self._before)
 
     def __len__(self) -> int:
-        return sum(adapter.has_scaling for adapter in self._all.values())
+        return len(list(iter(self)))
 
     def __repr__(self) -> str:
         return repr(dict(self))

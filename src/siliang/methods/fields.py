@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from siliang.language import Bilingual, local
 from siliang.secrets import short_repr
-from siliang.types import ConfigError, message_of, nearest
+from siliang.types import ConfigError, KindError, message_of, nearest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -53,7 +53,7 @@ def check_fields(config: DataclassInstance) -> None:
             check.validate_python(value)
         except ValidationError:
             hint = _near(value, kind) or _quoted(value)
-            raise ConfigError(
+            raise KindError(
                 Bilingual(
                     f"{name} = {short_repr(value)}: must be {_in_words(kind)}.{hint}",
                     f"{name} = {short_repr(value)}：应为{_in_words(kind).zh}。{local(hint, 'zh')}",

@@ -127,8 +127,12 @@ def prepare_model_for_kbit_training(
     model: M,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, object] | None = None,
+    auto_clear_cache: bool = True,
 ) -> M:
     """Freezes a quantized model and turns gradient checkpointing on, non-reentrant by default.
+
+    Args:
+        auto_clear_cache: Without effect: nothing is copied, so that nothing is left over.
 
     PEFT's function of this name also copies every 16-bit parameter to fp32: the norms, and a whole embedding and output
     layer, gigabytes for a large vocabulary. Frozen weights gain nothing by it, and adapters are fp32 anyway.
@@ -241,7 +245,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise TypeError(
             Bilingual(f"multiplier = {multiplier!r}: must be a number.", f"multiplier = {multiplier!r}：必须是数。")
         )
-    before = {module: dict(module.scaling) for module in model.modules() if isinstance(module, AdaptedLayer)}
+    before = {module: module.scaling for module in model.modules() if isinstance(module, AdaptedLayer)}
     if not any(before.values()):
         raise ConfigError(
             Bilingual(
@@ -250,11 +254,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         )
     try:
         for layer, scalings in before.items():
-            layer.scaling.update({name: s * multiplier for name, s in scalings.items()})
+            layer.scaling = {name: s * multiplier for name, s in scalings.items()}
         yield
     finally:
         for layer, scalings in before.items():
-            layer.scaling.update(scalings)
+            layer.scaling = scalings
 
 
 @contextmanager
