@@ -15,7 +15,7 @@ S = boft_block_size, N = boft_block_num, M = boft_n_butterfly_factor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
+from siliang.methods.computed import ComputedParameters
 from siliang.methods.config import CONFIG_NAME
-from siliang.methods.layer import BaseForward, Layer, new_parameter
+from siliang.methods.layer import BaseForward, Layer, LayerAdapter, new_parameter
 from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_divides, check_one_set
-from siliang.methods.oft import cayley
+from siliang.methods.oft import by_block, cayley
 from siliang.methods.transforms import InputTransform
-from siliang.models.introspect import as_stored, features, out_by_in
+from siliang.models.introspect import as_stored, features, flat_features, is_linear, is_whole_convolution, out_by_in
 from siliang.types import ConfigError, PeftType
 
 
@@ -56,7 +57,6 @@ class BOFTConfig(BlocksConfig):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = PeftType.BOFT
-    ONLY_IN_PEFT: ClassVar[tuple[str, ...]] = ("Conv2d",)
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("boft_n_butterfly_factor",)
     PROBABILITIES: ClassVar[tuple[str, ...]] = ("boft_dropout",)
 
@@ -65,20 +65,63 @@ class BOFTConfig(BlocksConfig):
         check_one_set("boft_block_size", self.boft_block_size, "boft_block_num", self.boft_block_num)
 
 
+@dataclass(frozen=True)
+class Butterfly:
+    """The factors B_i of a layer.
+
+    Attributes:
+        size, blocks: S and N.
+    """
+
+    config: BOFTConfig
+    size: int
+    blocks: int
+
+    @classmethod
+    def of(cls, config: BOFTConfig, width: int) -> Butterfly:
+        """Those of so many inputs."""
+        return cls(config, *_size_and_blocks(config, width))
+
+    def start(self, layer: Layer, *scales: int) -> dict[str, nn.Parameter]:
+        """What is trained, as it starts.
+
+        Args:
+            scales: The shape of s.
+        """
+        random = partial(nn.init.normal_, std=0.1)
+        start = nn.init.constant_ if self.config.init_weights else random
+        shape = (self.config.boft_n_butterfly_factor, self.blocks, self.size, self.size)
+        return {
+            "boft_R": new_parameter(layer, *shape, start=lambda values: start(values, 0.0)),
+            "boft_s": new_parameter(layer, *scales, start=lambda values: start(values, 1.0)),
+        }
+
+    def matrices(self, values: Tensor, *, training: bool) -> Tensor:
+        """The blocks of each factor, (M, N, S, S); rows are inputs."""
+        R_MNSS = cayley(0.5 * (values - values.mT), None)
+        dropped = int(self.config.boft_dropout * R_MNSS.shape[1])
+        if training and dropped:
+            level = int(torch.randint(len(R_MNSS), ()))
+            still = torch.zeros(R_MNSS.shape[:2], dtype=torch.bool, device=R_MNSS.device)
+            still[level] = torch.randperm(R_MNSS.shape[1], device=R_MNSS.device) < dropped
+            R_MNSS = torch.where(still[..., None, None], torch.eye(self.size).to(R_MNSS), R_MNSS)
+        return R_MNSS
+
+    def turned(self, x_TI: Tensor, R_MNSS: Tensor, levels: Iterable[int]) -> Tensor:
+        """x, factor by factor."""
+        for level in levels:
+            turned_TI = by_block(_shuffled(x_TI, level, self.size), R_MNSS[level])
+            x_TI = _unshuffled(turned_TI, level, self.size)
+        return x_TI
+
+
 class BOFTLayer(InputTransform):
     """BOFT on a linear layer: `boft_R.<adapter>` (M, N, S, S) and `boft_s` (O, 1)."""
 
     def __init__(self, config: BOFTConfig, layer: Layer, name: str) -> None:
         in_features, out_features = features(layer.base_layer)
-        self.size, blocks = _size_and_blocks(config, in_features)
-        self.dropout_p = config.boft_dropout
-        start = nn.init.constant_ if config.init_weights else partial(nn.init.normal_, std=0.1)
-        shape = (config.boft_n_butterfly_factor, blocks, self.size, self.size)
-        parts = {
-            "boft_R": new_parameter(layer, *shape, start=lambda values: start(values, 0.0)),
-            "boft_s": new_parameter(layer, out_features, 1, start=lambda values: start(values, 1.0)),
-        }
-        super().__init__(layer, name, parts)
+        self.butterfly = Butterfly.of(config, in_features)
+        super().__init__(layer, name, self.butterfly.start(layer, out_features, 1))
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         """The bias is not scaled: y' + (1 - s) b is s * (y' - b) + b."""
@@ -90,31 +133,34 @@ class BOFTLayer(InputTransform):
         return y if bias is None else y + ((1 - s) * bias).to(y.dtype)
 
     def transform(self, x_TI: Tensor) -> Tensor:
-        """B x, factor by factor, the last one first."""
-        R_MNSS = self.rotations().to(x_TI.dtype)
-        for level in reversed(range(len(R_MNSS))):
-            x_TNS = _shuffled(x_TI, level, self.size).unflatten(-1, (-1, self.size))
-            turned_TI = torch.einsum("...ns,nst->...nt", x_TNS, R_MNSS[level]).flatten(-2)
-            x_TI = _unshuffled(turned_TI, level, self.size)
-        return x_TI
-
-    def rotations(self) -> Tensor:
-        """The blocks of each factor, (M, N, S, S); rows are inputs."""
-        values = self.part("boft_R")
-        R_MNSS = cayley(0.5 * (values - values.mT), None)
-        dropped = int(self.dropout_p * R_MNSS.shape[1])
-        if self.layer.training and dropped:
-            level = int(torch.randint(len(R_MNSS), ()))
-            still = torch.zeros(R_MNSS.shape[:2], dtype=torch.bool, device=R_MNSS.device)
-            still[level] = torch.randperm(R_MNSS.shape[1], device=R_MNSS.device) < dropped
-            R_MNSS = torch.where(still[..., None, None], torch.eye(self.size).to(R_MNSS), R_MNSS)
-        return R_MNSS
+        """B x, the last factor first."""
+        R_MNSS = self.butterfly.matrices(self.part("boft_R"), training=self.layer.training)
+        return self.butterfly.turned(x_TI, R_MNSS, reversed(range(len(R_MNSS))))
 
     def merged(self) -> dict[str, Tensor]:
         """s * (W B), and the bias as it is."""
         base = self.layer.base_layer
         W_OI = out_by_in(base, super().merged()["weight"])
         return {"weight": as_stored(base, W_OI * self.part("boft_s"))}
+
+
+class BOFTConv(ComputedParameters):
+    """BOFT on a convolution: B turns the patches of its input, and I counts the places of the window too. `boft_s` is
+    (1, O)."""
+
+    def __init__(self, config: BOFTConfig, layer: Layer, name: str) -> None:
+        in_features, out_features = flat_features(layer.base_layer)
+        self.butterfly = Butterfly.of(config, in_features)
+        super().__init__(layer, name, self.butterfly.start(layer, 1, out_features))
+
+    def functions(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        return {"weight": self._turned}
+
+    def _turned(self, W: Tensor) -> Tensor:
+        """s * (W B): B^T of the rows of W, the first factor first."""
+        R_MNSS = self.butterfly.matrices(self.part("boft_R"), training=self.layer.training)
+        WB = self.butterfly.turned(W.flatten(1), R_MNSS.mT, range(len(R_MNSS)))
+        return (self.part("boft_s").T * WB).view_as(W)
 
 
 class BOFT(LayerMethod[BOFTConfig]):
@@ -129,8 +175,11 @@ class BOFT(LayerMethod[BOFTConfig]):
         "所选线性层输入的旋转和输出的缩放",
     )
 
-    def make(self, config: BOFTConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> BOFTLayer:
-        return BOFTLayer(config, layer, name)
+    def supports(self, layer: nn.Module) -> bool:
+        return is_linear(layer) or is_whole_convolution(layer)
+
+    def make(self, config: BOFTConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+        return (BOFTLayer if is_linear(layer.base_layer) else BOFTConv)(config, layer, name)
 
     def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
         if "boft_R" not in key or len(found) != 4 or tuple(found[1:]) != tuple(needed[1:]):

@@ -292,9 +292,6 @@ class LayerConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
 
-    # Kinds of layers on which PEFT has the method and siliang has not: docs/porting.md lists them.
-    ONLY_IN_PEFT: ClassVar[tuple[str, ...]] = ()
-
 
 # every peft_type of PEFT 0.21
 OF_PEFT = frozenset(

@@ -292,11 +292,6 @@ def _check_supported(
             " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear.",
             "请让表达式以层自己的名称结尾，如 .*(q_proj|v_proj)，或使用列表，或 all-linear。",
         )
-    if kind in config.ONLY_IN_PEFT:
-        way = Bilingual(
-            f" {config.peft_type} on a {kind} is in PEFT alone: name linear layers, or use LoRA, LoHa or LoKr.",
-            f"只有 PEFT 支持在 {kind} 上使用 {config.peft_type}：请指定线性层，或改用 LoRA、LoHa 或 LoKr。",
-        )
     raise TargetError(
         Bilingual(
             f"target_modules: {what} is a {kind}{plain}, which {config.peft_type} cannot wrap.{way}",

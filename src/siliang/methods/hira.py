@@ -23,7 +23,7 @@ from siliang.language import Bilingual
 from siliang.methods.additive import Additive
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, kaiming, new_parameter
 from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_ranks
-from siliang.models.introspect import features, is_convolution, is_linear
+from siliang.models.introspect import features, is_convolution, is_linear, is_whole_convolution
 from siliang.types import PeftType
 
 
@@ -119,8 +119,7 @@ class Hira(LayerMethod[HiraConfig]):
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
 
     def supports(self, layer: nn.Module) -> bool:
-        whole = is_convolution(layer) and getattr(layer, "groups", 1) == 1
-        return is_linear(layer) or whole or isinstance(layer, nn.Embedding)
+        return is_linear(layer) or is_whole_convolution(layer) or isinstance(layer, nn.Embedding)
 
     def make(self, config: HiraConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
         return (HiraEmbedding if isinstance(layer.base_layer, nn.Embedding) else HiraLayer)(config, layer, name)

@@ -6,13 +6,15 @@ of OFTv2 (Qiu et al., 2025, arXiv:2506.19847).
 
 R turns x and leaves lengths and angles as they are. Q = 0 at the start, so R = 1.
 
+On a convolution R turns the patches, so that the weight is W R; on an embedding it turns the rows.
+
 Shapes: x (T, I), R_i (S, S), the upper triangle of each Q_i in oft_R (N, S (S - 1) / 2); I = N S.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
-from siliang.methods.layer import Layer, Weight, trained_dtype
+from siliang.methods.computed import ComputedParameters
+from siliang.methods.layer import Layer, LayerAdapter, Weight, trained_dtype
 from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_one_set
-from siliang.methods.transforms import InputTransform
-from siliang.models.introspect import features
+from siliang.methods.transforms import InputTransform, OutputTransform
+from siliang.models.introspect import features, flat_features, is_linear, is_whole_convolution
 from siliang.types import PeftType
 
 
@@ -58,7 +61,6 @@ class OFTConfig(BlocksConfig):
     num_cayley_neumann_terms: int = 5
 
     peft_type: ClassVar[str] = PeftType.OFT
-    ONLY_IN_PEFT: ClassVar[tuple[str, ...]] = ("Conv2d",)
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("num_cayley_neumann_terms",)
     PROBABILITIES: ClassVar[tuple[str, ...]] = ("module_dropout",)
 
@@ -67,40 +69,45 @@ class OFTConfig(BlocksConfig):
         check_one_set("r", self.r, "oft_block_size", self.oft_block_size)
 
 
-class OFTLayer(InputTransform):
-    """OFT on a linear layer: `oft_R.<adapter>.weight`, (N, S (S - 1) / 2), or (1, ...) where blocks are shared."""
+@dataclass(frozen=True)
+class Rotation:
+    """The rotation of a layer's inputs.
 
-    def __init__(self, config: OFTConfig, layer: Layer, name: str) -> None:
-        in_features, _ = features(layer.base_layer)
+    Attributes:
+        blocks, size: N and S.
+    """
+
+    config: OFTConfig
+    blocks: int
+    size: int
+
+    @classmethod
+    def of(cls, config: OFTConfig, layer: Layer, width: int) -> Rotation:
+        """That of so many inputs."""
         wanted = config.r or config.oft_block_size
-        found = _nearest_divisor(in_features, wanted)
+        found = _nearest_divisor(width, wanted)
         if found != wanted and layer.base_layer.weight.device.type != "meta":
             key = "r" if config.r else "oft_block_size"
             warnings.warn(
                 Bilingual(
-                    f"{key} = {wanted} does not divide {in_features} inputs: {found} is taken.",
-                    f"{key} = {wanted} 不能整除 {in_features} 个输入：改用 {found}。",
+                    f"{key} = {wanted} does not divide {width} inputs: {found} is taken.",
+                    f"{key} = {wanted} 不能整除 {width} 个输入：改用 {found}。",
                 ),
-                stacklevel=2,
+                stacklevel=3,
             )
-        self.blocks, self.size = (found, in_features // found) if config.r else (in_features // found, found)
-        self.config = config
+        return cls(config, *((found, width // found) if config.r else (width // found, found)))
+
+    def start(self, layer: Layer) -> Weight:
+        """What is trained, as it starts: (N, S (S - 1) / 2), or (1, ...) where blocks are shared."""
         weight = layer.base_layer.weight
-        shape = (1 if config.block_share else self.blocks, self.size * (self.size - 1) // 2)
+        shape = (1 if self.config.block_share else self.blocks, self.size * (self.size - 1) // 2)
         start = torch.zeros(shape, device=weight.device, dtype=trained_dtype(weight))
-        if not config.init_weights:
+        if not self.config.init_weights:
             nn.init.normal_(start, std=0.1)
-        super().__init__(layer, name, {"oft_R": Weight(start)})
+        return Weight(start)
 
-    def transform(self, x_TI: Tensor) -> Tensor:
-        """R x, block by block."""
-        R_NSS = self.rotations().to(x_TI.dtype)
-        x_TNS = x_TI.reshape(*x_TI.shape[:-1], self.blocks, self.size)
-        return torch.einsum("...ns,nst->...nt", x_TNS, R_NSS.expand(self.blocks, -1, -1)).reshape(x_TI.shape)
-
-    def rotations(self) -> Tensor:
-        """The blocks of R, (N, S, S), or (1, S, S); rows are inputs."""
-        vectors = self.module("oft_R", Weight).weight
+    def matrices(self, vectors: Tensor, *, training: bool) -> Tensor:
+        """The blocks of R, (N, S, S); rows are inputs."""
         if self.config.coft:
             with torch.no_grad():
                 vectors.copy_(self._within_bound(vectors))
@@ -108,16 +115,60 @@ class OFTLayer(InputTransform):
         terms = self.config.num_cayley_neumann_terms if self.config.use_cayley_neumann else None
         R_NSS = cayley(Q_NSS, terms)
         dropped = int(self.config.module_dropout * len(R_NSS))
-        if self.layer.training and dropped and len(R_NSS) > 1:
+        if training and dropped and len(R_NSS) > 1:
             still = torch.randperm(len(R_NSS), device=R_NSS.device)[:dropped]
             R_NSS = R_NSS.index_copy(0, still, torch.eye(self.size).to(R_NSS).expand(dropped, -1, -1))
-        return R_NSS
+        return R_NSS.expand(self.blocks, -1, -1)
 
     def _within_bound(self, vectors: Tensor) -> Tensor:
         """The nearest Q of a norm of at most eps / sqrt(N)."""
         bound = self.config.eps / len(vectors) ** 0.5
         norms = vectors.norm(dim=1, keepdim=True) * 2**0.5  # of Q, which has each number twice
         return torch.where(norms <= bound, vectors, bound * vectors / norms)
+
+
+class OFTLayer(InputTransform):
+    """OFT on a linear layer: `oft_R.<adapter>.weight`."""
+
+    def __init__(self, config: OFTConfig, layer: Layer, name: str) -> None:
+        self.rotation = Rotation.of(config, layer, features(layer.base_layer)[0])
+        super().__init__(layer, name, {"oft_R": self.rotation.start(layer)})
+
+    def transform(self, x_TI: Tensor) -> Tensor:
+        """R x, block by block."""
+        return by_block(x_TI, self.rotation.matrices(_vectors(self, "oft_R"), training=self.layer.training))
+
+
+class OFTConv(ComputedParameters):
+    """OFT on a convolution: R turns the patches of its input, and I counts the places of the window too."""
+
+    def __init__(self, config: OFTConfig, layer: Layer, name: str) -> None:
+        self.rotation = Rotation.of(config, layer, flat_features(layer.base_layer)[0])
+        super().__init__(layer, name, {"oft_R": self.rotation.start(layer)})
+
+    def functions(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        return {"weight": self._turned}
+
+    def _turned(self, W: Tensor) -> Tensor:
+        """W R."""
+        R_NSS = self.rotation.matrices(_vectors(self, "oft_R"), training=self.layer.training)
+        return by_block(W.flatten(1), R_NSS.mT).view_as(W)
+
+
+class OFTEmbedding(OutputTransform):
+    """OFT on an embedding, whose rows are turned: `oft_embedding_R.<adapter>.weight`."""
+
+    def __init__(self, config: OFTConfig, layer: Layer, name: str) -> None:
+        self.rotation = Rotation.of(config, layer, layer.base_layer.embedding_dim)
+        super().__init__(layer, name, {"oft_embedding_R": self.rotation.start(layer)})
+
+    def transform(self, y_TO: Tensor) -> Tensor:
+        """R y, block by block."""
+        return by_block(y_TO, self.rotation.matrices(_vectors(self, "oft_embedding_R"), training=False))
+
+    def merged(self) -> dict[str, Tensor]:
+        table = self.layer.base_layer.weight
+        return {"weight": self.transform(table.to(torch.promote_types(table.dtype, torch.float32)))}
 
 
 class OFT(LayerMethod[OFTConfig]):
@@ -129,8 +180,23 @@ class OFT(LayerMethod[OFTConfig]):
     learning_rate_source = Bilingual("not measured yet", "尚未实测")
     trains = Bilingual("rotations of the inputs of chosen linear layers", "所选线性层输入的旋转")
 
-    def make(self, config: OFTConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> OFTLayer:
-        return OFTLayer(config, layer, name)
+    def supports(self, layer: nn.Module) -> bool:
+        return is_linear(layer) or is_whole_convolution(layer) or isinstance(layer, nn.Embedding)
+
+    def make(self, config: OFTConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+        if isinstance(layer.base_layer, nn.Embedding):
+            return OFTEmbedding(config, layer, name)
+        return (OFTLayer if is_linear(layer.base_layer) else OFTConv)(config, layer, name)
+
+
+def by_block(x_TI: Tensor, R_NSS: Tensor) -> Tensor:
+    """x with each of its blocks multiplied by its own matrix."""
+    x_TNS = x_TI.reshape(*x_TI.shape[:-1], *R_NSS.shape[:2])
+    return torch.einsum("...ns,nst->...nt", x_TNS, R_NSS.to(x_TI.dtype)).reshape(x_TI.shape)
+
+
+def _vectors(adapter: LayerAdapter, attribute: str) -> Tensor:
+    return adapter.module(attribute, Weight).weight
 
 
 def cayley(Q_NSS: Tensor, terms: int | None) -> Tensor:

@@ -336,6 +336,11 @@ def is_convolution(layer: nn.Module) -> bool:
     return any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in kinds)
 
 
+def is_whole_convolution(layer: nn.Module) -> bool:
+    """A convolution whose outputs read all channels: in one group."""
+    return is_convolution(layer) and getattr(layer, "groups", 1) == 1
+
+
 def flat_features(layer: nn.Module) -> tuple[int, int]:
     """(I, O) of the weight as a matrix: a convolution's I counts the places of its window too."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
