@@ -63,6 +63,12 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from siliang.peft_api.data_initializations import (
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
+    )
     from siliang.peft_api.for_tasks import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PeftMixedModel,
@@ -90,12 +96,6 @@ if TYPE_CHECKING:
         set_peft_model_state_dict,
     )
     from siliang.peft_api.loftq import replace_lora_weights_loftq
-    from siliang.peft_api.lora_starts import (
-        get_eva_state_dict,
-        initialize_lora_eva_weights,
-        preprocess_corda,
-        preprocess_loraga,
-    )
     from siliang.peft_api.names import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -199,10 +199,10 @@ _HOME = {
     "EvaConfig": "siliang.methods.eva",
     "CordaConfig": "siliang.methods.corda",
     "LoraGAConfig": "siliang.methods.lora_ga",
-    "get_eva_state_dict": "siliang.peft_api.lora_starts",
-    "initialize_lora_eva_weights": "siliang.peft_api.lora_starts",
-    "preprocess_corda": "siliang.peft_api.lora_starts",
-    "preprocess_loraga": "siliang.peft_api.lora_starts",
+    "get_eva_state_dict": "siliang.peft_api.data_initializations",
+    "initialize_lora_eva_weights": "siliang.peft_api.data_initializations",
+    "preprocess_corda": "siliang.peft_api.data_initializations",
+    "preprocess_loraga": "siliang.peft_api.data_initializations",
     "LoraModel": "siliang.peft_api.tuners",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "siliang.peft_api.for_tasks",
     "MissConfig": "siliang.methods.miss",

@@ -177,7 +177,7 @@ def test_memory_that_one_rank_lacks_ends_the_run_on_all(strategy: str, still_pla
 
 
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
-def test_a_start_by_data_on_ranks(init: str, still_place: Place, tmp_path: Path) -> None:
+def test_an_initialization_from_data_on_ranks(init: str, still_place: Place, tmp_path: Path) -> None:
     """One rank learns it, and the others have the same; under fsdp it is refused in one line."""
     own: dict[str, Any] = {"eva_config": {"use_label_mask": False}} if init == "eva" else {}  # few tokens are learned
     method = MethodConfig(name="lora", r=4, init_lora_weights=init, **own)
@@ -186,6 +186,6 @@ def test_a_start_by_data_on_ranks(init: str, still_place: Place, tmp_path: Path)
     endings = train_on(changed(one, tmp_path / "several", "ddp"), 2)
     assert [e.code for e in endings] == [0, 0], endings[0].said + endings[-1].said
     assert_same(tmp_path / "one", tmp_path / "several")
-    assert endings[0].said.count(f"start      {init}: ") == 1 and "start  " not in endings[1].said
+    assert endings[0].said.count(f"init       {init}: ") == 1 and "init  " not in endings[1].said
     endings = train_on(changed(one, tmp_path / "sharded", "fsdp"), 2)
     assert [e.code for e in endings] == [2, 2] and "its start is learned on the whole model" in endings[0].said

@@ -109,6 +109,62 @@ def test_what_does_not_fit(settings: dict[str, Any], message: str, tmp_path: Pat
         assert torch.equal(logits(model), before)
 
 
+def learned(init: str) -> Any:
+    """An adapter whose initialization was learned from data, trained a little."""
+    model, tokens = make("llama"), batch("llama")
+    config = siliang.LoraConfig(r=4, init_lora_weights=init, target_modules=["q_proj", "v_proj"])
+    if init == "corda":
+        siliang.preprocess_corda(model, config, lambda: model(input_ids=tokens["input_ids"]))
+    elif init == "lora_ga":
+        siliang.preprocess_loraga(model, config, lambda: model(**tokens).loss.backward())
+    peft_model: Any = siliang.get_peft_model(model, config)
+    if init == "eva":
+        siliang.initialize_lora_eva_weights(peft_model, [tokens])
+    for name, p in peft_model.named_parameters():
+        p.data += 0.05 * ("lora_" in name)
+    return peft_model.eval()
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_factors_of_a_changed_base_weight_are_not_swapped(init: str, tmp_path: Path) -> None:
+    first = saved(tmp_path / "first", init_lora_weights=True)
+    own = learned(init)
+    own.save_pretrained(tmp_path / "to_resume", to_resume=True)
+    config, state = own.peft_config["default"], own.state_dict()
+    of_lora = {key: t for key, t in state.items() if ".lora_" in key}
+    model = loaded(siliang, first)
+    for target, source in ((own, first), (model, tmp_path / "to_resume")):
+        before = logits(target)
+        with pytest.raises(ConfigError, match=f"'{init}' belongs to a changed base weight"):
+            siliang_hotswap(target, source)
+        assert torch.equal(logits(target), before)
+    with pytest.raises(ConfigError, match=f"'{init}' belongs to a changed base weight"):
+        hotswap.hotswap_adapter_from_state_dict(model, of_lora, "default", config)
+    with pytest.raises(ConfigError, match="is not plain LoRA"):
+        hotswap.hotswap_adapter_from_state_dict(own, of_lora, "default", model.peft_config["default"])
+    own.save_pretrained(tmp_path / "plain")  # LoRA of twice the rank, on the base model's own weights
+    siliang_hotswap(model, tmp_path / "plain")
+    assert_close(logits(model), logits(own))
+
+
+def siliang_hotswap(model: Any, folder: Path) -> None:
+    hotswap.hotswap_adapter(model, str(folder), "default")
+
+
+def test_eva_is_swapped_both_ways(tmp_path: Path) -> None:
+    """It leaves the base weight as it is: its A and B are all."""
+    first = saved(tmp_path / "first", init_lora_weights=True)
+    own, model = learned("eva"), loaded(siliang, first)
+    own.save_pretrained(tmp_path / "eva")
+    wanted, of_first = logits(own), logits(model)
+    siliang_hotswap(model, tmp_path / "eva")
+    assert_close(logits(model), wanted)
+    siliang_hotswap(own, first)
+    assert_close(logits(own), of_first)
+    own.save_pretrained(tmp_path / "again")
+    assert_close(logits(loaded(siliang, tmp_path / "again")), of_first)
+
+
 def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
     first = saved(tmp_path / "first")
     for library, module in BOTH:

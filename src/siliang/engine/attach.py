@@ -16,8 +16,8 @@ from siliang.peft_api.for_tasks import get_peft_model
 from siliang.peft_api.model import PeftModel
 from siliang.tasks.adapter_config import adapter_config
 
-# Learns an adapter's start on a base model: from its config, and that of one that is on the same layers and changes
-# nothing. Returns the config with which it is attached.
+# Learns an adapter's initialization on a base model: from its config, and that of one that is on the same layers and
+# changes nothing. Returns the config with which it is attached.
 Learn = Callable[[PreTrainedModel, PeftConfig, PeftConfig], PeftConfig]
 
 
@@ -38,7 +38,7 @@ def attach(
         start: The adapter folder with the initial weights; None for new weights.
         new_tokens: See `adapter_config`.
         steps: Optimizer steps of the run; None if the model is not trained.
-        learn: Learns the start of the adapter from data, if its method has such a start.
+        learn: Learns the initialization of the adapter from data, if its method has such a one.
     """
     model: PreTrainedModel | PeftModel = base
     if start is not None:
@@ -49,7 +49,7 @@ def attach(
     else:
         own = adapter_config(config, base, new_tokens)
         own = own if steps is None else method.prepare(own, steps)
-        if learn is not None and (plain := method.before_its_start(own)) is not None:
+        if learn is not None and (plain := method.uninitialized(own)) is not None:
             own = learn(base, own, plain)
         model = get_peft_model(base, own)
     if precision.pure:

@@ -76,7 +76,7 @@ class BdLoraLinear(LoraLinear):
             )
         self._side, self._blocks = side, blocks
         shape = (spec.r, in_features // blocks) if side == "A" else (out_features, spec.r // blocks)
-        zero = side == "B" and spec.init is not False
+        zero = side == "B" and spec.init.draw_b is None
         start = nn.init.zeros_ if zero else nn.init.kaiming_uniform_
         layer.add_part(f"lora_{side}", name, Weight(new_parameter(layer, *shape, start=start)))
 

@@ -1,4 +1,5 @@
-"""CorDA: Context-Oriented Decomposition Adaptation (Yang et al., 2024, arXiv:2406.05223), a start of LoRA by data.
+"""CorDA: Context-Oriented Decomposition Adaptation (Yang et al., 2024, arXiv:2406.05223), an
+initialization of LoRA from data.
 
     W C = U S V^T        C: the covariance of the layer's input
     A = sqrt(S_R / s) V_R^T C^-1,  B = U_R sqrt(S_R / s),  W' = W - s B A
@@ -21,7 +22,11 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.fields import check_fields
+from siliang.methods.initialization import InitializationData
+from siliang.methods.initialization_cache import read_cache, write_cache
+from siliang.methods.lora_initialization import Factors, TunedLayers
 from siliang.models.introspect import features
+from siliang.models.quantized import float_weight
 from siliang.types import ConfigError
 
 DAMPING = 0.01  # of C's mean diagonal; doubled until the inverse is right to within MOST_ERROR
@@ -51,6 +56,50 @@ class CordaConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def learn(model: nn.Module, tuned: TunedLayers, settings: CordaConfig, data: InitializationData) -> dict[str, Factors]:
+    """A and B of each layer, from texts of the training data."""
+
+    def run() -> None:
+        for text in data.singles(tokens=most_tokens(tuned.layers)):
+            text.forward()
+
+    return factors_of_layers(tuned, settings, run)
+
+
+def factors_of_layers(
+    tuned: TunedLayers,
+    settings: CordaConfig,
+    run: Callable[[], object],
+    read: Mapping[str, nn.Module] | None = None,
+) -> dict[str, Factors]:
+    """A and B of each layer.
+
+    Args:
+        run: Runs the model, one text at a time.
+        read: The layers whose inputs are read; None for those that are tuned.
+    """
+    layers = tuned.layers
+    parts = read_cache(settings.cache_file, [f"{path}.{part}" for path in layers for part in "USV"], layers)
+    if not parts:
+        found = read_cache(settings.covariance_file, layers, layers)
+        if not found:
+            found = covariances(read or layers, run, wide=not settings.use_float16_for_covariance)
+            write_cache(settings.covariance_file, found)
+        for path, layer in layers.items():
+            made = decompose(float_weight(layer), found.pop(path), tuned.ranks[path], settings.corda_method)
+            parts |= {f"{path}.{part}": t for part, t in zip("USV", made, strict=True)}
+        write_cache(settings.cache_file, parts)
+    of_layer = {path: (parts[f"{path}.U"], parts[f"{path}.S"], parts[f"{path}.V"]) for path in layers}
+    return {path: Factors(*factors(*USV, tuned.scalings[path])) for path, USV in of_layer.items()}
+
+
+def learning_bytes(tuned: TunedLayers) -> int:
+    """Of C of each layer, and the decomposition of the largest weight."""
+    inputs = [features(layer)[0] for layer in tuned.layers.values()]
+    largest = max((layer.get_parameter("weight").numel() for layer in tuned.layers.values()), default=0)
+    return 4 * (sum(n * n for n in inputs) + 3 * largest)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""EVA: Explained Variance Adaptation (Paischer et al., 2024, arXiv:2410.07170), a start of LoRA by data.
+"""EVA: Explained Variance Adaptation (Paischer et al., 2024, arXiv:2410.07170), an
+initialization of LoRA from data.
 
     A = the first R principal components of the layer's input, B = 0
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.fields import check_fields
-from siliang.methods.start import StartBatch
+from siliang.methods.initialization import InitializationBatch, InitializationData
+from siliang.methods.lora_initialization import Factors, TunedLayers
 from siliang.models.introspect import features
 from siliang.types import ConfigError
 
@@ -106,12 +108,18 @@ class IncrementalPca:
             self.settled = torch.nn.functional.cosine_similarity(self.V, before) >= self.tau
 
 
+def learn(model: nn.Module, tuned: TunedLayers, settings: EvaConfig, data: InitializationData) -> dict[str, Factors]:
+    """A of each layer, (R', I): R' are the ranks after the redistribution, and may be 0."""
+    found = principal_directions(tuned.layers, tuned.ranks, settings, data.batches(learned=settings.use_label_mask))
+    return {path: Factors(A) for path, A in found.items()}
+
+
 @torch.no_grad()
 def principal_directions(
     layers: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
     settings: EvaConfig,
-    batches: Iterable[StartBatch],
+    batches: Iterable[InitializationBatch],
     gather: Callable[[Tensor], Tensor] = lambda X: X,
 ) -> dict[str, Tensor]:
     """EVA's A of each layer, (R', I): R' are the ranks after the redistribution, and may be 0.
@@ -169,7 +177,7 @@ def _rows(pca: IncrementalPca, r: int, whiten: bool) -> Tensor:
 
 
 def _same_inputs(
-    layers: Mapping[str, nn.Module], batch: StartBatch, gather: Callable[[Tensor], Tensor]
+    layers: Mapping[str, nn.Module], batch: InitializationBatch, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, str]:
     """For each layer the first one that reads the same, as q, k and v do."""
     first: dict[bytes, str] = {}
@@ -198,7 +206,7 @@ def _same_inputs(
 @contextmanager
 def _reading(
     layers: Mapping[str, nn.Module],
-    batch: StartBatch,
+    batch: InitializationBatch,
     gather: Callable[[Tensor], Tensor],
     take: Callable[[str, Tensor], None],
 ) -> Iterator[None]:

@@ -24,7 +24,7 @@ from siliang.language import Bilingual
 from siliang.methods.computed import WithParameters
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, MakeAdapter, trained_dtype
 from siliang.methods.lora_config import LoraConfig
-from siliang.methods.low_rank import STARTS, LoraSpec, LowRank, LowRankLinear, start_factors
+from siliang.methods.low_rank import LoraSpec, LowRank, LowRankLinear, draw_factors
 from siliang.models.introspect import is_multihead_attention
 from siliang.secrets import short_repr
 from siliang.types import ConfigError
@@ -42,7 +42,7 @@ class LoraInProjection(LowRank):
         base, weight = layer.base_layer, layer.base_layer.in_proj_weight
         A = nn.Linear(base.embed_dim, spec.r, bias=False, device="meta")
         B = nn.Linear(spec.r, 3 * base.embed_dim, bias=False, device="meta")
-        start_factors(A, B, spec, device=weight.device, dtype=trained_dtype(weight))
+        draw_factors(A, B, spec, device=weight.device, dtype=trained_dtype(weight))
         super().__init__(layer, name, spec, {"lora_A": A, "lora_B": B})
 
     @classmethod
@@ -102,8 +102,8 @@ def on_attention(path: str, attention: nn.Module, spec: LoraSpec, config: LoraCo
     """
     settings = {"use_dora": config.use_dora, "lora_bias": config.lora_bias}
     wrong = next((f"{key} = True" for key, value in settings.items() if value), None)
-    if spec.init not in STARTS:
-        wrong = f"init_lora_weights = {short_repr(spec.init)}"
+    if not spec.init.on_any_layer:
+        wrong = f"init_lora_weights = {short_repr(spec.init.name)}"
     if wrong is not None:
         raise ConfigError(
             Bilingual(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
@@ -17,18 +16,14 @@ from siliang.methods.fields import check_fields
 from siliang.methods.kasa import KasaConfig
 from siliang.methods.layer_method import BlocksConfig
 from siliang.methods.lora_ga import LoraGAConfig
-from siliang.methods.lora_init import RESIDUAL_STARTS, check_even
-from siliang.methods.low_rank import STARTS
+from siliang.methods.lora_initialization import ANY_VARIANT, Initialization
+from siliang.methods.lora_initializations import INITIALIZATIONS, find_initialization, with_settings
 from siliang.methods.tied_ends import Tied
 from siliang.methods.velora import VeloraConfig
 from siliang.secrets import short_repr
-from siliang.types import ConfigError, PeftType, TaskType, nearest
+from siliang.types import ConfigError, PeftType, TaskType
 
-BY_DATA = ("eva", "corda", "lora_ga")  # starts that are learned from data; two of them change the base weight by it
-OUT_OF_THE_WEIGHT = ("corda", "lora_ga")
-INITS = ("gaussian", "pissa", "olora", "loftq", "orthogonal", "mica", *BY_DATA)
 MOST_LAYERS = 1000  # of layer_replication; the deepest models have under 200
-MOST_ROUNDS = 100  # of PiSSA's and LoftQ's iterations; the papers have 16 and 5
 
 
 @dataclass
@@ -86,7 +81,7 @@ class LoraConfig(BlocksConfig):
             smallest directions. Learned from data before training: "eva": A the main directions of the layer's input,
             ranks by the variance that they explain; "corda": those of the weight times the input's covariance,
             "lora_ga": those of the weight's gradient; the base weight keeps the rest.
-        eva_config, corda_config, lora_ga_config: Of these starts; None for PEFT's defaults.
+        eva_config, corda_config, lora_ga_config: Of these initializations; None for PEFT's defaults.
         alora_invocation_tokens: aLoRA: the ids of a sequence of tokens, from whose last occurrence in a row on the
             update is added. What stands before it is computed by the base model alone.
         kasa_config: KaSA: learned singular values between A and B, on a base weight without its r smallest ones.
@@ -165,6 +160,17 @@ class LoraConfig(BlocksConfig):
         return next((name for name in self.VARIANTS if getattr(self, name)), None)
 
     @property
+    def initialization(self) -> Initialization:
+        """What A, B and the base weight begin with."""
+        return with_settings(find_initialization(self.init_lora_weights), self.initialization_settings)
+
+    @property
+    def initialization_settings(self) -> object:
+        """The settings of the initialization; None where it has none."""
+        settings = find_initialization(self.init_lora_weights).settings
+        return None if settings is None else getattr(self, settings.field)
+
+    @property
     def tied(self) -> Tied | None:
         """What ensure_weight_tying ties among the targets, on the adapter's model. No field: `vars(config)` may be the
         arguments of another config."""
@@ -202,44 +208,9 @@ class LoraConfig(BlocksConfig):
                     f"rank_pattern：{high[0]!r} = {self.rank_pattern[high[0]]:,}：最大为 {self.MOST:,}。",
                 )
             )
-        init = self.init_lora_weights
-        if isinstance(init, str):
-            init = self.init_lora_weights = init.lower()
-            named = re.fullmatch(r"pissa_niter_(\d{1,9})", init, re.ASCII)
-            if named is not None and int(named[1]) > MOST_ROUNDS:
-                raise ConfigError(
-                    Bilingual(
-                        f"init_lora_weights = {init!r}: must be at most {MOST_ROUNDS} iterations.",
-                        f"init_lora_weights = {init!r}：最多 {MOST_ROUNDS} 次迭代。",
-                    )
-                )
-            if init not in INITS and named is None:
-                raise ConfigError(
-                    Bilingual(
-                        f"init_lora_weights = {short_repr(init)}: must be true, false, "
-                        f"{', '.join(map(repr, INITS))} or "
-                        f"'pissa_niter_4'.{nearest(init, INITS)}",
-                        f"init_lora_weights = {short_repr(init)}：只能是 true、false、"
-                        f"{'、'.join(map(repr, INITS))} 或 'pissa_niter_4'。{nearest(init, INITS).zh}",
-                    )
-                )
-        if init == "loftq":
-            self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
-            bits, rounds = self.loftq_config["loftq_bits"], self.loftq_config["loftq_iter"]
-            if bits not in (4, 8) or type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS:
-                raise ConfigError(
-                    Bilingual(
-                        f"loftq_config = {short_repr(self.loftq_config)}: loftq_bits is 4 or 8, loftq_iter 1 to "
-                        f"{MOST_ROUNDS}.",
-                        f"loftq_config = {short_repr(self.loftq_config)}：loftq_bits 为 4 或 8，loftq_iter 为 1 到"
-                        f" {MOST_ROUNDS}。",
-                    )
-                )
-        if init == "orthogonal" and (odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]):
-            check_even(odd[0])
-        self._fill_start("eva", EvaConfig)
-        self._fill_start("corda", CordaConfig)
-        self._fill_start("lora_ga", LoraGAConfig)
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
+        self._complete_initialization()
         self._check_variant()
         self._check_invocation()
         self._check_parameters()
@@ -253,7 +224,7 @@ class LoraConfig(BlocksConfig):
         wrong = [name for name in settings if getattr(self, name)]
         if self.layers_to_transform not in (None, []):
             wrong.append("layers_to_transform")
-        if self.init_lora_weights not in STARTS:
+        if not self.initialization.on_any_layer:
             wrong.append(f"init_lora_weights = {self.init_lora_weights!r}")
         if self.target_parameters and wrong:
             raise ConfigError(
@@ -269,30 +240,20 @@ class LoraConfig(BlocksConfig):
         Raises:
             ConfigError: Several variants are switched on, or one does not go with another setting.
         """
-        init = str(self.init_lora_weights)
+        row, init = self.initialization, f"init_lora_weights = {self.init_lora_weights!r}"
         on = [name for name in self.VARIANTS if getattr(self, name)]
         apart = [(on[0], other, Bilingual("each is a LoRA of its own", "各是一种 LoRA")) for other in on[1:]]
-        if init.startswith(RESIDUAL_STARTS):
-            both = Bilingual("both change the base weight", "两者都会改动基座权重")
-            before = Bilingual(
-                "before the invocation the base model computes, whose weight this start changes",
-                "触发序列之前由基座模型计算，而这种初始化会改动它的权重",
+        for name, why in row.apart.items():
+            refused = on if name == ANY_VARIANT else [name] if getattr(self, name) else []
+            apart += [(init, other, why) for other in refused]
+        if self.use_bdlora and not row.on_any_layer:
+            blocks = Bilingual(
+                "this initialization is that of an A and B without blocks", "这种初始化针对不分块的 A 和 B"
             )
-            whys = (("kasa_config", both), ("alora_invocation_tokens", before))
-            apart += [(one, f"init_lora_weights = {init!r}", why) for one, why in whys if getattr(self, one)]
-        if init in OUT_OF_THE_WEIGHT:
-            lost = Bilingual("the weight that is left could not be saved", "剩余的权重无法保存")
-            apart += [(f"init_lora_weights = {init!r}", other, lost) for other in on]
-        if self.use_bdlora and init not in ("True", "False", "gaussian"):
-            blocks = Bilingual("this start is that of an A and B without blocks", "这种初始化针对不分块的 A 和 B")
-            apart.append(("use_bdlora", f"init_lora_weights = {init!r}", blocks))
-        if self.arrow_config and init not in ("True", "False", "gaussian"):
+            apart.append((init, "use_bdlora", blocks))
+        if self.arrow_config and not row.on_any_layer:
             nothing = Bilingual("nothing of the router is trained", "路由没有可训练的参数")
-            apart.append(("arrow_config", f"init_lora_weights = {init!r}", nothing))
-        if init == "mica":
-            alone = Bilingual("MiCA trains A alone", "MiCA 只训练 A")
-            others = [*on, *(["lora_bias"] if self.lora_bias else [])]
-            apart += [("init_lora_weights = 'mica'", other, alone) for other in others]
+            apart.append((init, "arrow_config", nothing))
         apart += [(one, other, why) for one, other, why in self.APART if getattr(self, one) and getattr(self, other)]
         for one, other, why in apart[:1]:
             raise ConfigError(
@@ -324,18 +285,28 @@ class LoraConfig(BlocksConfig):
                 )
             )
 
-    def _fill_start(self, name: str, kind: type[EvaConfig | CordaConfig | LoraGAConfig]) -> None:
-        """The settings of a start by data: PEFT's defaults where it is chosen, none where it is not."""
-        field_name, chosen = f"{name}_config", self.init_lora_weights == name
-        if chosen and getattr(self, field_name) is None:
-            setattr(self, field_name, kind())
-        elif not chosen and getattr(self, field_name) is not None:
-            setattr(self, field_name, None)
-            said = Bilingual(
-                f"{field_name} is ignored: it is for init_lora_weights = {name!r}.",
-                f"{field_name} 不起作用：它用于 init_lora_weights = {name!r}。",
-            )
-            warnings.warn(said, stacklevel=4)
+    def _complete_initialization(self) -> None:
+        """Checks the initialization and its settings, and fills in PEFT's defaults; those of another are dropped.
+
+        Raises:
+            ConfigError: There is no such initialization, or a setting of it is not allowed.
+        """
+        row = find_initialization(self.init_lora_weights)
+        if row.check_ranks is not None:
+            row.check_ranks([self.r, *self.rank_pattern.values()])
+        for other in INITIALIZATIONS.values():
+            if other.settings is None:
+                continue
+            name = other.settings.field
+            if other.name == row.name:
+                setattr(self, name, other.settings.complete(getattr(self, name)))
+            elif other.from_data is not None and getattr(self, name) is not None:
+                setattr(self, name, None)
+                said = Bilingual(
+                    f"{name} is ignored: it is for init_lora_weights = {other.name!r}.",
+                    f"{name} 不起作用：它用于 init_lora_weights = {other.name!r}。",
+                )
+                warnings.warn(said, stacklevel=4)
 
     def to_dict(self) -> dict[str, object]:
         values = super().to_dict()
@@ -344,11 +315,12 @@ class LoraConfig(BlocksConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, object], *, source: str = CONFIG_NAME) -> Self:
-        """As for every method. What is of another machine, or of a start that is not the file's, is left out: PEFT's
-        files have it.
+        """As for every method. What is of another machine, or of an initialization that is not the file's, is left out:
+        PEFT's files have it.
         """
         init = str(values.get("init_lora_weights")).lower()
-        unused = {"runtime_config", *(f"{name}_config" for name in BY_DATA if name != init)}
+        learned = [row for row in INITIALIZATIONS.values() if row.from_data and row.settings and row.name != init]
+        unused = {"runtime_config", *(row.settings.field for row in learned if row.settings)}
         return super().from_dict({key: v for key, v in values.items() if key not in unused}, source=source)
 
     @classmethod

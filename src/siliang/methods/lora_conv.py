@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.layer import BaseForward, Layer, trained_dtype
-from siliang.methods.low_rank import STARTS, FactorModules, LoraSpec, start_factors
+from siliang.methods.low_rank import FactorModules, LoraSpec, draw_factors
 from siliang.models.introspect import apply_weight, is_convolution
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, MergeError
@@ -43,7 +43,7 @@ class LoraConv(FactorModules):
             device="meta",
         )
         B = kind(spec.r, base.out_channels, 1, groups=base.groups, bias=spec.bias, device="meta")
-        start_factors(A, B, spec, device=base.weight.device, dtype=trained_dtype(base.weight))
+        draw_factors(A, B, spec, device=base.weight.device, dtype=trained_dtype(base.weight))
         super().__init__(layer, name, spec, {"lora_A": A, "lora_B": B})
         self.dropout_p = spec.dropout_p
 
@@ -103,12 +103,12 @@ def _check(base: Any, spec: LoraSpec) -> None:
                 "或另选 target_modules。",
             )
         )
-    if spec.init not in STARTS:
+    if not spec.init.on_any_layer:
         raise ConfigError(
             Bilingual(
-                f"init_lora_weights = {short_repr(spec.init)} does not work on a convolution: use true, false or "
+                f"init_lora_weights = {short_repr(spec.init.name)} does not work on a convolution: use true, false or "
                 "'gaussian', or leave it out of target_modules.",
-                f"init_lora_weights = {short_repr(spec.init)} 不能用于卷积：请用 true、false 或 'gaussian'，"
+                f"init_lora_weights = {short_repr(spec.init.name)} 不能用于卷积：请用 true、false 或 'gaussian'，"
                 "或从 target_modules 中去掉它。",
             )
         )

@@ -2,8 +2,8 @@
 
     y = W[x] + s (A[:, x])^T B^T        A = 0 and B normal at the start
 
-With MiCA, B is that of W^T and is not trained; LoftQ works too. The other starts are for linear layers: as in PEFT, an
-embedding among the targets has the usual one.
+With MiCA, B is that of W^T and is not trained; LoftQ works too. The other initializations are for linear layers: as in
+PEFT, an embedding among the targets has the usual one.
 
 Shapes: W (V, D), A (R, V), B (D, R); V rows of the table, D columns, R rank.
 """
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliang.methods.layer import BaseForward, Layer, trained_dtype
-from siliang.methods.lora_init import check_rank, initialize, minor_directions
-from siliang.methods.low_rank import LoraSpec, LowRank
+from siliang.methods.lora_initialization import Factors
+from siliang.methods.low_rank import LoraSpec, LowRank, factors_of
 
 
 class LoraEmbedding(LowRank):
@@ -25,25 +25,21 @@ class LoraEmbedding(LowRank):
     def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
         weight = layer.base_layer.weight
         place = {"device": weight.device, "dtype": trained_dtype(weight)}
-        A, B = torch.zeros(spec.r, weight.shape[0], **place), torch.empty(weight.shape[1], spec.r, **place)
+        init, r = spec.init, spec.r
+        if init.of_table is not None:
+            r = init.rank(r, min(weight.shape), str(init.name))
+        A, B = torch.zeros(r, weight.shape[0], **place), torch.empty(weight.shape[1], r, **place)
         nn.init.normal_(B)
-        residual: Tensor | None = None
-        if spec.init is False:
+        if init.draw_b is not None:
             nn.init.normal_(A)
-        elif spec.init == "mica":
-            check_rank("mica", spec.r, min(weight.shape))
-            B = B if weight.device.type == "meta" else minor_directions(weight.T, spec.r).to(B.dtype)
-        elif spec.init == "loftq" and weight.device.type != "meta":
-            # (V, D) is this layer's (O, I): the factors change places
-            W = layer.base_parameter("weight")
-            B_right, A_right, residual = initialize(
-                "loftq", W, r=spec.r, scaling=spec.scaling, bits=spec.bits, iterations=spec.iterations
-            )
-            A, B = A_right.T.contiguous(), B_right.T.contiguous()
-        parts = {"lora_embedding_A": nn.Parameter(A), "lora_embedding_B": nn.Parameter(B)}
-        super().__init__(layer, name, spec, parts)
-        if residual is not None:
-            self._keep_residual(residual)
+        factors = Factors(A, B)
+        if init.of_table is not None and weight.device.type != "meta":
+            factors = factors_of(spec, layer.base_layer, r)
+        assert factors.B is not None
+        first = {"lora_embedding_A": factors.A, "lora_embedding_B": factors.B}
+        super().__init__(layer, name, spec, {key: nn.Parameter(t.to(A.dtype)) for key, t in first.items()})
+        if factors.W is not None:
+            self._keep_residual(factors.W)
 
     @classmethod
     def supports(cls, layer: nn.Module) -> bool:

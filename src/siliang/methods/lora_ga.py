@@ -1,4 +1,5 @@
-"""LoRA-GA: LoRA with Gradient Approximation (Wang et al., 2024, arXiv:2407.05000), a start of LoRA by data.
+"""LoRA-GA: LoRA with Gradient Approximation (Wang et al., 2024, arXiv:2407.05000), an
+initialization of LoRA from data.
 
     dL/dW = U S V^T        W' = W - s B A
 
@@ -21,6 +22,10 @@ from torch.utils.hooks import RemovableHandle
 
 from siliang.language import Bilingual
 from siliang.methods.fields import check_fields
+from siliang.methods.initialization import InitializationData
+from siliang.methods.lora_initialization import Factors, TunedLayers
+from siliang.models.introspect import out_by_in
+from siliang.models.quantized import float_weight
 from siliang.types import ConfigError
 
 ROWS = 128  # that `siliang train` takes the gradient of: 64 batches of 2, as in PEFT's example
@@ -51,6 +56,32 @@ class LoraGAConfig:
                     f"stable_gamma = {self.stable_gamma}：至少为 1。",
                 )
             )
+
+
+def learn(model: nn.Module, tuned: TunedLayers, settings: LoraGAConfig, data: InitializationData) -> dict[str, Factors]:
+    """A and B of each layer, from the gradient of training rows."""
+
+    def step() -> int:
+        return len([batch.backward() for batch in data.batches(rows=ROWS)])
+
+    return factors_of_layers(tuned, settings, mean_gradients(model, tuned.layers, step))
+
+
+def factors_of_layers(
+    tuned: TunedLayers, settings: LoraGAConfig, gradients: Mapping[str, Tensor]
+) -> dict[str, Factors]:
+    """A and B of each layer, from the mean gradient of its weight as that is stored."""
+    found: dict[str, Factors] = {}
+    for path, layer in tuned.layers.items():
+        G_OI = out_by_in(layer, gradients[path])
+        A, B = factors(float_weight(layer), G_OI, tuned.ranks[path], tuned.scalings[path], settings)
+        found[path] = Factors(A, B)
+    return found
+
+
+def learning_bytes(tuned: TunedLayers) -> int:
+    """Of the gradients."""
+    return sum(layer.get_parameter("weight").nbytes for layer in tuned.layers.values())
 
 
 def mean_gradients(

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from siliang.language import Bilingual
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, MakeAdapter, trained_dtype
-from siliang.methods.low_rank import LoraSpec, start_factors
+from siliang.methods.low_rank import LoraSpec, draw_factors
 from siliang.models.introspect import is_multihead_attention
 from siliang.module_paths import ends_with, inside, parameter_paths
 from siliang.types import TargetError, nearest
@@ -49,7 +49,7 @@ class LoraParameters(LayerAdapter):
             E, O, I = sizes(base, W)  # noqa: E741, the equation's letters
             A = nn.Linear(I, E * spec.r, bias=False, device="meta")
             B = nn.Linear(E * spec.r, O, bias=False, device="meta")
-            start_factors(A, B, spec, device=W.device, dtype=trained_dtype(W))
+            draw_factors(A, B, spec, device=W.device, dtype=trained_dtype(W))
             self._starts[key] = INNER * depth
             parts |= {f"{INNER * depth}lora_A": A, f"{INNER * depth}lora_B": B}
         super().__init__(layer, name, parts)

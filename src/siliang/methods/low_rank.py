@@ -1,11 +1,10 @@
-"""What LoRA and its variants share: s B A on a layer, and starts that move a part of the base weight into B A.
+"""What LoRA and its variants share: s B A on a layer, and initializations that move a part of the base weight into B A.
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); I in, O out, R rank. On an embedding and a convolution: see there.
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.layer import Layer, LayerAdapter, trained_dtype
-from siliang.methods.lora_init import RESIDUAL_STARTS, check_rank, initialize, minor_directions, orthogonal
+from siliang.methods.lora_initialization import USUAL, Factors, Initialization, not_quantized
 from siliang.models.introspect import as_stored, features, is_linear, out_by_in
 from siliang.models.quantized import float_weight
 from siliang.ops.lora_linear import lora_linear
-from siliang.types import MergeError
-
-STARTS = (True, False, "gaussian")  # that need nothing of the weight but its shape
+from siliang.types import ConfigError, MergeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +32,9 @@ class LoraSpec:
         alpha: lora_alpha.
         scaling: s.
         dropout_p: Probability of zeroing an input of A during training.
-        init: As `init_lora_weights`.
+        init: The initialization.
         bias: B has a bias b.
-        bits, iterations: Of LoftQ.
-        frozen_b: B is not trained, as MiCA has it.
-        norms_on: Where DoRA's norms are computed at the start; None for where the layer is.
+        norms_on: Where DoRA's norms are computed when it is made; None for where the layer is.
     """
 
     kind: MakeLowRank
@@ -47,22 +42,14 @@ class LoraSpec:
     alpha: float
     scaling: float
     dropout_p: float = 0.0
-    init: bool | str = True
+    init: Initialization = USUAL
     bias: bool = False
-    bits: int = 4
-    iterations: int = 1
-    frozen_b: bool = False
     norms_on: torch.device | None = None
 
     @property
     def settings(self) -> dict[str, object]:
         """What PEFT shows of it on a layer."""
         return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": nn.Dropout(self.dropout_p)}
-
-    @property
-    def has_residual(self) -> bool:
-        """Whether the start changes the base weight."""
-        return isinstance(self.init, str) and self.init.startswith(RESIDUAL_STARTS)
 
     def make(self, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LowRank:
         """Makes adapter `name` on a layer."""
@@ -73,7 +60,7 @@ class LowRank(LayerAdapter):
     """s B A on one layer.
 
     Attributes:
-        residual: The base weight less what the start moved into B A; None where the start leaves it unchanged.
+        residual: W', the base weight less what the initialization moved into B A; None where that leaves it unchanged.
     """
 
     def __init__(
@@ -86,8 +73,8 @@ class LowRank(LayerAdapter):
         super().__init__(layer, name, parts or {})
         self.set_scaling(spec.scaling)
         self.settings = spec.settings
-        self.frozen_b = spec.frozen_b
-        if spec.frozen_b:
+        self.frozen_b = spec.init.frozen_b
+        if self.frozen_b:
             self.B.requires_grad_(False)
         self.residual: nn.Parameter | None = None
 
@@ -119,7 +106,7 @@ class LowRank(LayerAdapter):
 
     @torch.no_grad()
     def take_out(self, A: Tensor, B: Tensor) -> None:
-        """Keeps the base weight less s B A, which has become the adapter's start."""
+        """Keeps the base weight less s B A, which the adapter begins with."""
         base, weight = self.layer.base_layer, self.layer.base_parameter("weight")
         W_OI = out_by_in(base, weight).float()
         rest = as_stored(base, W_OI - self.config_scaling * (B.to(W_OI) @ A.to(W_OI)))
@@ -207,29 +194,23 @@ class LowRankLinear(FactorModules):
     def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
         base, weight = layer.base_layer, layer.base_layer.weight
         in_features, out_features = features(base)
-        directions = min(in_features, out_features)
-        if spec.init == "mica" or (isinstance(spec.init, str) and spec.init.startswith("pissa_niter")):
-            check_rank(str(spec.init), spec.r, directions)
-        r = min(spec.r, directions) if spec.has_residual else spec.r  # a weight has no more directions to take
+        r = spec.init.rank(spec.r, min(in_features, out_features), str(spec.init.name))
         A = nn.Linear(in_features, r, bias=False, device="meta")
         B = nn.Linear(r, out_features, bias=spec.bias, device="meta")
-        dtype = trained_dtype(weight)
-        start_factors(A, B, spec, device=weight.device, dtype=dtype)
-        if spec.init == "orthogonal":
-            start_A, start_B = orthogonal(r, in_features, out_features, device=weight.device)
-            A.weight.data, B.weight.data = start_A.to(dtype), start_B.to(dtype)
-        elif spec.init == "mica":
-            nn.init.zeros_(A.weight)
-            if weight.device.type != "meta":
-                B.weight.data = minor_directions(float_weight(base), r).to(dtype)
+        draw_factors(A, B, spec, device=weight.device, dtype=trained_dtype(weight))
         super().__init__(layer, name, spec, {"lora_A": A, "lora_B": B})
         self.dropout_p = spec.dropout_p
-        if spec.has_residual and weight.device.type != "meta":
-            W_OI = out_by_in(base, layer.base_parameter("weight"))
-            A.weight.data, B.weight.data, residual = initialize(
-                str(spec.init), W_OI, r=r, scaling=spec.scaling, bits=spec.bits, iterations=spec.iterations
-            )
-            self._keep_residual(as_stored(base, residual))
+        if spec.init.of_weight is not None and weight.device.type != "meta":
+            self._begin_with(factors_of(spec, base, r))
+
+    @torch.no_grad()
+    def _begin_with(self, factors: Factors) -> None:
+        """Takes over A and B, and the weight that belongs to them."""
+        assert factors.B is not None
+        for own, first in ((self.A, factors.A), (self.B, factors.B)):
+            own.data = first.to(own.dtype)
+        if factors.W is not None:
+            self._keep_residual(as_stored(self.layer.base_layer, factors.W))
 
     @classmethod
     def supports(cls, layer: nn.Module) -> bool:
@@ -239,15 +220,28 @@ class LowRankLinear(FactorModules):
         return lora_linear(torch.zeros_like(like), x, self.A, self.B, self.s)
 
 
-def start_factors(A: nn.Module, B: nn.Module, spec: LoraSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+@torch.no_grad()
+def factors_of(spec: LoraSpec, base: nn.Module, r: int) -> Factors:
+    """A, B and W' of a linear layer, or an embedding, that the initialization computes from its weight.
+
+    Raises:
+        ConfigError: The weight is quantized, and would be changed.
+    """
+    init, weight = spec.init, base.get_parameter("weight")
+    if init.changes_weight and not weight.is_floating_point():
+        raise ConfigError(not_quantized(str(init.name)))
+    if isinstance(base, nn.Embedding):
+        assert init.of_table is not None
+        return init.of_table(weight.detach().float(), r, spec.scaling)
+    assert init.of_weight is not None
+    return init.of_weight(float_weight(base).detach().float(), r, spec.scaling)
+
+
+def draw_factors(A: nn.Module, B: nn.Module, spec: LoraSpec, *, device: torch.device, dtype: torch.dtype) -> None:
     """Gives A and B, which are on the meta device, their values: nn.Linear itself would draw others first."""
     for module in (A, B):
         for name, p in list(module.named_parameters()):
             setattr(module, name, nn.Parameter(torch.zeros(p.shape, device=device, dtype=dtype)))
-    weight_A, weight_B = A.get_parameter("weight"), B.get_parameter("weight")
-    if spec.init == "gaussian":
-        nn.init.normal_(weight_A, std=1 / spec.r)
-    else:
-        nn.init.kaiming_uniform_(weight_A, a=math.sqrt(5))
-    if spec.init is False:
-        nn.init.kaiming_uniform_(weight_B, a=math.sqrt(5))
+    spec.init.draw_a(A.get_parameter("weight"), spec.r)
+    if spec.init.draw_b is not None:
+        spec.init.draw_b(B.get_parameter("weight"), spec.r)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
+from siliang.methods.initialization import InitializationData
 from siliang.methods.layer import LayerAdapter, MakeAdapter
 from siliang.methods.present_batch import PresentBatch
 from siliang.methods.prompt import Prompt
 from siliang.methods.prompt_hooks import PromptSpec
-from siliang.methods.start import StartData
 from siliang.methods.targets import DefaultTargets
 
 C = TypeVar("C", bound=PeftConfig)
@@ -210,18 +210,18 @@ class Method(ABC, Generic[C]):
         """
         return config
 
-    def before_its_start(self, config: C) -> C | None:
+    def uninitialized(self, config: C) -> C | None:
         """The config of an adapter that is on the same layers, and changes nothing before it is trained; None where the
-        start of a new adapter is not learned from data (`start_by_data`).
+        initialization of a new adapter is not learned from data (`initialize_from_data`).
         """
         return None
 
-    def start_by_data(self, model: nn.Module, config: C, adapter: Adapter[C], data: StartData) -> C:
-        """Learns from data how an adapter is to start, and keeps it for the one that is attached next.
+    def initialize_from_data(self, model: nn.Module, config: C, adapter: Adapter[C], data: InitializationData) -> C:
+        """Learns from data what an adapter begins with, and keeps it for the one that is attached next.
 
         Args:
-            model: With `adapter` on it, which is that of `before_its_start` and is taken off afterwards.
-            config: Of the adapter that is to start.
+            model: With `adapter` on it, which is that of `uninitialized` and is taken off afterwards.
+            config: Of the adapter that is attached next.
 
         Returns:
             The config with which that one is attached.
@@ -231,8 +231,8 @@ class Method(ABC, Generic[C]):
         """
         return config
 
-    def learning_bytes(self, adapter: Adapter[C]) -> int:
-        """Memory that learning the start of an adapter took beside the model and a batch, about."""
+    def initialization_bytes(self, adapter: Adapter[C]) -> int:
+        """Memory that learning the initialization of an adapter took beside the model and a batch, about."""
         return 0
 
     @abstractmethod

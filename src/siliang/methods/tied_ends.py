@@ -1,7 +1,7 @@
 """`ensure_weight_tying`: what an adapter does to an embedding it does to the head that is tied to it, as in PEFT.
 
     LoRA: W + s (B A)^T on both, of one A and one B; the head's A is B^T, and its B is A^T
-    the start is that of LoRA on the head, a linear layer: B^T ~ U(kaiming), A = 0
+    the initialization is that of LoRA on the head, a linear layer: B^T ~ U(kaiming), A = 0
     modules_to_save: one copy for both
 
 PEFT has it where a setting names embed_tokens or lm_head, and nowhere else; files mean that, so that this has it there.
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
-from siliang.methods.layer import BaseForward, Layer, MakeAdapter, kaiming
+from siliang.methods.layer import BaseForward, Layer, MakeAdapter
 from siliang.methods.lora_embedding import LoraEmbedding
+from siliang.methods.lora_initialization import USUAL, Initialization
 from siliang.methods.low_rank import FactorModules, LoraSpec
 from siliang.models.introspect import is_linear, output_layer, word_embeddings
 from siliang.models.quantized import is_quantized
@@ -94,7 +95,7 @@ class TiedHead(FactorModules):
     """LoRA on a head, with the factors of the embedding that it is tied to; it has none of its own."""
 
     def __init__(self, layer: Layer, name: str, spec: LoraSpec, embedding: LoraEmbedding) -> None:
-        super().__init__(layer, name, replace(spec, frozen_b=False))
+        super().__init__(layer, name, replace(spec, init=USUAL))
         self.embedding, self.dropout_p = embedding, spec.dropout_p
 
     @classmethod
@@ -131,8 +132,9 @@ def on_both(tied: Tied, embedding: LoraSpec, head: LoraSpec) -> dict[str, MakeAd
     Raises:
         ConfigError: A setting would give the two different updates.
     """
+    init = embedding.init
     apart = "rank_pattern" if embedding.r != head.r else "alpha_pattern" if embedding.scaling != head.scaling else None
-    apart = f"init_lora_weights = {embedding.init!r}" if embedding.has_residual else apart
+    apart = f"init_lora_weights = {init.name!r}" if init.changes_weight and init.of_weight else apart
     apart = apart if embedding.kind is LoraEmbedding else "use_dora"
     if apart is not None:
         raise ConfigError(
@@ -146,7 +148,7 @@ def on_both(tied: Tied, embedding: LoraSpec, head: LoraSpec) -> dict[str, MakeAd
 
     def make(layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LoraEmbedding:
         made[name] = LoraEmbedding(layer, name, embedding)
-        _start_as_head(made[name], embedding)
+        _draw_as_head(made[name], init, embedding.r)
         return made[name]
 
     def make_head(layer: Layer, name: str, shared: Mapping[str, Tensor]) -> TiedHead:
@@ -156,13 +158,10 @@ def on_both(tied: Tied, embedding: LoraSpec, head: LoraSpec) -> dict[str, MakeAd
 
 
 @torch.no_grad()
-def _start_as_head(adapter: LoraEmbedding, spec: LoraSpec) -> None:
-    """Starts B^T, the head's A, as LoRA starts a linear layer's A: PEFT starts the head last, on the one memory."""
-    A_RD = adapter.B.T
-    if spec.init == "gaussian":
-        nn.init.normal_(A_RD, std=1 / spec.r)
-    elif spec.init not in (False, "mica"):
-        kaiming(A_RD)
+def _draw_as_head(adapter: LoraEmbedding, init: Initialization, r: int) -> None:
+    """Draws B^T, the head's A, as LoRA draws a linear layer's A: PEFT initializes the head last, on the one memory."""
+    if init.draw_b is None and not init.frozen_b:
+        init.draw_a(adapter.B.T, r)
 
 
 def targets_with(tied: Tied, targets: list[str] | str) -> list[str] | str:

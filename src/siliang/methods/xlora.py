@@ -31,8 +31,7 @@ from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, trained_dtype
 from siliang.methods.layer_patterns import LayerPatterns
-from siliang.methods.lora_config import OUT_OF_THE_WEIGHT, LoraConfig
-from siliang.methods.lora_init import RESIDUAL_STARTS
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.method import Adapter, Method, Parts, SharedSpec
 from siliang.methods.present_batch import PresentBatch
 from siliang.models.introspect import (
@@ -364,9 +363,9 @@ def read_expert(model: nn.Module, name: str, folder: str, number: int) -> dict[s
         config = LoraConfig.from_pretrained(folder)
         tensors = read_adapter(adapter_folder(folder))
     found: dict[str, dict[str, Tensor]] = {}
-    init = config.init_lora_weights
-    changed = str(init).startswith((*RESIDUAL_STARTS, *OUT_OF_THE_WEIGHT))
-    odd = f"init_lora_weights = {init!r}" if changed else next((f for f in NOT_PLAIN if getattr(config, f)), None)
+    odd = next((f for f in NOT_PLAIN if getattr(config, f)), None)
+    if config.initialization.changes_weight:
+        odd = f"init_lora_weights = {config.init_lora_weights!r}"
     for key, tensor in tensors.items():
         path, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
         if factor not in ("A.weight", "B.weight"):

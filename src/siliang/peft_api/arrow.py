@@ -11,8 +11,7 @@ from torch import nn
 
 from siliang.language import Bilingual
 from siliang.methods.arrow import EXPERT, GENERAL, ROUTER, ArrowConfig
-from siliang.methods.lora_config import OUT_OF_THE_WEIGHT, LoraConfig
-from siliang.methods.lora_init import RESIDUAL_STARTS
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.low_rank import LowRank
 from siliang.models.introspect import is_linear
 from siliang.peft_api.model import PeftModel
@@ -139,8 +138,6 @@ def _check_plain(name: str, config: object) -> None:
     """
     odd = None if isinstance(config, LoraConfig) else type(config).__name__
     if isinstance(config, LoraConfig):
-        init = str(config.init_lora_weights)
-        changed = init.startswith((*RESIDUAL_STARTS, *OUT_OF_THE_WEIGHT))
         settings = (
             *LoraConfig.VARIANTS,
             "lora_bias",
@@ -150,7 +147,8 @@ def _check_plain(name: str, config: object) -> None:
             "modules_to_save",
         )
         plain = (None, False, "none", [])
-        odd = f"init_lora_weights = {init!r}" if changed else None
+        changed = config.initialization.changes_weight
+        odd = f"init_lora_weights = {config.init_lora_weights!r}" if changed else None
         odd = odd or next((key for key in settings if getattr(config, key) not in plain), None)
         odd = odd or ("trainable_token_indices" if config.trainable_token_indices else None)
     if odd is not None:

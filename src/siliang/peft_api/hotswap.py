@@ -22,7 +22,6 @@ from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_config import LoraConfig
-from siliang.methods.lora_init import RESIDUAL_STARTS
 from siliang.methods.low_rank import LowRank
 from siliang.peft_api.checks import check_known
 from siliang.peft_api.model import PeftModel
@@ -74,29 +73,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         ConfigError: Weights of an adapter with `config1` cannot take the place of those of one with `config0`.
     """
     for config in (config0, config1):
-        if not isinstance(config, LoraConfig):
-            raise ConfigError(
-                Bilingual(
-                    f"Hot-swapping is for LORA, not {config.peft_type}: use load_adapter.",
-                    f"热切换只用于 LORA，不能用于 {config.peft_type}：请用 load_adapter。",
-                )
-            )
-        if isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(RESIDUAL_STARTS):
-            raise ConfigError(
-                Bilingual(
-                    f"init_lora_weights = {config.init_lora_weights!r} belongs to a changed base weight: save the "
-                    "adapter as plain LoRA, or use load_adapter.",
-                    f"init_lora_weights = {config.init_lora_weights!r} 属于改动过的基座权重：请把适配器存为普通 LoRA，"
-                    "或使用 load_adapter。",
-                )
-            )
-        if config.variant not in (None, "use_dora"):
-            raise ConfigError(
-                Bilingual(
-                    f"Hot-swapping is for LoRA and DoRA, not with {config.variant}: use load_adapter.",
-                    f"热切换只用于 LoRA 和 DoRA，不能与 {config.variant} 一起使用：请用 load_adapter。",
-                )
-            )
+        _check_plain(config)
     for key in SAME:
         own, other = getattr(config0, key), getattr(config1, key)
         if own != other:
@@ -106,6 +83,36 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
                     f"{key} = {other!r}，而已加载的适配器中是 {own!r}：请用另一个名称加载。",
                 )
             )
+
+
+def _check_plain(config: PeftConfig) -> None:
+    """
+    Raises:
+        ConfigError: Tensors of an adapter with this config are not all that its layers compute with.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            Bilingual(
+                f"Hot-swapping is for LORA, not {config.peft_type}: use load_adapter.",
+                f"热切换只用于 LORA，不能用于 {config.peft_type}：请用 load_adapter。",
+            )
+        )
+    if config.initialization.changes_weight:
+        raise ConfigError(
+            Bilingual(
+                f"init_lora_weights = {config.init_lora_weights!r} belongs to a changed base weight: save the "
+                "adapter as plain LoRA, or use load_adapter.",
+                f"init_lora_weights = {config.init_lora_weights!r} 属于改动过的基座权重：请把适配器存为普通 LoRA，"
+                "或使用 load_adapter。",
+            )
+        )
+    if config.variant not in (None, "use_dora"):
+        raise ConfigError(
+            Bilingual(
+                f"Hot-swapping is for LoRA and DoRA, not with {config.variant}: use load_adapter.",
+                f"热切换只用于 LoRA 和 DoRA，不能与 {config.variant} 一起使用：请用 load_adapter。",
+            )
+        )
 
 
 @torch.no_grad()
@@ -128,6 +135,7 @@ def hotswap_adapter_from_state_dict(
     Raises:
         ConfigError: The adapter is merged, or a tensor does not fit. The model is unchanged then.
     """
+    _check_plain(config)
     model = getattr(model, "_orig_mod", model)
     layers = _lora_layers(model, adapter_name)
     keys = {
@@ -243,7 +251,7 @@ def _lora_layers(model: nn.Module, name: str) -> dict[str, LowRank]:
     """What LoRA adapter `name` is on each of its layers, by the layer's path.
 
     Raises:
-        ConfigError: There is none, or it is merged, or it changed the base weights when it started.
+        ConfigError: There is none, or it is merged, or its initialization changed the base weights.
     """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, AdaptedLayer)}
     check_known(name, {name for layer in layers.values() for name in layer.adapters})
@@ -260,8 +268,8 @@ def _lora_layers(model: nn.Module, name: str) -> dict[str, LowRank]:
     if len(found) < len(own) or grouped or any(adapter.residual is not None for adapter in found.values()):
         raise ConfigError(
             Bilingual(
-                f"Adapter {name!r} is not plain LoRA (such as trained tokens, convolutions in groups, or a start "
-                "that changes the base weight): use load_adapter.",
+                f"Adapter {name!r} is not plain LoRA (such as trained tokens, convolutions in groups, or an "
+                "initialization that changes the base weight): use load_adapter.",
                 f"适配器 {name!r} 不是普通的 LoRA（例如训练了个别词元、用于分组卷积，或初始化改动了基座权重）："
                 "请用 load_adapter。",
             )

@@ -1,4 +1,4 @@
-"""LoftQ's start of LoRA on a base model that is quantized already (Li et al., 2023, arXiv:2310.08659).
+"""LoftQ's initialization of LoRA on a base model that is quantized already (Li et al., 2023, arXiv:2310.08659).
 
     s B A = the best approximation of W - Q of rank R        W: the weight in the base model's files, Q: quantized
 
@@ -40,7 +40,7 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[PeftModel, str], bool] | None = None,
 ) -> None:
-    """Starts LoRA on a base model in 4 or 8 bits so that it corrects the error of the quantization.
+    """Initializes LoRA on a base model in 4 or 8 bits so that it corrects the error of the quantization.
 
     The weights in full precision are read one at a time. Where s = 1 the factors are PEFT's; otherwise they are divided
     by it, so that the sum is right. It runs on a CPU too.
@@ -63,7 +63,7 @@ def replace_lora_weights_loftq(
         what = config.variant if isinstance(config, LoraConfig) else config.peft_type
         raise ConfigError(
             Bilingual(
-                f"LoftQ starts plain LoRA, and adapter {adapter_name!r} has {what}.",
+                f"LoftQ initializes plain LoRA, and adapter {adapter_name!r} has {what}.",
                 f"LoftQ 只用于普通 LoRA，而适配器 {adapter_name!r} 是 {what}。",
             )
         )

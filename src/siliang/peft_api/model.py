@@ -304,9 +304,9 @@ class PeftModel(DescribesItself):
             save_embedding_layers: See `get_peft_model_state_dict`.
             is_main_process: Only the main process writes.
             path_initial_model_for_weight_conversion: The folder of the same adapter as it was before training, for one
-                that started with "pissa" or "olora": what is written is plain LoRA of twice the rank, on the base.
+                with init_lora_weights "pissa" or "olora": what is written is plain LoRA of twice the rank, on the base.
             state_dict: See `get_peft_model_state_dict`.
-            to_resume: One that started with "corda" or "lora_ga" is so converted in any case, but with this.
+            to_resume: One with init_lora_weights "corda" or "lora_ga" is so converted in any case, but with this.
             model_card: Write README.md too, as PEFT does, without paths of this machine.
 
         Raises:

@@ -20,9 +20,9 @@ from siliang.hub import HUB_ARGUMENTS, adapter_folder
 from siliang.language import Bilingual, together
 from siliang.methods import method_of
 from siliang.methods.config import CONFIG_NAME, PeftConfig
+from siliang.methods.learned_initialization import initial_tensors
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_conversion import as_plain_lora
-from siliang.methods.lora_start import start_tensors
 from siliang.methods.method import Adapter
 from siliang.types import ConfigError, nearest
 from siliang.weight_files import read_adapter
@@ -157,15 +157,15 @@ class AdapterToSave:
         one = cls(config, tensors, adapter.training_state())
         if initial is not None:
             return one.as_plain_lora(Path(initial))
-        return one if to_resume else one.without_its_start(adapter)
+        return one if to_resume else one.on_the_base_weight(adapter)
 
-    def without_its_start(self, adapter: AttachedAdapter) -> AdapterToSave:
-        """The same as LoRA of twice the rank, if its start has changed the base weight by data."""
+    def on_the_base_weight(self, adapter: AttachedAdapter) -> AdapterToSave:
+        """The same as LoRA of twice the rank, if its initialization has changed the base weight by data."""
         config = self.config
         if not (isinstance(config, LoraConfig) and method_of(config).needs_state(config)):
             return self
-        start = start_tensors(cast(Adapter[LoraConfig], adapter))
-        return AdapterToSave(*as_plain_lora(config, self.tensors, lambda: start, ""), TrainingState())
+        initial = initial_tensors(cast(Adapter[LoraConfig], adapter))
+        return AdapterToSave(*as_plain_lora(config, self.tensors, lambda: initial, ""), TrainingState())
 
 
 def check_saving(save_directory: str | Path, safe_serialization: bool) -> None:

@@ -152,13 +152,13 @@ def check_base_unchanged(name: str, layers: Iterable[object]) -> None:
         layers: The adapter's parts on layers.
 
     Raises:
-        ConfigError: A and B belong to a base weight that the adapter's start has changed: its update is W' + s B A - W.
+        ConfigError: A and B belong to a base weight that the initialization has changed: its update is W' + s B A - W.
     """
     if any(isinstance(layer, LowRank) and layer.residual is not None for layer in layers):
         raise ConfigError(
             Bilingual(
-                f"adapter {name!r}: its start has changed the base weight, which A and B alone lack. Convert the "
-                "adapter with save_as_lora, and combine what that writes.",
+                f"adapter {name!r}: its initialization has changed the base weight, which A and B alone lack. Convert "
+                "the adapter with save_as_lora, and combine what that writes.",
                 f"适配器 {name!r}：它的初始化改动了基座权重，只有 A 和 B 是不完整的。请先用 save_as_lora 转换该适配器，"
                 "再合成得到的结果。",
             )

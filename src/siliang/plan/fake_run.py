@@ -61,7 +61,7 @@ class FakeRun:
         loading_bytes: Peak of the model's tensors during loading. Of several ranks, each loads the whole model, one
             after another.
         loads_on_host: The model is loaded into main memory, also for a GPU.
-        learning_bytes: Of what learning the adapter's start from data takes beside the model, before the first step.
+        learning_bytes: Of what learning the initialization from data takes beside the model, before the first step.
         layers: Number of layers that can recompute.
         packed: Batches have no padding.
         notes: Features that the engine has switched off.
@@ -253,16 +253,17 @@ class FakeRun:
         return sum({x.untyped_storage()._cdata: x.nbytes for x in held_tensors(base)}.values()) + passing
 
     def _learning_bytes(self) -> int:
-        """The memory of a start by data, which is noted: the steps' peak is without it."""
+        """The memory of an initialization from data, which is noted: the steps' peak is without it."""
         if not isinstance(self.model, PeftModel):
             return 0
         adapter = self.model.injection.adapters["default"]
-        found = method_of(adapter.config).learning_bytes(adapter)
+        found = method_of(adapter.config).initialization_bytes(adapter)
         if found:
             size = show_bytes(found)
             self.notes.append(
                 Bilingual(
-                    f"learning the start from data takes {size} beside the model and a batch, before the first step",
+                    f"learning the initialization from data takes {size} beside the model and a batch, before the "
+                    "first step",
                     f"训练前从数据学习初始值，除模型和一个批次外还需 {size}",
                 )
             )

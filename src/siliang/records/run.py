@@ -139,9 +139,10 @@ class File(Part):
 
 
 class Learned(Part):
-    """What the adapter's start was learned from, before the first step (LoRA's "eva", "corda", "lora_ga")."""
+    """What the adapter's initialization was learned from, before the first step (LoRA's "eva", "corda", "lora_ga")."""
 
     start: Name
+    """The initialization."""
     rows: Count
     """Of the training data, each as often as it was read."""
     tokens: Count

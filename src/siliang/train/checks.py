@@ -14,6 +14,7 @@ from siliang.data.tokens import TokenSet
 from siliang.language import Bilingual, local
 from siliang.methods import AnyMethod, Method
 from siliang.methods.config import PeftConfig
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.present_batch import TaskIds, no_such_task
 from siliang.peft_api.model import PeftModel
 from siliang.tasks import TASKS
@@ -22,7 +23,7 @@ from siliang.types import ConfigError, OutputError, nearest
 
 
 def check_quantization(config: RunConfig, method: Method) -> None:
-    """Raises ConfigError where quantized weights would be trained, or changed at the start."""
+    """Raises ConfigError where quantized weights would be trained, or changed by an initialization."""
     if config.quantization is None:
         return
     if (why := method.why_settings_not_quantized(config.method.arguments)) is not None:
@@ -95,7 +96,8 @@ def check_tasks(model: nn.Module, config: RunConfig, *sets: TokenSet) -> None:
 def check_loraplus(config: RunConfig, method: Method) -> None:
     """Raises ConfigError where the ratio of LoRA+ would change no learning rate."""
     ratio = config.train.loraplus_ratio
-    trained = method.has_lora_factors and config.method.arguments.get("init_lora_weights") != "mica"
+    made = method.config(**config.method.arguments) if method.config is not None else None
+    trained = method.has_lora_factors and not (isinstance(made, LoraConfig) and made.initialization.frozen_b)
     if ratio is not None and not trained:
         raise ConfigError(
             Bilingual(

@@ -42,7 +42,7 @@ from siliang.train.checks import (
     check_tasks,
     check_terms,
 )
-from siliang.train.learned_start import Learner, check_whole, learns_its_start
+from siliang.train.learned_initialization import Learner, check_whole, learns_initialization
 from siliang.train.lines import say_data, say_model
 from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Resumed
@@ -192,7 +192,7 @@ def _start_folder(config: RunConfig, method: Method, resumed: Resumed | None, *,
         ModelError: The adapter was trained on another base model.
     """
     if resumed is not None and resumed.checkpoint is not None:
-        return resumed.checkpoint if config.adapter is not None or learns_its_start(config, method) else None
+        return resumed.checkpoint if config.adapter is not None or learns_initialization(config, method) else None
     if config.adapter is None:
         return None
     found = find_start_adapter(config.adapter)

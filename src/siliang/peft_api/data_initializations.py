@@ -1,4 +1,4 @@
-"""LoRA's starts by data, under the names of Hugging Face PEFT: EVA, CorDA, LoRA-GA."""
+"""LoRA's initializations from data, under the names of Hugging Face PEFT: EVA, CorDA, LoRA-GA."""
 
 from __future__ import annotations
 
@@ -14,19 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
+from siliang.methods import corda, lora_ga
 from siliang.methods.eva import EvaConfig, principal_directions
+from siliang.methods.initialization_cache import read_cache, write_cache
+from siliang.methods.layer import LayerAdapter
+from siliang.methods.learned_initialization import check_weights, keep, plain, tuned_layers
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_ga import mean_gradients
-from siliang.methods.lora_start import (
-    Tuned,
-    check_weights,
-    learn_corda,
-    learn_lora_ga,
-    plain,
-    read_cache,
-    with_directions,
-    write_cache,
-)
+from siliang.methods.lora_initialization import Factors, TunedLayers
 from siliang.methods.method import Adapter
 from siliang.peft_api.model import PeftModel
 from siliang.types import ConfigError
@@ -121,13 +116,13 @@ def get_eva_state_dict(
     """
     if isinstance(model, PeftModel):
         adapter = cast(Adapter[LoraConfig], model.injection.adapters[adapter_name])
-        config, tuned, start = peft_config or adapter.config, Tuned.of(adapter), PREFIX
+        config, tuned, start = peft_config or adapter.config, tuned_layers(adapter), PREFIX
     elif peft_config is None:
         raise ConfigError(
             Bilingual("Give peft_config: the model has no adapter.", "请给出 peft_config：模型上没有适配器。")
         )
     else:
-        config, tuned, start = peft_config, _tuned(model, peft_config), ""
+        config, (tuned, _), start = peft_config, _tuned(model, peft_config), ""
     if not any(True for _ in dataloader):
         raise ConfigError(Bilingual("The data loader gives no batches.", "数据加载器没有给出批次。"))
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -175,7 +170,7 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Starts an adapter with EVA: its layers get the ranks and the A that the data says, and B = 0.
+    """Initializes an adapter with EVA: its layers get the ranks and the A that the data says, and B = 0.
 
     The adapter is made anew: hold no parameters of it from before, in an optimizer for instance.
 
@@ -185,7 +180,7 @@ def initialize_lora_eva_weights(
     For the others see `get_eva_state_dict`.
 
     Raises:
-        ConfigError: The model has no such adapter, or it does not start with "eva", or others are active beside it.
+        ConfigError: The model has no such adapter, its init_lora_weights is not "eva", or others are active beside it.
     """
     if not isinstance(model, PeftModel) or not isinstance(model.peft_config.get(adapter_name), LoraConfig):
         raise ConfigError(
@@ -221,11 +216,11 @@ def initialize_lora_eva_weights(
     found = {name.removeprefix(PREFIX): A for name, A in eva_state_dict.items()}
     if missing := [path for path in adapter.layers if path not in found]:
         said = Bilingual(
-            f"EVA has no start for {len(missing)} layers, such as {missing[0]}: they have the usual one.",
+            f"EVA has no initialization for {len(missing)} layers, such as {missing[0]}: they have the usual one.",
             f"EVA 没有 {len(missing)} 层的初始值，例如 {missing[0]}：它们使用通常的初始值。",
         )
         warnings.warn(said, stacklevel=2)
-    config = with_directions(adapter.config, adapter.layers, found)
+    config = keep(adapter.config, adapter.layers, {path: Factors(A) for path, A in found.items()})
     active = adapter_name in model.active_adapters
     model.delete_adapter(adapter_name)
     model.add_adapter(adapter_name, config)
@@ -239,7 +234,7 @@ def preprocess_corda(
     run_model: Callable[[], object] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Learns CorDA's start from data, for the adapter that `get_peft_model` attaches next.
+    """Learns CorDA's initialization from data, for the adapter that `get_peft_model` attaches next.
 
     Args:
         model: The base model.
@@ -257,20 +252,23 @@ def preprocess_corda(
                 "preprocess_corda 用于 init_lora_weights = 'corda'。",
             )
         )
-    tuned, host = _tuned(model, lora_config), hooked_model or model
+    (tuned, adapters), host = _tuned(model, lora_config), hooked_model or model
+    check_weights(lora_config.initialization, tuned)
     read = {path: host.get_submodule(path) for path in tuned.layers}
     was_training = host.training
     host.eval()
     try:
-        learn_corda(lora_config, tuned, run_model or _no_data, read)
+        settings = lora_config.corda_config or corda.CordaConfig()
+        found = corda.factors_of_layers(tuned, settings, run_model or _no_data, read)
     finally:
         host.train(was_training)
+    keep(lora_config, adapters, found)
 
 
 def preprocess_loraga(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], object], cache_file: str | None = None
 ) -> None:
-    """Learns LoRA-GA's start from data, for the adapter that `get_peft_model` attaches next.
+    """Learns LoRA-GA's initialization from data, for the adapter that `get_peft_model` attaches next.
 
     Args:
         model: The base model.
@@ -288,21 +286,23 @@ def preprocess_loraga(
                 "preprocess_loraga 用于 init_lora_weights = 'lora_ga'。",
             )
         )
-    tuned = _tuned(model, lora_config)
-    check_weights(lora_config, tuned)
+    tuned, adapters = _tuned(model, lora_config)
+    check_weights(lora_config.initialization, tuned)
     gradients = read_cache(cache_file, tuned.layers, tuned.layers)
     if not gradients:
         gradients = mean_gradients(model, tuned.layers, lambda: (train_step(), None)[1])
         write_cache(cache_file, gradients)
-    learn_lora_ga(lora_config, tuned, gradients)
+    settings = lora_config.lora_ga_config or lora_ga.LoraGAConfig()
+    keep(lora_config, adapters, lora_ga.factors_of_layers(tuned, settings, gradients))
 
 
-def _tuned(model: nn.Module, config: LoraConfig) -> Tuned:
-    """The layers of a base model that an adapter of this config will be on."""
+def _tuned(model: nn.Module, config: LoraConfig) -> tuple[TunedLayers, Mapping[str, LayerAdapter]]:
+    """The layers of a base model that an adapter of this config will be on, and a usual adapter's parts on them."""
     with torch.random.fork_rng(devices=[]):  # the random numbers are the user's
         attached = PeftModel(model, plain(config))
     try:
-        return Tuned.of(cast(Adapter[LoraConfig], attached.injection.adapters["default"]))
+        adapter = cast(Adapter[LoraConfig], attached.injection.adapters["default"])
+        return tuned_layers(adapter), dict(adapter.layers)
     finally:
         attached.unload()
 

@@ -1,4 +1,4 @@
-"""Starts by data: what they read, and where what they have learned for a layer waits for the next adapter on it."""
+"""Initialization from data: what it reads, and where what was learned for a layer waits for the next adapter on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 
-class StartBatch(Protocol):
+class InitializationBatch(Protocol):
     """Rows that go through the model at once."""
 
     def forward(self) -> object:
@@ -28,10 +28,10 @@ class StartBatch(Protocol):
         ...
 
 
-class StartData(Protocol):
+class InitializationData(Protocol):
     """Rows of the training data, in an order that the run's seed decides."""
 
-    def batches(self, *, rows: int | None = None, learned: bool = True) -> Iterable[StartBatch]:
+    def batches(self, *, rows: int | None = None, learned: bool = True) -> Iterable[InitializationBatch]:
         """Batches of the run's size, the same each time.
 
         Args:
@@ -40,7 +40,7 @@ class StartData(Protocol):
         """
         ...
 
-    def singles(self, *, tokens: int) -> Iterable[StartBatch]:
+    def singles(self, *, tokens: int) -> Iterable[InitializationBatch]:
         """The rows one by one, without padding, until there were so many tokens."""
         ...
 
@@ -48,12 +48,12 @@ class StartData(Protocol):
 _WAITING: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
-def keep_start(layer: nn.Module, start: object) -> None:
+def keep_initial(layer: nn.Module, initial: object) -> None:
     """Keeps what was learned for a layer of a base model."""
-    _WAITING[layer] = start
+    _WAITING[layer] = initial
 
 
-def take_start(layer: nn.Module) -> object | None:
+def take_initial(layer: nn.Module) -> object | None:
     """What was kept for a layer, which is given out once; None for nothing."""
     return _WAITING.pop(layer, None)
 

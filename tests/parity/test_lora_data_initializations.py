@@ -1,4 +1,4 @@
-"""LoRA's starts by data, compared with the live `peft`: EVA, CorDA, LoRA-GA."""
+"""LoRA's initializations from data, compared with the live `peft`: EVA, CorDA, LoRA-GA."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def settings(name: str, init: str, targets: list[str], **more: Any) -> dict[str,
 
 
 def attached(name: str, init: str, targets: list[str], own: dict[str, Any], **more: Any) -> tuple[Any, Any]:
-    """An adapter of each library that starts with "corda" or "lora_ga"."""
+    """An adapter of each library, initialized with "corda" or "lora_ga"."""
     given, models = settings(name, init, targets, **more), []
     for library, kinds in ((siliang, OURS), (peft, THEIRS)):
         config = library.LoraConfig(**given, **{f"{init}_config": kinds[init](**own)})
@@ -199,7 +199,7 @@ def test_eva_says_what_it_needs() -> None:
     with pytest.warns(UserWarning, match="eva_config is ignored"):
         siliang.LoraConfig(eva_config=siliang.EvaConfig())
     directions = siliang.get_eva_state_dict(model, texts(3, rows=6))
-    with pytest.warns(UserWarning, match="no start for 1 layers"):
+    with pytest.warns(UserWarning, match="no initialization for 1 layers"):
         siliang.initialize_lora_eva_weights(model, eva_state_dict=dict(list(directions.items())[:1]))
 
 
@@ -286,7 +286,7 @@ def test_lora_gas_stable_scale_on_conv1d() -> None:
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
 @pytest.mark.parametrize("patterns", [False, True])
 def test_what_is_saved_opens_everywhere(init: str, patterns: bool, tmp_path: Path) -> None:
-    """As LoRA of twice the rank on the base model's own weights; with its start, for a training that goes on."""
+    """As LoRA of twice the rank on the base model's own weights; with its first A and B, for resuming."""
     more = {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 6}} if patterns else {}
     ours, _ = attached("llama", init, ["q_proj", "v_proj", "embed_tokens"][: 2 if init == "corda" else 3], {}, **more)
     ours.eval()
@@ -314,7 +314,7 @@ def test_what_is_saved_opens_everywhere(init: str, patterns: bool, tmp_path: Pat
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
-def test_a_file_of_pefts_without_the_start(init: str, tmp_path: Path) -> None:
+def test_a_file_of_pefts_without_the_initial_factors(init: str, tmp_path: Path) -> None:
     """Its base weight is not known. peft converts it, and then it opens."""
     _, theirs = attached("llama", init, ["q_proj", "v_proj"], {})
     theirs.save_pretrained(tmp_path / "theirs")
@@ -332,8 +332,8 @@ def test_a_file_of_pefts_without_the_start(init: str, tmp_path: Path) -> None:
     assert_close(logits(again, "llama"), wanted)
 
 
-def test_starts_in_files(tmp_path: Path) -> None:
-    """The second time nothing is run, and the start is the same."""
+def test_initializations_in_files(tmp_path: Path) -> None:
+    """The second time nothing is run, and the initialization is the same."""
     files = {"cache_file": str(tmp_path / "a" / "parts"), "covariance_file": str(tmp_path / "covariance")}
     config: Any = siliang.LoraConfig(
         **settings("llama", "corda", ["q_proj"]), corda_config=siliang.CordaConfig(**files)
@@ -361,7 +361,7 @@ def test_starts_in_files(tmp_path: Path) -> None:
         siliang.preprocess_loraga(make("llama"), other, lambda: None, gradients)
 
 
-def test_what_the_starts_refuse() -> None:
+def test_what_initializations_refuse() -> None:
     for init, function in (("corda", "preprocess_corda"), ("lora_ga", "preprocess_loraga")):
         config = siliang.LoraConfig(init_lora_weights=init)
         with pytest.raises(ConfigError, match=rf"nothing was learned from data for .*q_proj. Call {function}"):
@@ -385,5 +385,5 @@ def test_what_the_starts_refuse() -> None:
     assert not any(p.grad is not None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
     model = make("llama")
     siliang.preprocess_loraga(model, lora_ga, lambda: loss(model, "llama", texts(1)[0]).backward())
-    with pytest.raises(ConfigError, match="The start was learned for r = 8, and the adapter has r = 4"):
+    with pytest.raises(ConfigError, match="The initialization was learned for r = 8, and the adapter has r = 4"):
         siliang.get_peft_model(model, siliang.LoraConfig(init_lora_weights="lora_ga", r=4))

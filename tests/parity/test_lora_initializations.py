@@ -1,4 +1,4 @@
-"""LoRA's other starts and the embedding, compared with the live `peft`: PiSSA, OLoRA, LoftQ, orthogonal, MiCA."""
+"""LoRA's other initializations, and the embedding, as in the live `peft`: PiSSA, OLoRA, LoftQ, orthogonal, MiCA."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from closeness import assert_all_close, assert_close
 from tiny import TASK, batch, make
 
 import siliang
-from siliang.methods.lora_init import initialize, orthogonal
+from siliang.methods.loftq import loftq
+from siliang.methods.orthogonal import orthogonal
+from siliang.methods.pissa import pissa, pissa_niter
 from siliang.types import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*save_embedding_layers.*")
@@ -29,7 +31,7 @@ def test_pissa_and_olora(init: str, name: str, tmp_path: Path) -> None:
     settings = {"init_lora_weights": init, "task_type": TASK[name], "r": 4, "lora_alpha": 8}
     ours: Any = siliang.get_peft_model(make(name), siliang.LoraConfig(**settings))
     theirs: Any = peft.get_peft_model(make(name), peft.LoraConfig(**settings))  # type: ignore[arg-type]
-    # the start is the base model, and the product of A and B is PEFT's: the signs of a decomposition are free
+    # at first it is the base model, and the product of A and B is PEFT's: the signs of a decomposition are free
     assert_close(logits(ours.eval(), name), logits(make(name), name))
     state, theirs_state = ours.state_dict(), theirs.state_dict()
     assert state.keys() == theirs_state.keys()
@@ -59,11 +61,12 @@ def test_pissa_with_few_iterations_is_nearly_pissa() -> None:
     torch.manual_seed(0)
     U, _, Vh = torch.linalg.svd(torch.randn(48, 32), full_matrices=False)
     W = U * torch.tensor([9.0, 7.0, 5.0, 3.0] + [0.05] * 28) @ Vh
-    settings = {"r": 4, "scaling": 2.0, "bits": 4, "iterations": 1}
-    exact, quick = initialize("pissa", W, **settings), initialize("pissa_niter_8", W, **settings)
-    torch.testing.assert_close(quick[1] @ quick[0], exact[1] @ exact[0], rtol=1e-2, atol=1e-2)
-    for A, B, rest in (exact, quick):
-        assert_close(rest + 2.0 * (B @ A), W)
+    exact, quick = pissa(W, 4, 2.0), pissa_niter(W, 4, 2.0, iterations=8)
+    assert exact.B is not None and quick.B is not None
+    torch.testing.assert_close(quick.B @ quick.A, exact.B @ exact.A, rtol=1e-2, atol=1e-2)
+    for found in (exact, quick):
+        assert found.B is not None and found.W is not None
+        assert_close(found.W + 2.0 * (found.B @ found.A), W)
 
 
 def test_orthogonal_draws_what_peft_draws() -> None:
@@ -72,8 +75,9 @@ def test_orthogonal_draws_what_peft_draws() -> None:
     torch.manual_seed(3)
     layer.orthogonal_init("default")
     torch.manual_seed(3)
-    A, B = orthogonal(4, layer.in_features, layer.out_features, device=torch.device("cpu"))
-    assert torch.equal(A, layer.lora_A.default.weight) and torch.equal(B, layer.lora_B.default.weight)
+    found = orthogonal(layer.weight, 4, 2.0)
+    A, B = found.A, found.B
+    assert B is not None and torch.equal(A, layer.lora_A.default.weight) and torch.equal(B, layer.lora_B.default.weight)
     assert (B @ A).abs().max() < 1e-6 < A.abs().max()
 
 
@@ -97,8 +101,8 @@ def test_orthogonal_needs_an_even_rank(settings: dict[str, Any], where: str) -> 
     [("llama", ["q_proj", "v_proj"]), ("llama", ["embed_tokens"]), ("gpt2", ["c_attn"]), ("bert", ["query"])],
 )
 @pytest.mark.parametrize("init", ["orthogonal", "mica"])
-def test_starts_that_leave_the_weight(init: str, name: str, targets: list[str], tmp_path: Path) -> None:
-    """Names, the start, gradients, five steps, and files both ways."""
+def test_initializations_that_leave_the_weight(init: str, name: str, targets: list[str], tmp_path: Path) -> None:
+    """Names, initial values, gradients, five steps, and files both ways."""
     if init == "orthogonal" and "embed_tokens" in targets:
         pytest.skip("linear layers alone")
     settings = {"init_lora_weights": init, "task_type": TASK[name], "r": 4, "lora_alpha": 8, "target_modules": targets}
@@ -157,10 +161,11 @@ def test_loftq_corrects_the_error_of_quantization(bits: int) -> None:
     W = torch.randn(64, 64) @ torch.diag(torch.linspace(3, 0.1, 64)) @ torch.randn(64, 64)
     distances = []
     for rounds in (1, 5):
-        A, B, rounded = initialize("loftq", W, r=8, scaling=1.0, bits=bits, iterations=rounds)
-        distances.append(((W - rounded - B @ A).norm() / W.norm()).item())
-    alone = initialize("loftq", W, r=8, scaling=1.0, bits=bits, iterations=1)[2]
-    assert distances[0] < (W - alone).norm().item() / W.norm().item()
+        found = loftq(W, 8, 1.0, bits=bits, iterations=rounds)
+        assert found.B is not None and found.W is not None
+        distances.append(((W - found.W - found.B @ found.A).norm() / W.norm()).item())
+    alone = loftq(W, 8, 1.0, bits=bits, iterations=1).W
+    assert alone is not None and distances[0] < (W - alone).norm().item() / W.norm().item()
     assert distances[1] < distances[0]
 
 

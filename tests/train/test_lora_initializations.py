@@ -1,4 +1,4 @@
-"""LoRA's starts in `siliang train`: the plan, a stop and a resumption to the same bits, and the merge."""
+"""LoRA's initializations in `siliang train`: the plan, a stop and a resumption to the same bits, and the merge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from siliang.use.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 BY_DATA = ("eva", "corda", "lora_ga")
-STARTS = ("orthogonal", "mica", *BY_DATA)
+INITIALIZATIONS = ("orthogonal", "mica", *BY_DATA)
 
 
 def configured(place: dict[str, Path], data: Path, output: Path, method: dict[str, Any], **settings: Any) -> RunConfig:
@@ -53,8 +53,8 @@ def stopped_after(step: int) -> Listener:
     return Listener(progress=stop)
 
 
-@pytest.mark.parametrize("init", STARTS)
-def test_a_start_through_a_run(
+@pytest.mark.parametrize("init", INITIALIZATIONS)
+def test_an_initialization_through_a_run(
     init: str, model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
 ) -> None:
     def config(name: str) -> RunConfig:
@@ -72,7 +72,7 @@ def test_a_start_through_a_run(
         assert record.learned.rows > 0 and record.learned.tokens > record.learned.rows
     else:
         assert record.learned is None
-    noted = any("learning the start from data takes" in note for note in planner.last_plan.notes)
+    noted = any("learning the initialization from data takes" in note for note in planner.last_plan.notes)
     assert noted is (init in ("corda", "lora_ga"))
     tensors = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
     assert planner.last_plan.adapter_bytes == sum(t.nbytes for t in tensors.values())
@@ -81,7 +81,7 @@ def test_a_start_through_a_run(
         train(config("stopped"), stopped_after(2))
     resumed = train(config("stopped"), Listener(say=lines.append), resume=True)
     assert resumed.learned is None or (record.learned is not None and resumed.learned.rows == record.learned.rows)
-    assert not any(line.startswith("start  ") for line in lines)  # it is in the checkpoint
+    assert not any(line.startswith("init  ") for line in lines)  # it is in the checkpoint
     assert (resumed.learned is None) is (init not in BY_DATA)
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert merge(open_run(tmp_path / "whole"), tmp_path / "merged").holds
@@ -95,7 +95,7 @@ def test_rows_that_are_read_again_are_said_to_be(
     lines: list[str] = []
     config = configured(model_folders, few, tmp_path / "run", {"init_lora_weights": "eva"})
     record = train(config, Listener(say=lines.append))
-    said = next(line for line in lines if line.startswith("start  "))
+    said = next(line for line in lines if line.startswith("init  "))
     assert record.learned is not None and record.learned.rows > 8
     assert f"eva: {record.learned.rows:,} rows (the 8 training rows, repeatedly) with" in said
 

@@ -1,4 +1,5 @@
-"""The start of a run's adapter, learned from its training data before the first step (`Method.start_by_data`)."""
+"""The initialization of a run's adapter, learned from its training data before the first step
+(`Method.initialize_from_data`)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from siliang.hardware import Choice
 from siliang.language import Bilingual, both
 from siliang.methods import Method
 from siliang.methods.config import PeftConfig
-from siliang.methods.start import StartBatch, keep_start, waiting
+from siliang.methods.initialization import InitializationBatch, keep_initial, waiting
 from siliang.peft_api.for_tasks import get_peft_model
 from siliang.peft_api.model import PeftModel
 from siliang.records import Learned
@@ -33,7 +34,7 @@ from siliang.types import ConfigError
 
 @dataclass
 class TrainingRows:
-    """The rows of a run's first epoch, in its order, through its engine: `StartData`.
+    """The rows of a run's first epoch, in its order, through its engine: `InitializationData`.
 
     Attributes:
         rows, tokens: Read so far, each as often as it was read.
@@ -51,7 +52,7 @@ class TrainingRows:
     def batches(self, *, rows: int | None = None, learned: bool = True) -> _Batches:
         return _Batches(self, rows, learned)
 
-    def singles(self, *, tokens: int) -> Iterator[StartBatch]:
+    def singles(self, *, tokens: int) -> Iterator[InitializationBatch]:
         read = self.tokens + tokens
         for row in self.order():
             if self.tokens >= read:
@@ -84,7 +85,7 @@ class _Batches:
     rows: int | None
     learned: bool
 
-    def __iter__(self) -> Iterator[StartBatch]:
+    def __iter__(self) -> Iterator[InitializationBatch]:
         for rows in in_steps(self.source.order()[: self.rows], self.source.config.train.batch_size):
             yield _Rows(self.source, list(rows), self.learned)
 
@@ -133,21 +134,21 @@ def _learned(batch: Batch) -> Tensor:
     return found
 
 
-def learns_its_start(config: RunConfig, method: Method) -> bool:
-    """Whether the start of the run's adapter is learned from data."""
-    return method.config is not None and method.before_its_start(method.config(**config.method.arguments)) is not None
+def learns_initialization(config: RunConfig, method: Method) -> bool:
+    """Whether the initialization of the run's adapter is learned from data."""
+    return method.config is not None and method.uninitialized(method.config(**config.method.arguments)) is not None
 
 
 def check_whole(config: RunConfig, method: Method, *, sharded: bool) -> None:
     """
     Raises:
-        ConfigError: The start is to be learned on a model that is sharded.
+        ConfigError: The initialization is to be learned on a model that is sharded.
     """
-    if sharded and learns_its_start(config, method):
+    if sharded and learns_initialization(config, method):
         init = config.method.arguments.get("init_lora_weights")
         raise ConfigError(
             Bilingual(
-                f"method.init_lora_weights = {init}: its start is learned on the whole model, and fsdp shards it. "
+                f"method.init_lora_weights = {init}: it is learned on the whole model, and fsdp shards it. "
                 "Learn it in a run of one process (train.max_steps=1), and train that adapter further: --adapter.",
                 f"method.init_lora_weights = {init}：初始值要在完整的模型上学习，而 fsdp 会切分模型。请先用单进程运行"
                 "得到初始值（train.max_steps=1），再用 --adapter 继续训练该适配器。",
@@ -157,7 +158,7 @@ def check_whole(config: RunConfig, method: Method, *, sharded: bool) -> None:
 
 @dataclass
 class Learner:
-    """Learns the start of a run's adapter: `engine.attach.Learn`.
+    """Learns the initialization of a run's adapter: `engine.attach.Learn`.
 
     Attributes:
         learned: What it was learned from; None before.
@@ -173,9 +174,9 @@ class Learner:
 
     def __call__(self, base: PreTrainedModel, config: PeftConfig, plain: PeftConfig) -> PeftConfig:
         """One rank learns it, and tells the others."""
-        found, starts, self.learned = self.ranks.from_main(lambda: self._learn(base, config, plain))
-        for path, start in starts.items():
-            keep_start(base.get_submodule(path), start)
+        found, kept, self.learned = self.ranks.from_main(lambda: self._learn(base, config, plain))
+        for path, initial in kept.items():
+            keep_initial(base.get_submodule(path), initial)
         set_seed(self.config.train.seed)  # the others have drawn no numbers
         return found
 
@@ -195,7 +196,7 @@ class Learner:
         rows = TrainingRows(self.config, self.data, model, engine, self.precision, self.device)
         try:
             model.eval()
-            found = self.method.start_by_data(model, config, model.injection.adapters["default"], rows)
+            found = self.method.initialize_from_data(model, config, model.injection.adapters["default"], rows)
         finally:
             engine.close()
             model.unload()
@@ -211,7 +212,7 @@ class Learner:
         if made.rows > there:
             again = Bilingual(f" (the {there:,} training rows, repeatedly)", f"（即反复读取全部 {there:,} 条训练样本）")
         return both(
-            f"start      {made.start}: {made.rows:,} rows{again} with {made.tokens:,} tokens were read, "
+            f"init       {made.start}: {made.rows:,} rows{again} with {made.tokens:,} tokens were read, "
             f"in {made.seconds:.1f} s",
             f"初始值     {made.start}：读取 {made.rows:,} 条样本{again.zh}，共 {made.tokens:,} 个词元，"
             f"用时 {made.seconds:.1f} 秒",
