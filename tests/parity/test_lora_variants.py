@@ -50,7 +50,7 @@ def base_weights(model: Any) -> dict[str, torch.Tensor]:
             {"kasa_config": {}, "use_dora": True},
             "use_dora and kasa_config do not go together: each is a LoRA of its own",
         ),
-        ({"kasa_config": {}, "init_lora_weights": "pissa"}, "kasa_config and init_lora_weights = 'pissa' do not go"),
+        ({"kasa_config": {}, "init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' and kasa_config do not go"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
