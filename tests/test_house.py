@@ -38,7 +38,6 @@ SAME_NAMES: dict[str, tuple[str, ...]] = {
     "Device": ("plan/device.py", "records/run.py"),
     "Finding": ("capabilities.py", "check/finding.py"),
     "LimitError": ("safety/limited/refused.py", "safety/limits.py"),
-    "Rows": ("methods/rows.py", "records/run.py"),
     "Tracker": ("memory/track.py", "safety/limited/templates.py"),
 }
 

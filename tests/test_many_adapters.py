@@ -407,7 +407,7 @@ def test_rows_of_a_layer_whose_input_is_flattened() -> None:
     assert near(found, torch.stack([alone["b"][0], alone["a"][1]]))
     picked = siliang.get_peft_model(nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4)), Lora(target_modules=["1"])).eval()
     picked.add_adapter("b", Lora(target_modules=["1"]))
-    with pytest.raises(ConfigError, match="which adapter each is for is unknown"):
+    with pytest.raises(ConfigError, match="of which row each place is cannot be known"):
         picked(torch.randn(2, 2, 2, 4), adapter_names=["default", "b"])
 
 

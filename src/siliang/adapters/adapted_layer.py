@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from siliang.adapters.peft_layer import PeftLayer
 from siliang.language import Bilingual
+from siliang.methods.adapter_names import AdapterNames, by_row
 from siliang.methods.layer import BaseForward, LayerAdapter
-from siliang.methods.rows import Rows, by_row
 from siliang.models.introspect import parameters_of
 from siliang.models.quantized import is_quantized
 from siliang.types import MergeError
@@ -29,15 +29,16 @@ class AdaptedLayer(PeftLayer):
         disabled: None computes.
         merged: Those that are in the base layer's own parameters; the layer computes with these alone then, as in PEFT.
         rows: For a batch that mixes adapters, the one of each row; None otherwise.
+        routed: It may read any tokens of the batch, in any order (`is_routed`).
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, *, routed: bool = False) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.routed = base_layer, routed
         self.active: tuple[str, ...] = ()
         self.disabled = False
         self.merged: tuple[str, ...] = ()
-        self.rows: Rows | None = None
+        self.rows: AdapterNames | None = None
         # Dicts, so that nothing in them is listed a second time among the layer's parameters.
         self._adapters: dict[str, LayerAdapter] = {}
         self._replaced: dict[str, nn.Parameter] = {}  # the base layer's own parameters that others replace now
@@ -55,7 +56,7 @@ class AdaptedLayer(PeftLayer):
             with self._with_overrides_of([name]):
                 return self._compute([name], part, args, kwargs)
 
-        return by_row(self.rows, (x, *args), kwargs, run, where="a layer with adapters")
+        return by_row(self.rows, (x, *args), kwargs, run, where="a layer with adapters", routed=self.routed)
 
     def _compute(
         self, names: Sequence[str], x: Tensor, args: tuple[object, ...], kwargs: Mapping[str, object]

@@ -95,7 +95,7 @@ class AttachedAdapter(Adapter[PeftConfig]):
         """A batch cannot mix it with other adapters."""
         return (
             self.prompt is not None
-            or self.batch is not None
+            or self.rows is not None
             or bool(self.attachments.overridden_by(self.name))
             or not all(layer.PART_OF_A_BATCH for layer in self.layers.values())
         )

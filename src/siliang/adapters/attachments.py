@@ -20,10 +20,10 @@ from siliang.adapters.replication import Replication, replicated
 from siliang.adapters.table_rows import RowsAdapter, make_table_rows, tied_layers
 from siliang.adapters.tied_weights import replace_module
 from siliang.language import Bilingual
+from siliang.methods.adapter_names import AdapterNames
 from siliang.methods.config import PeftConfig
 from siliang.methods.method import TableRows
-from siliang.methods.rows import Rows
-from siliang.models.introspect import is_multihead_attention, output_layer, word_embeddings
+from siliang.models.introspect import is_multihead_attention, is_routed, output_layer, word_embeddings
 from siliang.module_paths import inside
 from siliang.types import ConfigError
 
@@ -70,7 +70,7 @@ class Attachments:
         self._activate_overrides(())
 
     def apply_state(
-        self, active: tuple[str, ...], merged: tuple[str, ...], rows: Rows | None, *, disabled: bool
+        self, active: tuple[str, ...], merged: tuple[str, ...], rows: AdapterNames | None, *, disabled: bool
     ) -> None:
         """Lets these adapters compute, and no others.
 
@@ -137,7 +137,7 @@ class Attachments:
         if path not in self.layers:
             base_layer = self.model.get_submodule(path)
             kind = AdaptedAttention if is_multihead_attention(base_layer) else AdaptedLayer
-            layer = kind(base_layer)
+            layer = kind(base_layer, routed=is_routed(self.model, path))
             layer.train(base_layer.training)
             self.layers[path] = layer
         return self.layers[path]
@@ -160,7 +160,7 @@ class Attachments:
         for path in paths:
             module = self.model.get_submodule(path)
             if path not in self.modules_to_save:
-                self.modules_to_save[path] = ModulesToSaveWrapper(module)
+                self.modules_to_save[path] = ModulesToSaveWrapper(module, routed=is_routed(self.model, path))
             self.modules_to_save[path].add_adapter(name, module)
             weight = module._parameters.get("weight")
             if tied and weight is not None:

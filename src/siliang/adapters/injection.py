@@ -30,11 +30,10 @@ from siliang.adapters.modules_to_save import ModulesToSaveWrapper
 from siliang.adapters.tied_weights import retie_or_untie
 from siliang.language import Bilingual, local
 from siliang.methods import method_of
+from siliang.methods.adapter_names import AdapterNames
 from siliang.methods.config import BASE, PeftConfig
 from siliang.methods.layer import LayerAdapter
 from siliang.methods.method import Parts
-from siliang.methods.rows import Rows, watch_batches
-from siliang.models.introspect import encoder, is_encoder_decoder
 from siliang.types import ConfigError, MergeError
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()  # base models that have something attached
@@ -75,7 +74,7 @@ class Injection(nn.Module):
         self.for_prompts = for_prompts
         self.attachments = Attachments(model)
         self._disabled = 0
-        self._rows: Rows | None = None
+        self._rows: AdapterNames | None = None
         self._remove_hooks: list[Callable[[], None]] = []  # of what active adapters have added to the model's forward
         self._was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self.__dict__["prompts"] = nn.ModuleDict()  # not a child: PeftModel shows it, under PEFT's name for it
@@ -118,7 +117,7 @@ class Injection(nn.Module):
         for name in () if self.is_disabled or self._rows is not None else self.active:
             if name in self.adapters:
                 adapter = self.adapters[name]
-                watch = None if adapter.batch is None else adapter.batch.watch(self.model)
+                watch = None if adapter.rows is None else adapter.rows.watch(self.model)
                 remove = method_of(adapter.config).add_hooks(self.model, adapter)
                 self._remove_hooks += [end for end in (watch, remove) if end is not None]
 
@@ -239,10 +238,8 @@ class Injection(nn.Module):
         alone = {name for name in names if name in self.adapters and self.adapters[name].is_alone}
         check_rows(names, merged=bool(self.merged), alone=alone)
         alike = len(set(names)) == 1
-        before, rows = self.active, Rows(names)
-        # where the model's rows begin; an encoder that is called by itself has not been multiplied yet
-        hosts = [self.model, *([encoder(self.model)] if is_encoder_decoder(self.model) else [])]
-        end = watch_batches(rows, hosts, repeated=repeated)
+        before, rows = self.active, AdapterNames(names, repeated=repeated)
+        end = rows.watch(self.model)
         if alike:
             self.active = () if names[0] == BASE else names[:1]
         else:

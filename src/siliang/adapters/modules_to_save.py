@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map
 
 from siliang.adapters.parameter_override import resized
 from siliang.adapters.tied_weights import replace_parameter
+from siliang.methods.adapter_names import AdapterNames, by_row
 from siliang.methods.layer import trained_dtype
-from siliang.methods.rows import Rows, by_row
 
-OWN = ("original_module", "modules_to_save", "active", "rows")
+OWN = ("original_module", "modules_to_save", "active", "rows", "routed")
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -28,6 +28,7 @@ class ModulesToSaveWrapper(nn.Module):
     Attributes:
         active: The adapter whose copy computes; None for the module itself.
         rows: For a batch that mixes adapters, the one of each row; None otherwise.
+        routed: It may read any tokens of the batch, in any order (`is_routed`).
         active_adapters, merged_adapters, disable_adapters: What PEFT's wrapper has under these names.
         adapter_layer_names, other_param_names: The attributes that hold parts of adapters, and settings.
     """
@@ -35,12 +36,12 @@ class ModulesToSaveWrapper(nn.Module):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     other_param_names: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, routed: bool = False) -> None:
         super().__init__()
-        self.original_module = module
+        self.original_module, self.routed = module, routed
         self.modules_to_save = nn.ModuleDict()
         self.active: str | None = None
-        self.rows: Rows | None = None
+        self.rows: AdapterNames | None = None
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
@@ -105,7 +106,8 @@ class ModulesToSaveWrapper(nn.Module):
         def copy_of(name: str) -> str | None:
             return name if name in self.modules_to_save else None
 
-        return by_row(self.rows, args, kwargs, self._run, where="a module of modules_to_save", copy_of=copy_of)
+        where = "a module of modules_to_save"
+        return by_row(self.rows, args, kwargs, self._run, where=where, routed=self.routed, copy_of=copy_of)
 
     def _run(self, name: str | None, *args: object, **kwargs: object) -> object:
         module = self.module_of(name)

@@ -25,7 +25,7 @@ from siliang.engine.frozen import FrozenCache
 from siliang.engine.patches import attention_implementation, pack_bloom, register_attention
 from siliang.engine.splits import mixing
 from siliang.language import Bilingual, local
-from siliang.methods.present_batch import PresentBatch
+from siliang.methods.batch_rows import BatchRows
 from siliang.models.introspect import (
     NoLayerStackError,
     is_bloom_attention,
@@ -58,7 +58,7 @@ class PaddingFree:
         layout: The layout of the batch in the forward pass; None outside of `packed`.
         layers: The model's layer stack.
         frozen: The cache of the lowest layers' output, if it is the same in each epoch.
-        readers: Adapters that read the batch: they get the positions of its rows.
+        readers: The rows of adapters that compute each in its own way: they get the layout.
         head_takes_packed: The modules after the layers work on packed rows, too (GPT-2 reshapes to the padded batch).
             `why_not` determines it.
     """
@@ -89,7 +89,7 @@ class PaddingFree:
         register_attention(ATTENTION, attend)
         self.layout: Layout | None = None
         self.head_takes_packed = False
-        self.readers: list[PresentBatch] = []
+        self.readers: list[BatchRows] = []
         self._rows: tuple[tuple[int, ...], int] | None = None
         self._keep_packed = False
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}

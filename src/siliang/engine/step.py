@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from siliang.adapters.present import present_batches, trains_all_layers, trial_inputs
+from siliang.adapters.active_rows import active_rows, trains_all_layers, trial_inputs
 from siliang.data.batch import Batch
 from siliang.data.task_column import TASK_IDS
 from siliang.engine.budget import ADAM_STATE, MemoryBudget
@@ -98,7 +98,7 @@ class Engine:
         if packing:
             try:
                 self.padding = PaddingFree(self._base)
-                self.padding.readers += present_batches(self._peft.injection) if self._peft else []
+                self.padding.readers += active_rows(self._peft.injection) if self._peft else []
                 reason = self.padding.why_not(model, vocabulary, comparing=comparing, **self._trial)
             except NotPackableError as error:
                 reason = message_of(error)

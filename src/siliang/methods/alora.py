@@ -50,7 +50,7 @@ class AloraLinear(LoraLinear):
                     "aLoRA 的层被单独调用：请调用模型，模型才知道 token。",
                 )
             )
-        return torch.where(self.invocation.mask(x), self.added(y, x, *self.factors()), y)
+        return torch.where(self.invocation.mask(x, routed=self.layer.routed), self.added(y, x, *self.factors()), y)
 
     def check_merge(self) -> None:
         raise MergeError(WHY_NOT_MERGED)
@@ -67,16 +67,19 @@ class Invocation:
         self._seen: Tensor | None = None  # the ids whose keys and values are in the cache, (S, K)
         self._cache: weakref.ref[object] | None = None
 
-    def mask(self, x: Tensor) -> Tensor:
+    def mask(self, x: Tensor, *, routed: bool) -> Tensor:
         """m for the input of a layer, with a last dimension of 1.
+
+        Args:
+            routed: The layer may read any tokens, as of `BatchRows.numbers`.
 
         Raises:
             ConfigError: The layer's input is not a state for each token of the rows.
         """
         where, shape = self._mask_SW, x.shape[:-1]
-        if shape == where.shape or shape == (where.numel(),):
+        if shape == where.shape or (shape == (where.numel(),) and not routed):
             return where.view(*shape, 1)
-        if len(shape) == 2 and shape[0] == 1 and self._real_SW is not None and shape[1] <= where.numel():
+        if not routed and len(shape) == 2 and shape[0] == 1 and self._real_SW is not None and shape[1] <= where.numel():
             return self._without_padding(shape[1])
         raise ConfigError(
             Bilingual(

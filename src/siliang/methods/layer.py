@@ -195,6 +195,7 @@ class Layer(Protocol):
 
     base_layer: Any  # nn.Linear or a quantized one, nn.Embedding, a norm, a module of experts ...
     training: bool
+    routed: bool  # it may read any tokens of the batch, in any order: `is_routed`
 
     @property
     def adapters(self) -> Mapping[str, LayerAdapter]:

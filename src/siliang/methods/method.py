@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
+from siliang.methods.batch_rows import BatchRows
 from siliang.methods.config import PeftConfig
 from siliang.methods.initialization import InitializationData
 from siliang.methods.layer import LayerAdapter, MakeAdapter
-from siliang.methods.present_batch import PresentBatch
 from siliang.methods.prompt import Prompt
 from siliang.methods.prompt_hooks import PromptSpec
 from siliang.methods.targets import DefaultTargets
@@ -87,8 +87,8 @@ class Parts:
         shared_parts: Parts of its layers that are parts of other layers of it: by a layer's path and the part's
             name, the path of the layer whose part it is. The file holds them for each layer, as PEFT's does.
         prompt: Its virtual tokens.
-        batch: What it knows of the present batch, where it computes each row in its own way. A batch cannot mix it with
-            other adapters then.
+        rows: The rows of the batch, where it computes each in its own way. A batch cannot mix it with other adapters
+            then.
         state: What the method keeps of it from the beginning, as in `Adapter.state`.
     """
 
@@ -99,7 +99,7 @@ class Parts:
     shared: Mapping[str, SharedSpec] = field(default_factory=dict)
     shared_parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     prompt: PromptSpec | None = None
-    batch: PresentBatch | None = None
+    rows: BatchRows | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -129,9 +129,9 @@ class Adapter(Generic[C]):
     model: nn.Module | None = field(default=None, repr=False)
 
     @property
-    def batch(self) -> PresentBatch | None:
-        """What it knows of the present batch."""
-        return self.parts.batch if self.prompt is None else self.prompt.tasks
+    def rows(self) -> BatchRows | None:
+        """The rows of the batch, where it computes each in its own way."""
+        return self.parts.rows
 
 
 class Method(ABC, Generic[C]):

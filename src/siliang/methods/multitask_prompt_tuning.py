@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.embedding_hooks import EmbeddingHooks
-from siliang.methods.present_batch import TaskIds
 from siliang.methods.prompt import PROMPT_KEY
 from siliang.methods.prompt_method import PromptMethod
 from siliang.methods.prompt_tuning import SoftPrompt, TextPromptConfig
+from siliang.methods.task_ids import TaskIds
 from siliang.types import ConfigError, PeftType
 from siliang.weight_files import read_adapter, read_weights
 
@@ -104,6 +104,9 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
     def encoder_elements(self) -> int:
         return sum(map(math.prod, self.file_shapes.values()))
 
+    def tasks(self) -> TaskIds:
+        return TaskIds(self.num_tasks, "num_tasks")
+
     def make_prompt(self, word_embeddings: nn.Embedding) -> MultitaskPrompt:
         """A new prompt.
 
@@ -145,7 +148,6 @@ class MultitaskPrompt(SoftPrompt):
 
     def __init__(self, config: MultitaskPromptTuningConfig) -> None:
         super().__init__(config.rows, config.width)
-        self.tasks = TaskIds(config.num_tasks, "num_tasks")
         for name in (U, W):
             self.register_parameter(name, nn.Parameter(0.02 * torch.randn(config.file_shapes[name])))
 

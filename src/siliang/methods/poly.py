@@ -26,8 +26,8 @@ from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, new_parameter
 from siliang.methods.layer_method import check_divides
 from siliang.methods.method import Method, Parts
-from siliang.methods.present_batch import TaskIds
 from siliang.methods.targets import LORA_TARGETS
+from siliang.methods.task_ids import TaskIds
 from siliang.models.introspect import features, is_linear
 from siliang.types import MergeError, PeftType
 
@@ -102,7 +102,7 @@ class PolyLayer(LayerAdapter):
         own."""
         y = base_forward(x)
         A, B = self.part("poly_lora_A").to(x.dtype), self.part("poly_lora_B").to(x.dtype)
-        w = self._tasks.at(self.mixing(), x).unsqueeze(-1)  # in fp32, and so is what it mixes
+        w = self._tasks.at(self.mixing(), x, routed=self.layer.routed).unsqueeze(-1)  # in fp32, and so is what it mixes
         skills = torch.einsum("...qi,qsir->...qsr", x.unflatten(-1, (self._Q, -1)), A)
         mixed = w * (w * skills).sum((-3, -2), keepdim=True) / self._R
         return y + torch.einsum("...qsr,qsro->...qo", mixed.to(x.dtype), B).flatten(-2).to(y.dtype)
@@ -127,7 +127,7 @@ class Poly(Method[PolyConfig]):
     def attach(self, model: nn.Module, config: PolyConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         paths = find_targets(model, config, is_linear, defaults=self.default_targets, outside=saved, lenient=from_file)
         tasks = TaskIds(config.n_tasks, "n_tasks")
-        return Parts(layers={path: partial(PolyLayer, config, tasks) for path in paths}, batch=tasks)
+        return Parts(layers={path: partial(PolyLayer, config, tasks) for path in paths}, rows=tasks)
 
 
 def _uniform(values: Tensor, *, fan_in: int) -> None:

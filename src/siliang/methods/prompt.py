@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
-from siliang.methods.present_batch import TaskIds
+from siliang.methods.task_ids import TaskIds
 from siliang.types import ConfigError, TaskType
 
 PROMPT_KEY = "prompt_embeddings"  # of the table of virtual tokens in the file
@@ -127,6 +127,10 @@ class PromptConfig(PeftConfig):
         """
         raise NotImplementedError
 
+    def tasks(self) -> TaskIds | None:
+        """The task of each row, for a prompt that each task has its own of."""
+        return None
+
     def for_file(self, *, has_encoder: bool) -> Self:
         """The settings to make a prompt with that a file will fill.
 
@@ -153,7 +157,7 @@ class Prompt(nn.Module, ABC):
 
     Attributes:
         flat: The embedding is the prompt itself: it has no encoder, or was loaded from a file.
-        tasks: The task of each row, where each task has a prompt of its own.
+        tasks: The task of each row, where each task has a prompt of its own; the adapter's parts have it.
     """
 
     embedding: nn.Embedding

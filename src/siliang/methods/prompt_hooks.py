@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from siliang.language import Bilingual, local
 from siliang.methods.prompt import PROMPT_KEY, Prompt, PromptConfig
+from siliang.methods.task_ids import TaskIds
 from siliang.models.introspect import is_encoder_decoder, named_arguments, parameters_of, word_embeddings
 from siliang.secrets import shortened
 from siliang.types import ConfigError, TaskType, first_line
@@ -73,10 +74,12 @@ class PromptSpec:
     Attributes:
         config: The adapter's config, complete.
         hooks: How they reach the model.
+        tasks: The task of each row, where each task has its own.
     """
 
     config: PromptConfig
     hooks: type[PromptHooks]
+    tasks: TaskIds | None = None
 
     @property
     def elements(self) -> int:
@@ -110,6 +113,7 @@ class PromptSpec:
         # on the meta device the encoder of a large model costs nothing
         with torch.device(next(model.parameters()).device):
             prompt = start.make_prompt(prompted_embeddings(model))
+        prompt.tasks = self.tasks
         if from_file:
             self.hooks(model, self.config, prompt).remove()
         else:

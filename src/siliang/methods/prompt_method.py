@@ -30,7 +30,8 @@ class PromptMethod(Method[P]):
 
     def attach(self, model: nn.Module, config: P, *, saved: Sequence[str], from_file: bool) -> Parts:
         self.complete(model, config, from_file=from_file)
-        return Parts(prompt=PromptSpec(config, self.hooks))
+        tasks = config.tasks()
+        return Parts(prompt=PromptSpec(config, self.hooks, tasks), rows=tasks)
 
     def complete(self, model: nn.Module, config: P, *, from_file: bool) -> None:
         """Fills in the shapes that the config leaves open.

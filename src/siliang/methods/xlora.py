@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 
 from siliang.hub import adapter_folder
 from siliang.language import Bilingual
+from siliang.methods.batch_rows import BatchRows
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, trained_dtype
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.method import Adapter, Method, Parts, SharedSpec
-from siliang.methods.present_batch import PresentBatch
 from siliang.models.introspect import (
     backbone,
     cached_tokens,
@@ -164,7 +164,7 @@ class Expert:
     B: Tensor
 
 
-class Mixture(PresentBatch):
+class Mixture(BatchRows):
     """The weights w of the batch at hand, which its first pass makes.
 
     Attributes:
@@ -174,16 +174,18 @@ class Mixture(PresentBatch):
     mixes_layers: ClassVar[bool] = True
 
     def __init__(self, config: XLoraConfig) -> None:
-        super().__init__()
+        super().__init__("adapters")
         self.config = config
         self.w: Tensor | None = None
 
-    def weights(self, layer: int, x: Tensor) -> Tensor:
+    def weights(self, layer: int, x: Tensor, *, routed: bool) -> Tensor:
         """The experts' weights on a layer, at the places of its input: (..., E)."""
         assert self.w is not None, "a layer computes outside of its model's forward"
         w = self.w[:, :, layer if self.w.shape[2] > 1 else 0]
         if w.shape[:2] == (1, 1) or w.shape[:2] == x.shape[:-1]:
             return w
+        if routed:
+            raise self.unknown(x)
         if self.layout is not None and w.shape[1] == self.layout.width and x.shape[:-1] == (1, self.layout.tokens):
             return self.layout.pack(w)
         if self.layout is not None and w.shape[:2] == (1, self.layout.tokens) and x.shape[1] == self.layout.width:
@@ -231,7 +233,7 @@ class ExpertsLayer(LayerAdapter):
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         """y + sum_e w_e s_e B_e A_e x"""
         y = base_forward(x)
-        w = self._mixture.weights(self._number, x)[..., self._owners]
+        w = self._mixture.weights(self._number, x, routed=self.layer.routed)[..., self._owners]
         A, B = self.part("xlora_A").to(x.dtype), self.part("xlora_B").to(x.dtype)
         return y + F.linear((F.linear(x, A) * w).to(x.dtype), B).to(y.dtype)
 
@@ -287,11 +289,11 @@ class XLora(Method[XLoraConfig]):
             for kind, shape in (("weight", (outputs, inputs)), ("bias", (outputs,))):
                 shared[f"{NETWORK}_{k}_{kind}"] = SharedSpec(shape, partial(_start, shape, inputs))
         layers = {path: partial(ExpertsLayer, mixture, i, found[path]) for i, path in enumerate(paths)}
-        return Parts(layers=layers, shared=shared, batch=mixture)
+        return Parts(layers=layers, shared=shared, rows=mixture)
 
     def add_hooks(self, model: nn.Module, adapter: Adapter[XLoraConfig]) -> Callable[[], None]:
-        assert isinstance(adapter.batch, Mixture)
-        hook = model.register_forward_pre_hook(partial(_first_pass, adapter.batch, adapter.shared), with_kwargs=True)
+        assert isinstance(adapter.rows, Mixture)
+        hook = model.register_forward_pre_hook(partial(_first_pass, adapter.rows, adapter.shared), with_kwargs=True)
         settings: Any = getattr(model, "generation_config", None)
         before = getattr(settings, "use_cache", None)
         if settings is not None:

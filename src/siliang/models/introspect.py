@@ -86,6 +86,21 @@ def text_parts(model: nn.Module) -> list[str]:
     return found or [""]
 
 
+def is_routed(model: nn.Module, path: str) -> bool:
+    """Whether a module may read any tokens of the batch, in any order: it is in one of several modules of a class that
+    a transformer layer holds in a list, such as the experts of a mixture, and a router chooses their tokens.
+    """
+    lists, module = 0, model
+    for name in path.split("."):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            children = list(module.values() if isinstance(module, nn.ModuleDict) else module)
+            lists += 1
+            if lists > 1 and len(children) > 1 and len({type(child) for child in children}) == 1:
+                return True
+        module = module.get_submodule(name)
+    return False
+
+
 def layer_stack(model: nn.Module) -> list[nn.Module]:
     """The model's transformer layers, the lowest first.
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siliang.adapters.present import of_tasks
+from siliang.adapters.active_rows import of_tasks
 from siliang.language import Bilingual
 from siliang.methods.config import BASE, PeftConfig
 from siliang.peft_api.checks import check_known

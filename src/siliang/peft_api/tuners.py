@@ -13,9 +13,9 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
+from siliang.adapters.active_rows import of_tasks
 from siliang.adapters.combine import MajoritySign
 from siliang.adapters.injection import Injection
-from siliang.adapters.present import of_tasks
 from siliang.methods.adalora import AdaLora, AdaLoraConfig
 from siliang.methods.config import PeftConfig
 from siliang.methods.low_rank import LowRank

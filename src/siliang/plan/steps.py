@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from siliang.adapters.present import trial_inputs
+from siliang.adapters.active_rows import trial_inputs
 from siliang.config import TrainConfig
 from siliang.data.batch import Batch
 from siliang.distributed.sharding import reshard

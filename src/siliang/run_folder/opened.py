@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from siliang.adapters.present import of_tasks, present_batches
+from siliang.adapters.active_rows import active_rows, of_tasks
 from siliang.config import RunConfig
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import find_damage
 from siliang.hardware import Choice
 from siliang.language import Bilingual, local
 from siliang.methods import Method, find_method
-from siliang.methods.present_batch import TaskIds
+from siliang.methods.task_ids import TaskIds
 from siliang.models.load import load_model
 from siliang.models.tokenizers import load_tokenizer
 from siliang.paths import check_links
@@ -153,8 +153,8 @@ class OpenedRun:
     @property
     def tasks(self) -> TaskIds | None:
         """What knows the tasks of a method with several; None for other methods."""
-        batches = present_batches(self.model.injection) if isinstance(self.model, PeftModel) else []
-        return next((batch for batch in batches if isinstance(batch, TaskIds) and batch.tasks > 1), None)
+        found = active_rows(self.model.injection) if isinstance(self.model, PeftModel) else []
+        return next((rows for rows in found if isinstance(rows, TaskIds) and rows.tasks > 1), None)
 
     def check_task(self) -> None:
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from siliang.adapters.present import present_batches
+from siliang.adapters.active_rows import active_rows
 from siliang.config import RunConfig, TrainConfig
 from siliang.data.task_column import TASK_IDS
 from siliang.data.tokens import TokenSet
@@ -15,7 +15,7 @@ from siliang.language import Bilingual, local
 from siliang.methods import AnyMethod, Method
 from siliang.methods.config import PeftConfig
 from siliang.methods.lora_config import LoraConfig
-from siliang.methods.present_batch import TaskIds, no_such_task
+from siliang.methods.task_ids import TaskIds, no_such_task
 from siliang.peft_api.model import PeftModel
 from siliang.tasks import TASKS
 from siliang.train.optimizer import rate_factors
@@ -75,8 +75,8 @@ def check_terms(method: AnyMethod, config: PeftConfig | None, *, sharded: bool) 
 def check_tasks(model: nn.Module, config: RunConfig, *sets: TokenSet) -> None:
     """Raises ConfigError where the method has several tasks and the data does not say which a row is of, or names
     others."""
-    batches = present_batches(model.injection) if isinstance(model, PeftModel) else []
-    for tasks in (batch for batch in batches if isinstance(batch, TaskIds)):
+    found = active_rows(model.injection) if isinstance(model, PeftModel) else []
+    for tasks in (rows for rows in found if isinstance(rows, TaskIds)):
         if config.data.columns.task_id is None:
             if tasks.tasks > 1:
                 raise ConfigError(

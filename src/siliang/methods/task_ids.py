@@ -1,111 +1,22 @@
-"""The batch that the model computes at present, for adapters that compute each of its rows in its own way.
-
-Shapes: B rows of the batch, N tokens of a padded row, T tokens of all rows once the padding is gone, D features.
-"""
+"""The task of each row of a batch, for methods that train several tasks at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from siliang.language import Bilingual
-from siliang.methods.rows import token_tensors
-from siliang.models.introspect import backbone, encoder, is_encoder_decoder
-from siliang.ops.packed_attention import Layout
+from siliang.methods.batch_rows import BatchRows
 from siliang.secrets import short_repr
 from siliang.types import ConfigError
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class PresentBatch:
-    """What an adapter knows of the batch. The model's forward begins a batch; the backward pass, which may compute
-    layers again, still finds it.
-
-    Attributes:
-        layout: Where the rows lie while the batch has no padding: whoever takes the padding out sets it.
-        mixes_layers: What a layer adds follows from something that is trained outside of it.
-    """
-
-    mixes_layers: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        self.layout: Layout | None = None
-        self.rows = 0
-        self.device = torch.device("cpu")
-        self._widths: set[int] = set()
-
-    def watch(self, model: nn.Module) -> Callable[[], None]:
-        """Hooks through which the model's forward begins a batch.
-
-        Returns:
-            A function that removes them.
-        """
-        hosts: dict[nn.Module, None] = dict.fromkeys(
-            [model, backbone(model), *([encoder(model)] if is_encoder_decoder(model) else [])]
-        )
-        hooks = [
-            host.register_forward_pre_hook(partial(self._enter, host is model), with_kwargs=True) for host in hosts
-        ]
-
-        def remove() -> None:
-            for hook in hooks:
-                hook.remove()
-
-        return remove
-
-    def _enter(self, whole: bool, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tokens = token_tensors(args, kwargs)
-        if not tokens:
-            return
-        self._widths = (set() if whole else self._widths) | {t.shape[1] for t in tokens if t.dim() > 1}
-        self.begin(len(tokens[0]), tokens[0].device)
-
-    def begin(self, rows: int, device: torch.device) -> None:
-        """A batch begins.
-
-        Args:
-            rows: B.
-        """
-        self.rows, self.device = rows, device
-
-    def at(self, of_rows: Tensor, x: Tensor) -> Tensor:
-        """What each row has, at the places of a layer's input.
-
-        Args:
-            of_rows: (B, ...).
-            x: (B, N, D), or (B, D), or of the tokens alone (1, T, D), or flattened (B N, D).
-
-        Returns:
-            (B, 1, ...), (B, ...), (1, T, ...) or (B N, ...).
-
-        Raises:
-            ConfigError: The input has other rows than the batch.
-        """
-        B, layout = len(of_rows), self.layout
-        if len(x) == B:
-            return of_rows.view(B, *[1] * (x.dim() - 2), *of_rows.shape[1:])
-        if layout is not None and x.shape[:-1].numel() == layout.tokens:
-            index = torch.tensor([i for i, n in enumerate(layout.lengths) for _ in range(n)]).to(x.device)
-            return of_rows[index].view(*x.shape[:-1], *of_rows.shape[1:])
-        if x.dim() == 2 and len(x) in {B * width for width in self._widths}:
-            return of_rows.repeat_interleave(len(x) // B, 0)
-        raise ConfigError(
-            Bilingual(
-                f"A layer reads {len(x)} rows where the batch has {B}, and which row each is of is unknown: leave this "
-                "layer out of target_modules.",
-                f"有一层读入 {len(x)} 行，而批次有 {B} 条样本，无法知道每行属于哪一条："
-                "请从 target_modules 中去掉这一层。",
-            )
-        )
-
-
-class TaskIds(PresentBatch):
+class TaskIds(BatchRows):
     """The task of each row, for methods that train several tasks at once.
 
     Args:
@@ -114,8 +25,8 @@ class TaskIds(PresentBatch):
     """
 
     def __init__(self, tasks: int, setting: str) -> None:
-        super().__init__()
-        self.tasks, self.setting = tasks, setting
+        super().__init__(setting)
+        self.tasks = tasks
         self._given: Tensor | int | None = None
         self._now: Tensor | int | None = None
         self._repeated = False

@@ -1,4 +1,4 @@
-"""What the active adapters of a model know of the batch that it computes at present."""
+"""The rows of the batch that a model computes, for its active adapters."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor
 
 from siliang.adapters.injection import Injection
-from siliang.methods.present_batch import PresentBatch, TaskIds
+from siliang.methods.batch_rows import BatchRows
+from siliang.methods.task_ids import TaskIds
 
 
-def present_batches(injection: Injection) -> list[PresentBatch]:
+def active_rows(injection: Injection) -> list[BatchRows]:
     """Of each active adapter that computes the rows of a batch in their own ways."""
-    found = [injection.adapters[name].batch for name in injection.active]
-    return [batch for batch in found if batch is not None]
+    found = [injection.adapters[name].rows for name in injection.active]
+    return [rows for rows in found if rows is not None]
 
 
 def trains_all_layers(injection: Injection) -> bool:
     """Whether what the lowest layer gives follows from what is trained, wherever that is: a prompt, a mixture."""
     adapters = [injection.adapters[name] for name in injection.active]
-    return any(one.prompt is not None or (one.batch is not None and one.batch.mixes_layers) for one in adapters)
+    return any(one.prompt is not None or (one.rows is not None and one.rows.mixes_layers) for one in adapters)
 
 
 def trial_inputs(injection: Injection) -> dict[str, int]:
     """What the model is called with beside its tokens where nothing depends on them: rows of the first task."""
-    return {"task_ids": 0} if any(isinstance(batch, TaskIds) for batch in present_batches(injection)) else {}
+    return {"task_ids": 0} if any(isinstance(rows, TaskIds) for rows in active_rows(injection)) else {}
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def of_tasks(
         ConfigError: An active adapter has no such task.
     """
     with ExitStack() as stack:
-        for batch in present_batches(injection) if ids is not None else ():
-            if isinstance(batch, TaskIds):
-                stack.enter_context(batch.given(ids, repeated=repeated))
+        for rows in active_rows(injection) if ids is not None else ():
+            if isinstance(rows, TaskIds):
+                stack.enter_context(rows.given(ids, repeated=repeated))
         yield

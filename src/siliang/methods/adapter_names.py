@@ -4,88 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from siliang.language import Bilingual
+from siliang.methods.batch_rows import BatchRows
 from siliang.types import ConfigError
 
 R = TypeVar("R")
 
 
-class Rows:
-    """Which adapter computes each row of the present batch ("__base__": none).
+class AdapterNames(BatchRows):
+    """Which adapter computes each row of a batch ("__base__": none).
 
-    Everything attached to one model shares the object. The model's forward calls `begin` with the size of its batch,
-    because generation repeats each row for its beams.
+    Everything attached to one model shares the object.
+
+    Args:
+        names: One for each row.
+        repeated: A batch may hold each row several times, one after the other, as beams are.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self._now = self.names
-        self._tokens: set[int] = set()
+    REMEDY: ClassVar[Bilingual] = Bilingual(
+        "Use set_adapter, one adapter at a time.", "请用 set_adapter，一次一个适配器。"
+    )
 
-    def begin(self, batch: int, tokens: set[int]) -> None:
-        """A forward begins.
+    def __init__(self, names: Sequence[str], *, repeated: bool) -> None:
+        super().__init__("adapter_names")
+        self._given, self._repeated = tuple(names), repeated
+        self._now = self._given
+        self.rows = len(self._now)
 
-        Args:
-            batch: Its rows.
-            tokens: How many tokens a row has: the widths of the token tensors.
-
-        Raises:
-            ConfigError: The batch is not a multiple of the names.
-        """
-        if batch % len(self.names):
+    def begin(self, rows: int, device: torch.device) -> None:
+        super().begin(rows, device)
+        given = len(self._given)
+        if rows != given and (not self._repeated or rows % given):
             raise ConfigError(
                 Bilingual(
-                    f"adapter_names has {len(self.names)} names for a batch of {batch}: one for each row.",
-                    f"adapter_names 有 {len(self.names)} 个名称，而批次有 {batch} 条样本：每条样本一个名称。",
+                    f"adapter_names has {given} names for a batch of {rows} rows: name the adapter of each row.",
+                    f"adapter_names 有 {given} 个名称，而批次有 {rows} 条样本：请写出每条样本的适配器。",
                 )
             )
-        repeat = batch // len(self.names)
-        self._now, self._tokens = tuple(n for n in self.names for _ in range(repeat)), tokens
+        self._now = tuple(name for name in self._given for _ in range(rows // given))
 
-    def of(self, x: Tensor) -> tuple[str, ...]:
-        """The adapter of each row of a layer's input, (B, ...) or, flattened, (B N, D).
+    def of(self, x: Tensor, *, routed: bool) -> tuple[str, ...]:
+        """The adapter at each place of the first dimension of a layer's input, (B, ...) or, flattened, (B N, D).
 
         Raises:
-            ConfigError: The input has other rows than the batch.
+            ConfigError: It is not known.
         """
-        if len(x) == len(self._now):
-            return self._now
-        if x.dim() == 2 and len(x) in {len(self._now) * n for n in self._tokens}:
-            return tuple(n for n in self._now for _ in range(len(x) // len(self._now)))
-        raise ConfigError(
-            Bilingual(
-                f"adapter_names: a layer reads {len(x)} rows where the batch has {len(self._now)}, and which adapter "
-                "each is for is unknown. Use set_adapter, one adapter at a time.",
-                f"adapter_names：有一层读入 {len(x)} 行，而批次有 {len(self._now)} 条样本，"
-                "无法知道每行用哪个适配器。请用 set_adapter，一次一个适配器。",
-            )
-        )
+        numbers = self.numbers(x, routed=routed)
+        return self._now if numbers is None else tuple(self._now[i] for i in numbers.tolist())
 
     @contextmanager
     def only(self, names: Sequence[str]) -> Iterator[None]:
         """Within the block a module computes some rows of the batch, those of `names`."""
         before = self._now
-        self._now = tuple(names)
+        self._now, self.rows = tuple(names), len(names)
         try:
             yield
         finally:
-            self._now = before
+            self._now, self.rows = before, len(before)
 
 
 def by_row(
-    rows: Rows,
+    rows: AdapterNames,
     args: tuple[object, ...],
     kwargs: dict[str, object],
     run: Callable[..., R],
     *,
     where: str,
+    routed: bool,
     copy_of: Callable[[str], str | None] = lambda name: name,
 ) -> R:
     """A batch that mixes adapters: each adapter's rows go through `run` together, and are put back in their order.
@@ -94,6 +85,7 @@ def by_row(
         args, kwargs: What a module was called with: tensors whose first dimension is the batch, and what has no rows.
         run: Called with the adapter's name, and `args` and `kwargs` of its rows. It gives tensors with the same rows.
         where: What reads the batch, for errors.
+        routed: It may read any tokens, as of `BatchRows.numbers`.
         copy_of: What `run` is called with for an adapter's name: rows with the same are computed together.
 
     Raises:
@@ -108,7 +100,7 @@ def by_row(
                 f"adapter_names：{where} 没有读入任何带行的内容。",
             )
         )
-    names = rows.of(x)
+    names = rows.of(x, routed=routed)
     copies = [copy_of(name) for name in names]
     parts: list[tuple[Tensor, R]] = []
     for copy in dict.fromkeys(copies):
@@ -166,44 +158,3 @@ def _joined(parts: list[tuple[Tensor, R]], rows: int, where: str) -> R:
             whole = whole.index_copy(0, index, leaf.to(whole.dtype))
         joined.append(whole)
     return tree_unflatten(joined, flat[0][1])  # pyright: ignore[reportReturnType], it has the outputs' own structure
-
-
-def watch_batches(rows: Rows, modules: Sequence[nn.Module], *, repeated: bool) -> Callable[[], None]:
-    """Hooks through which the forward of each of `modules` begins a batch of `rows`.
-
-    Args:
-        repeated: A batch may hold each row several times, one after the other, as beams are.
-
-    Returns:
-        A function that removes the hooks.
-    """
-    begins = partial(_begins, rows, repeated)
-    hooks = [module.register_forward_pre_hook(begins, with_kwargs=True) for module in modules]
-
-    def end() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return end
-
-
-def _begins(rows: Rows, repeated: bool, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    tokens = token_tensors(args, kwargs)
-    if not tokens:
-        return
-    batch = len(tokens[0])
-    if batch != len(rows.names) and not repeated:
-        raise ConfigError(
-            Bilingual(
-                f"adapter_names has {len(rows.names)} names for a batch of {batch} rows: name the adapter of each row.",
-                f"adapter_names 有 {len(rows.names)} 个名称，而批次有 {batch} 条样本：请写出每条样本的适配器。",
-            )
-        )
-    rows.begin(batch, {t.shape[1] for t in tokens if t.dim() > 1})
-
-
-def token_tensors(args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
-    """What a model was called with that has its tokens, or their embeddings: the batch is the first dimension."""
-    named = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
-    return [t for name in named if isinstance(t := kwargs.get(name), Tensor)] or tensors[:1]
