@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from siliang.config import RunConfig
 
-TASKS = ("seq_cls", "token_cls", "question_ans", "causal_lm", "preference", "seq_2_seq_lm")
+TASKS = ("seq_cls", "token_cls", "question_ans", "causal_lm", "preference", "reward", "seq_2_seq_lm")
 PROMPTS = {"name": "prompt_tuning", "num_virtual_tokens": 3}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "r": 4},
@@ -42,7 +42,7 @@ def make_models(folder: Path, spread: float = 0.3) -> dict[str, Path]:
         config.eos_token_id = 2
         model.save_pretrained(folder / name)
         (tokenizer if name == "encoder" else word_tokenizer()).save_pretrained(folder / name)
-    names = {"causal_lm": "causal_lm", "preference": "causal_lm", "seq_2_seq_lm": "seq_2_seq_lm"}
+    names = {"causal_lm": "causal_lm", "preference": "causal_lm", "reward": "causal_lm", "seq_2_seq_lm": "seq_2_seq_lm"}
     return {task: folder / names.get(task, "encoder") for task in TASKS}
 
 
@@ -66,7 +66,7 @@ def rows_of(task: str, n: int = 23) -> list[dict[str, Any]]:
                 rows.append({"question": "say one", "context": context, "answers": answers})
             case "causal_lm":
                 rows.append({"instruction": text, "output": " ".join(words[: 1 + i % 5])})
-            case "preference":
+            case "preference" | "reward":
                 chosen, rejected = (" ".join(part[: 1 + i % 5]) for part in (words, words[::-1]))
                 rows.append({"prompt": text, "chosen": chosen, "rejected": f"{rejected} {words[0]}"})
             case _:

@@ -63,15 +63,16 @@ def test_each_task_is_a_row() -> None:
 def test_a_row_is_whole(task: Task) -> None:
     data, model = task.data, task.model
     assert task.title == model.task == task.name.lower()
-    assert "input_ids" in data.columns and data.targets
+    assert "input_ids" in data.columns and (data.targets or task.step_loss)
     assert Path(str(sys.modules[data.encoder.__module__].__file__)).parent == SOURCE / "tasks"
     assert hasattr(transformers, model.auto_class)
     assert model.heads == TASK_HEADS.get(task.adapter_type, ())
     assert task.quality is EVAL_LOSS or task.quality in task.metrics
     assert all(task.metric(metric.name) is metric for metric in task.metrics)
     # one loss, one use
-    assert task.writes == (task.loss is None) == (task.prompt is not None) == (task.predict is None)
-    assert task.writes or (task.read and task.measure and task.replies and task.asks and task.blank)
+    assert task.writes == (task.prompt is not None) == (task.predict is None)
+    assert (task.loss is None) == (task.writes or task.step_loss is not None)
+    assert task.writes or ((task.read or task.step_loss) and task.measure and task.replies and task.asks and task.blank)
     assert task.judged_by != "answers" or task.majority is not None
     row = task.synthetic_row(16, 8)
     sequences = len(row.get("sequences", [16]))

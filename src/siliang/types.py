@@ -57,8 +57,8 @@ class PeftType(StrEnum):
 
 
 class TaskType(StrEnum):
-    """The task that the base model is trained for. The values are PEFT's, except for PREFERENCE: an adapter's config
-    says CAUSAL_LM."""
+    """The task that the base model is trained for. The values are PEFT's, except for PREFERENCE and REWARD, which are
+    CAUSAL_LM and SEQ_CLS in an adapter's config."""
 
     CAUSAL_LM = "CAUSAL_LM"
     SEQ_CLS = "SEQ_CLS"
@@ -67,6 +67,7 @@ class TaskType(StrEnum):
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
     PREFERENCE = "PREFERENCE"
+    REWARD = "REWARD"
 
 
 # Task types of adapter configs that siliang does not train; tasks/ has a row for each other one.

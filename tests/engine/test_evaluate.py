@@ -44,6 +44,8 @@ def measured(run: Run, batch_size: int, packing: bool) -> dict[str, float]:
 @torch.no_grad()
 def plain_loss(run: Run) -> float:
     """As transformers computes it, of one row after the other, nothing padded."""
+    if run.config.task is TaskType.REWARD:
+        return plain_reward_loss(run)
     if run.config.task is TaskType.PREFERENCE:
         return plain_preference_loss(run)
     loss, count = 0.0, 0
@@ -56,6 +58,18 @@ def plain_loss(run: Run) -> float:
             n = int((row["labels"][:, 1:] != -100).sum())
         loss, count = loss + float(model(**row).loss) * n, count + n
     return loss / count
+
+
+def plain_reward_loss(run: Run) -> float:
+    """Of one answer after the other."""
+    losses: list[float] = []
+    for i in range(len(run.eval_set)):
+        better, worse = (
+            float(run.model(input_ids=torch.tensor([part["input_ids"]])).logits)
+            for part in sequences_of(run.eval_set[i])
+        )
+        losses.append(math.log1p(math.exp(worse - better)))
+    return sum(losses) / len(losses)
 
 
 def plain_preference_loss(run: Run) -> float:
@@ -102,7 +116,7 @@ def test_no_figure_depends_on_batches(task: str, method: str, models: dict[str, 
         assert figures["loss"] == pytest.approx(expected, rel=1e-5)
         others = {name: value for name, value in figures.items() if name != "loss"}
         first = {name: value for name, value in found[0].items() if name != "loss"}
-        if task == "preference":  # rewards are sums over tokens
+        if task in ("preference", "reward"):  # rewards are rounded
             assert others.pop("accuracy") == first.pop("accuracy")
             first = pytest.approx(first, rel=1e-4, abs=1e-6)
         assert others == first
@@ -121,7 +135,9 @@ def test_eval_gives_what_training_gave(task: str, method: str, models: dict[str,
         exact = precision == "fp32" or method not in ("p_tuning",)
         assert found["loss"] == pytest.approx(record.final["eval_loss"], rel=1e-6 if exact else 5e-3), precision
         for name in record.final.keys() - {"eval_loss", "perplexity", "train_loss"}:
-            assert found[name] == record.final[name] or not exact, name
+            rounded = name.endswith(("margin", "reward"))  # of 1e-3 each, differences of numbers near 1
+            expected = pytest.approx(record.final[name], rel=1e-4, abs=1e-7) if rounded else record.final[name]
+            assert found[name] == expected or not exact, name
         assert found["rows"] == record.rows.eval or task == "question_ans"
 
 

@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 from every_task import configured, make_models
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer  # pyright: ignore
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer  # pyright: ignore
 from trl.experimental.cpo import CPOTrainer  # pyright: ignore
 from trl.experimental.orpo import ORPOTrainer  # pyright: ignore
 
@@ -41,7 +41,8 @@ class InOrder(DPOTrainer):
         return dataset
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        rows: Any = self.train_dataset
+        return SequentialSampler(rows)
 
 
 @pytest.mark.parametrize("loss", STEPS)
@@ -145,3 +146,63 @@ def test_orpo_is_that_of_trl() -> None:
     found, *_ = ORPO.odds_ratio_loss(_as_cpo("", 0.2, 0.0), C / M, R / N)
     torch.testing.assert_close(LOSSES["orpo"].loss(PAIRS, orpo), -found)
     assert float(likelihood(PAIRS)) == pytest.approx((3.2 + 11.0 + 0.4) / 12)
+
+
+# ---- a reward model ----
+
+
+class RewardsInOrder(RewardTrainer):
+    """Takes the rows as they come, and as tokens."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        rows: Any = self.train_dataset
+        return SequentialSampler(rows)
+
+
+def test_rewards_are_learned_as_by_trl(models: dict[str, Path], tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(models["reward"], num_labels=1)
+    torch.manual_seed(1)
+    start = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    wrapped = peft.get_peft_model(base, start)
+    wrapped.save_pretrained(str(tmp_path / "start"))
+    constant = {"warmup_fraction": 0.0, "schedule": "constant", "learning_rate": 5e-3}
+    config = configured("reward", models, tmp_path, max_steps=30, log_every=1, **constant)
+    values = config.model_dump(mode="json") | {
+        "adapter": str(tmp_path / "start"),
+        "method": {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    }
+    values["data"]["test_size"] = 0.3  # of 23 rows: 16 are left, four steps of an epoch
+    config = type(config).build(values)
+    record = train(config)
+
+    tokens = prepare_data(config).train
+    rows = [row for step in order(config, tokens.lengths) for row in step]
+    pairs = [[part["input_ids"] for part in sequences_of(tokens[i])] for i in rows]
+    trainer = RewardsInOrder(
+        model=wrapped,
+        args=RewardConfig(
+            str(tmp_path / "trl"),
+            per_device_train_batch_size=4,
+            max_steps=30,
+            learning_rate=5e-3,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            remove_unused_columns=False,
+        ),
+        train_dataset=Dataset.from_list([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs]),
+        processing_class=AutoTokenizer.from_pretrained(models["reward"]),
+    )
+    trainer.train()
+    theirs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    ours = [line.loss for line in record.steps if line.loss is not None]
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5) and len(ours) == 30
+    assert ours[0] != pytest.approx(ours[-1], rel=1e-2)

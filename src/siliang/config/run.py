@@ -194,12 +194,12 @@ class RunConfig(Settings):
 
     基座模型在 Hub 上的版本。"""
     task: Annotated[TaskType, BeforeValidator(_task)]
-    """The task: causal_lm (generate text), preference (generate the better of two texts), seq_cls (classify a text),
-    token_cls (tag each word), seq_2_seq_lm (generate text with an encoder and a decoder) or question_ans (find the
-    answer in a context).
+    """The task: causal_lm (generate text), preference (generate the better of two texts), reward (tell which of two
+    texts is better), seq_cls (classify a text), token_cls (tag each word), seq_2_seq_lm (generate text with an encoder
+    and a decoder) or question_ans (find the answer in a context).
 
-    任务：causal_lm（生成文本）、preference（从成对的回答中学习生成较好的一个）、seq_cls（文本分类）、token_cls（给每个词打
-    标签）、seq_2_seq_lm（由编码器和解码器生成文本），或 question_ans（在段落中找出答案）。"""
+    任务：causal_lm（生成文本）、preference（学习较好的回答）、reward（给回答打分）、seq_cls（文本分类）、token_cls（给每个词
+    打标签）、seq_2_seq_lm（由编码器和解码器生成文本），或 question_ans（在段落中找出答案）。"""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
     """The fine-tuning method: a name of `siliang methods`, or {name: lora, r: 16, ...}.
 

@@ -110,6 +110,8 @@ class FakeRun:
                 attention=baseline.attention if baseline else None,
             )
             self.loading_bytes = self._loading_bytes(base, dtype, new_tokens)
+            if task_of(config).model.needs_padding_token and getattr(base.config, "pad_token_id", None) is None:
+                base.config.pad_token_id = 0  # the run takes the tokenizer's
             mark_invented(base, list(invented))
             if new_tokens:
                 size = base.config.get_text_config().vocab_size + new_tokens

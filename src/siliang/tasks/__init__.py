@@ -8,6 +8,7 @@ from siliang.config import RunConfig
 from siliang.tasks.causal_lm import CAUSAL_LM
 from siliang.tasks.preference import PREFERENCE
 from siliang.tasks.question_ans import QUESTION_ANS
+from siliang.tasks.reward import REWARD
 from siliang.tasks.seq_2_seq_lm import SEQ_2_SEQ_LM
 from siliang.tasks.seq_cls import SEQ_CLS
 from siliang.tasks.task import (
@@ -26,7 +27,7 @@ from siliang.tasks.token_cls import TOKEN_CLS
 from siliang.types import TaskType
 
 TASKS: dict[TaskType, Task] = {
-    task.name: task for task in (CAUSAL_LM, PREFERENCE, SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS)
+    task.name: task for task in (CAUSAL_LM, PREFERENCE, REWARD, SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS)
 }
 
 
@@ -40,6 +41,7 @@ __all__ = [
     "CAUSAL_LM",
     "PREFERENCE",
     "QUESTION_ANS",
+    "REWARD",
     "SEQ_2_SEQ_LM",
     "SEQ_CLS",
     "TASKS",

@@ -100,7 +100,8 @@ def read_texts(run: OpenedRun, source: str) -> tuple[list[Asked], list[int | Non
     """
     data, record, asks = run.config.data, run.record, TASKS[run.config.task].asks
     reading = Reading(data.header, "auto", data.separator, keeps_empty=True)
-    needed = LAYOUTS[record.layout].needs if record.layout else asks
+    layout = LAYOUTS.get(record.layout)
+    needed = asks if layout is None else (*layout.needs, *layout.optional)
     names = [record.columns.get(part, part) for part in asks if part in needed]
     of_task = data.columns.task_id if run.tasks is not None and run.task_id is None else None
     if kind_of(Path(source)) == ".txt":

@@ -1,0 +1,173 @@
+"""A number for an answer: a reward model, which learns from pairs of a better and a worse answer.
+
+Loss: -log sigmoid(r(better) - r(worse)), Bradley and Terry 1952, as Ouyang et al. 2022 (arXiv 2203.02155, eq. 1).
+Metrics: the share of pairs whose better answer has the higher reward, and by how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from siliang.data.examples import Message, Ranked
+from siliang.data.prepared import EvalRows
+from siliang.data.spec import NUMBERS, DataSpec
+from siliang.language import Bilingual
+from siliang.models.spec import ModelSpec
+from siliang.secrets import shortened
+from siliang.tasks.losses import WithLogits
+from siliang.tasks.preference import ACCURACY, MARGIN, verdict
+from siliang.tasks.ranked import encoder
+from siliang.tasks.task import EntryValues, Reply, Shown, StepLoss, Task, Trained
+from siliang.types import TASK_HEADS, DataError, TaskType
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+
+    from siliang.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Reward:
+    """An answer and its reward."""
+
+    prompt: str
+    answer: str
+    reward: float
+    probability: None = None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The prompt and the answer."""
+        return (self.prompt, self.answer)
+
+    @property
+    def given(self) -> str:
+        """The reward."""
+        return f"{self.reward:.4f}"
+
+    def values(self) -> dict[str, object]:
+        """The same for JSON."""
+        return {"prompt": self.prompt, "answer": self.answer, "reward": round(self.reward, 6)}
+
+
+# ---- tokens ----
+
+
+def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
+    """A pair of so many tokens each."""
+    return {"input_ids": [1] * 2 * length, "sequences": [length, length]}
+
+
+def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
+    """The better answer behind its prompt, and the worse one."""
+    first = row["sequences"][0]
+    return Shown(row["input_ids"][:first], target=row["input_ids"][first:])
+
+
+# ---- loss ----
+
+
+def rewards(output: WithLogits, batch: Batch) -> Tensor:
+    """The reward of each sequence, (S,)."""
+    return output.logits.float().squeeze(-1)
+
+
+def loss(values: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """-log sigmoid(r(better) - r(worse)), summed over the pairs, each (2,)."""
+    import torch
+    import torch.nn.functional as F
+
+    better, worse = torch.stack(list(values)).unbind(1)
+    return -F.logsigmoid(better - worse).sum()
+
+
+# ---- metrics ----
+
+
+def measure(found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
+    """The share of pairs in the right order, and the difference of the two rewards."""
+    margins = [float(kept.values[0] - kept.values[1]) for kept in found.values()]
+    right = sum(margin > 0 for margin in margins)
+    return {ACCURACY.name: right / len(margins), MARGIN.name: sum(margins) / len(margins)}
+
+
+def replies(found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
+    """The answer with the higher reward of each pair."""
+    numbers = rows.tokens.column("row").tolist()
+    for entry, kept in found.items():
+        example = rows.examples[numbers[entry]]
+        assert isinstance(example, Ranked)
+        right, wrong, correct = example.words[0], example.words[-1], bool(kept.values[0] > kept.values[1])
+        yield numbers[entry], Reply(example.asked[-1].text, right, right if correct else wrong, correct)
+
+
+# ---- use ----
+
+
+def predict(run: Trained, pairs: Iterable[str | tuple[str, str]]) -> Iterator[Reward]:
+    """The reward of each answer, in order.
+
+    Args:
+        pairs: Prompts and answers, or both in one text with a tab between them.
+
+    Raises:
+        DataError: A prompt or an answer is missing.
+    """
+    for examples, _, found in run.read(_example(run, pair) for pair in pairs):
+        for example, kept in zip(examples, found.values(), strict=True):
+            assert isinstance(example, Ranked)
+            yield Reward(example.asked[0].text, example.words[0], float(kept.values[0]))
+
+
+def _example(run: Trained, pair: str | tuple[str, str]) -> Ranked:
+    parts = pair.split("\t") if isinstance(pair, str) else pair
+    if len(parts) != 2 or not all(part.strip() for part in parts):
+        given = shortened("\t".join(parts), 60)
+        raise DataError(
+            Bilingual(
+                f"{run.name} rewards answers to prompts, and {given!r} is not both.\n"
+                "Give a prompt and an answer with a tab between them, or a file with both columns: siliang predict RUN "
+                "a.csv.",
+                f"{run.name} 给提问的回答打分，而 {given!r} 不是提问和回答。\n"
+                "请用制表符隔开提问和回答，或给出含这两列的文件：siliang predict RUN a.csv。",
+            )
+        )
+    return Ranked((Message("user", parts[0]),), ((Message("assistant", parts[1]),),))
+
+
+REWARD = Task(
+    name=TaskType.REWARD,
+    adapter_type=TaskType.SEQ_CLS,
+    data=DataSpec(
+        name="reward",
+        layouts=("chosen-rejected", "messages-rejected"),
+        columns={"input_ids": NUMBERS},
+        encoder=encoder,
+        sequences=True,
+    ),
+    model=ModelSpec(
+        task="reward",
+        auto_class="AutoModelForSequenceClassification",
+        heads=TASK_HEADS[TaskType.SEQ_CLS],
+        outputs=1,
+        needs_padding_token=True,
+    ),
+    legend=(
+        Bilingual("grey: the better answer, green: the worse one", "灰色：较好的回答，绿色：较差的回答"),
+        Bilingual("->: the worse answer to the text above it", "->：上面文本的较差回答"),
+    ),
+    show=show,
+    synthetic_row=synthetic_row,
+    step_loss=StepLoss(rewards, loss, separable=True),
+    metrics=(ACCURACY, MARGIN),
+    measure=measure,
+    quality=ACCURACY,
+    replies=replies,
+    verdict=verdict,
+    asks=("prompt", "chosen"),
+    predict=predict,
+    blank={"prompt": "", "answer": "", "reward": None},
+    example_prompt="a prompt<TAB>an answer",
+)

@@ -1,0 +1,98 @@
+"""Runs that learn from pairs: stopped and resumed, planned, and used."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from commands import run as run_command
+from every_task import configured, make_models
+from safetensors.torch import load_file
+
+from siliang.engine.whole_step import ReferenceStore
+from siliang.plan.preflight import Planner
+from siliang.records import Record
+from siliang.run_folder import open_run
+from siliang.tasks.reward import Reward
+from siliang.train.run import train
+from siliang.train.saving import read_state
+from siliang.train.types import Listener, Progress
+from siliang.types import ConfigError, InterruptedRunError
+from siliang.use.generate import generate
+from siliang.use.predict import predict
+
+STEPS = 9  # of 11 rows in steps of 4: the third epoch has begun
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def losses(record: Record) -> list[float]:
+    return [line.loss for line in record.steps if line.loss is not None]
+
+
+@pytest.mark.parametrize("task", ["preference", "reward"])
+def test_stopped_in_the_second_epoch_and_resumed_to_the_same_bits(
+    task: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {"max_steps": STEPS, "log_every": 1, "learning_rate": 5e-3}
+    planner = Planner()
+    for part in ("whole", "parts"):
+        (tmp_path / part).mkdir()
+    whole = train(configured(task, models, tmp_path / "whole", **settings), planner=planner)
+    assert planner.last_plan is not None and planner.last_plan.trained == whole.parameters.trained
+    adapter = tmp_path / "whole" / "run" / "adapter" / "adapter_model.safetensors"
+    assert planner.last_plan.adapter_bytes == sum(t.nbytes for t in load_file(adapter).values())
+
+    stopped: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 5 and not stopped:
+            stopped.append(progress.step)
+            signal.raise_signal(signal.SIGTERM)
+
+    config = configured(task, models, tmp_path / "parts", **settings)
+    with pytest.raises(InterruptedRunError):
+        train(config, Listener(progress=stop))
+    state = read_state(tmp_path / "parts" / "run" / "checkpoints" / "checkpoint-6")
+    assert (state["reference"] is not None) == (task == "preference")
+    if task == "preference":
+        assert len(state["reference"]["keys"]) == 22  # both answers of all 11 rows
+        again = ReferenceStore()
+        again.load_state_dict(state["reference"])
+        assert again.state_dict()["values"].equal(state["reference"]["values"])
+    resumed = train(config, resume=True)
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == STEPS
+    parts = tmp_path / "parts" / "run" / "adapter" / "adapter_model.safetensors"
+    assert parts.read_bytes() == adapter.read_bytes()
+    assert resumed.final == whole.final
+
+
+def test_a_run_that_learned_preferences_writes(models: dict[str, Path], tmp_path: Path) -> None:
+    train(configured("preference", models, tmp_path))
+    assert isinstance(generate(open_run(tmp_path / "run"), "one two", up_to=4), str)
+
+
+def test_a_reward_model_rewards_answers(models: dict[str, Path], tmp_path: Path) -> None:
+    config = configured("reward", models, tmp_path, max_steps=60, batch_size=8, learning_rate=2e-2)
+    record = train(config)
+    assert losses(record)[-1] < 0.3
+    run = open_run(tmp_path / "run")
+    row = json.loads((tmp_path / "reward.jsonl").read_text().splitlines()[0])
+    better, worse = predict(run, [(row["prompt"], row[part]) for part in ("chosen", "rejected")])
+    assert isinstance(better, Reward) and isinstance(worse, Reward)
+    assert better.prompt == row["prompt"] and better.reward > worse.reward
+    ended = run_command("predict", tmp_path / "run", tmp_path / "reward.jsonl", "--json")
+    assert ended.code == 0, ended
+    told = [json.loads(line) for line in ended.out.splitlines()]
+    assert len(told) == 23 and told[0]["reward"] == pytest.approx(better.reward, abs=1e-4)
+
+
+def test_a_section_of_another_task_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    values = configured("causal_lm", models, tmp_path).model_dump(mode="json")
+    with pytest.raises(ConfigError, match="is a section of the task preference"):
+        type(configured("causal_lm", models, tmp_path)).build(values | {"preference": {"loss": "ipo"}})
