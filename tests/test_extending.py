@@ -110,7 +110,7 @@ def test_a_task_of_the_page(place: Callable[[str, str], Place], task: str, metri
     settings = here.settings(task, *steps)
     check, plan, _, _, _, evaluated, predicted, merged, compared = here.run(
         ("check", *settings),
-        ("plan", *settings),
+        ("plan", *settings, "--method", "lora"),
         ("train", *settings, "--set", "train.max_steps=6", "--output", "whole"),
         ("train", *settings, "--set", "train.max_steps=3", "--output", "part"),
         ("train", "--resume", "part", "--set", "train.max_steps=6"),

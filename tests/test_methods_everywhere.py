@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,12 +141,18 @@ def run_of(
     return give
 
 
+def some_of(methods: Iterable[str], short: Container[str]) -> list[Any]:
+    """These methods; those that are not in `short` run in `make test-long` alone."""
+    return [method if method in short else pytest.param(method, marks=pytest.mark.long) for method in methods]
+
+
 # one of each family in `make test`; all of them in `make test-long`
 FAMILIES = ("adaption_prompt", "lily", "loha", "oft", "osf", "road", "vera", "trainable_tokens")
-SOME = [method if method in FAMILIES else pytest.param(method, marks=pytest.mark.long) for method in EVERY]
+# and those that plan, resume or merge in a way of their own
+WITH_OWN_WAYS = (*FAMILIES, "adalora", "alora", "beft", "cpt", "kasa", "multitask_prompt_tuning", "poly")
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", some_of(EVERY, WITH_OWN_WAYS))
 def test_the_plan_says_what_the_run_has(method: str, run_of: Callable[[str], Done]) -> None:
     done = run_of(method)
     assert done.record.status == "completed" and len(done.losses) == 4 and len(set(done.losses)) == 4
@@ -165,7 +171,7 @@ def check_plan(done: Done) -> None:
         assert done.planned.adapter_bytes == found
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", some_of(EVERY, WITH_OWN_WAYS))
 def test_stopped_and_resumed(
     method: str, run_of: Callable[[str], Done], model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
 ) -> None:
@@ -184,7 +190,7 @@ def test_stopped_and_resumed(
     assert saved(tmp_path / "run") == saved(run_of(method).folder)
 
 
-@pytest.mark.parametrize("method", SOME)
+@pytest.mark.parametrize("method", some_of(EVERY, FAMILIES))
 def test_recomputing_changes_no_loss(
     method: str, run_of: Callable[[str], Done], model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
 ) -> None:
@@ -193,7 +199,7 @@ def test_recomputing_changes_no_loss(
     assert saved(tmp_path / "run") == saved(run_of(method).folder)
 
 
-@pytest.mark.parametrize("method", SOME)
+@pytest.mark.parametrize("method", some_of(EVERY, FAMILIES))
 def test_on_a_frozen_base_in_bf16(
     method: str, model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
 ) -> None:
@@ -204,7 +210,7 @@ def test_on_a_frozen_base_in_bf16(
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.parametrize("method", MERGEABLE)
+@pytest.mark.parametrize("method", some_of(MERGEABLE, WITH_OWN_WAYS))
 def test_merged(method: str, run_of: Callable[[str], Done], tmp_path: Path) -> None:
     if method == "alora":
         with pytest.raises(MergeError, match="aLoRA cannot be merged"):

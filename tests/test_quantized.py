@@ -71,9 +71,18 @@ def load(folder: Path, task: str = "CAUSAL_LM", dtype: torch.dtype = torch.float
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("method", METHODS)
+WAYS = [(method, bits, dtype) for method in METHODS for bits in (4, 8) for dtype in (torch.float32, torch.bfloat16)]
+# in `make test` every method on 4 bits, and on the others one of each family; all of them in `make test-long`
+FAMILIES = ("lora", "loha", "oft", "vera", "ia3", "bitfit", "prefix_tuning")
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "dtype"),
+    [
+        way if way[1:] == (4, torch.float32) or way[0] in FAMILIES else pytest.param(*way, marks=pytest.mark.long)
+        for way in WAYS
+    ],
+)
 def test_every_method_trains(method: str, bits: int, dtype: torch.dtype, folders: dict[str, Path]) -> None:
     compute = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     name = "llama" if method == "adaption_prompt" else "bloom"

@@ -53,9 +53,21 @@ def copies(rows: list[Any]) -> int:
     return len(rows) - len({json.dumps(row, sort_keys=True) for row in rows})
 
 
-def test_alpaca_zh(shared: Path, minimind: Path) -> None:
-    path = shared / "data" / "alpaca_zh_52k.json"
-    raw = json.loads(path.read_text())
+def test_alpaca_zh(shared: Path, minimind: Path, tmp_path: Path) -> None:
+    """Every eighth row, and all that the findings are about."""
+    every = json.loads((shared / "data" / "alpaca_zh_52k.json").read_text())
+    times = collections.Counter(json.dumps(row, sort_keys=True) for row in every)
+    raw = [
+        row
+        for i, row in enumerate(every)
+        if i % 8 == 0
+        or not row["output"].strip()
+        or "<image>" in row["input"]
+        or "\ufffd" in json.dumps(row, ensure_ascii=False)
+        or times[json.dumps(row, sort_keys=True)] > 1
+    ]
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(raw, ensure_ascii=False, indent=2))
     lines = path.read_text().split("\n")
     found, counts = look(minimind, "causal_lm", path, template="chatml")
     empty = [row for row in raw if not row["output"].strip()]

@@ -48,7 +48,7 @@ def test_as_one(method: str, stage: int, still_place: Place, tmp_path: Path) -> 
     config = configured(still_place, tmp_path / "one", method, tokens_at_once=16)
     assert run(config).code == 0
     endings = train_on(under_zero(config, tmp_path / "two", stage), 2)
-    assert [e.code for e in endings] == [0, 0], endings[0].said + endings[1].said
+    assert [e.code for e in endings] == [0, 0], endings[0].output + endings[1].output
     assert_same(tmp_path / "one", tmp_path / "two")
     assert not list((tmp_path / "two").rglob("*.p[tk]*")) + list((tmp_path / "two").rglob("*.bin"))  # nothing pickled
 
@@ -77,7 +77,7 @@ def test_the_best_step_is_kept(stage: int, still_place: Place, tmp_path: Path) -
     config = configured(still_place, tmp_path / "one", best="loss", eval_every=4, learning_rate=0.7)
     assert run(config).code == 0
     endings = train_on(under_zero(config, tmp_path / "two", stage), 2)
-    assert [e.code for e in endings] == [0, 0], endings[0].said
+    assert [e.code for e in endings] == [0, 0], endings[0].output
     one, two = Record.read(tmp_path / "one"), Record.read(tmp_path / "two")
     assert one.best_step == two.best_step and one.best_step < 20
     assert two.final["eval_loss"] == pytest.approx(one.final["eval_loss"], abs=1e-3)
@@ -87,7 +87,7 @@ def test_the_best_step_is_kept(stage: int, still_place: Place, tmp_path: Path) -
 def test_half_precision_needs_a_card(still_place: Place, tmp_path: Path) -> None:
     config = configured(still_place, tmp_path / "two", precision="bf16")
     endings = train_on(under_zero(config, tmp_path / "two", 2), 2)
-    assert [e.code for e in endings] == [2, 2] and "set train.precision=fp32" in endings[0].said
+    assert [e.code for e in endings] == [2, 2] and "set train.precision=fp32" in endings[0].output
 
 
 @with_deepspeed
@@ -167,7 +167,7 @@ def test_where_it_is_not_installed(still_place: Place, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'siliang\[deepspeed\]'"):
         require_deepspeed(torch.device("cpu"), half=False)
     endings = train_on(under_zero(configured(still_place, tmp_path / "run"), tmp_path / "run", 2), 2)
-    assert [e.code for e in endings] == [2, 2] and "needs DeepSpeed" in endings[0].said
+    assert [e.code for e in endings] == [2, 2] and "needs DeepSpeed" in endings[0].output
     assert not (tmp_path / "run").exists()
 
 

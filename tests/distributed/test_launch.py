@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from commands import run
 from safetensors.torch import load_file
 
 from faults.runs import Place
@@ -44,25 +47,38 @@ def settings(place: Place, folder: Path, method: str = "lora", **train: object) 
     return ["train", str(path)]
 
 
+@pytest.fixture(scope="module")
+def alone(still_place: Place, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a method's run on one process, which is made once."""
+
+    @cache
+    def train_alone(method: str) -> Path:
+        folder = tmp_path_factory.mktemp("one")
+        assert run(*settings(still_place, folder, method)).code == 0
+        return folder / "run"
+
+    return train_alone
+
+
 @pytest.mark.parametrize("start", STARTS)
-def test_the_same_from_every_launcher(start: str, still_place: Place, tmp_path: Path) -> None:
+def test_the_same_from_every_launcher(
+    start: str, still_place: Place, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
     """In full under FSDP, where the first rank's plan has made the same operations on paper before."""
     sharded = start == "accelerate"
     method, weights = ("full", "model/model") if sharded else ("lora", "adapter/adapter_model")
-    (tmp_path / "one").mkdir()
-    alone = [sys.executable, *STARTS["--devices"], *settings(still_place, tmp_path / "one", method)]
-    assert subprocess.run(alone, env=ENV, capture_output=True).returncode == 0
+    one = alone(method)
     command = [sys.executable, *STARTS[start], *settings(still_place, tmp_path, method)]
     command += ["--devices", "2"] if start == "--devices" else []
     env = {name: value for name, value in ENV.items() if name != "OMP_NUM_THREADS"}  # as users have it
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall("^done ", done.stdout, re.MULTILINE)) == 1
-    found, expected = Record.read(tmp_path / "run"), Record.read(tmp_path / "one" / "run")
+    found, expected = Record.read(tmp_path / "run"), Record.read(one)
     assert len(found.memory.peak_bytes_by_rank) == 2
     assert found.config["distributed"]["strategy"] == ("fsdp" if sharded else "ddp")
     assert found.final == pytest.approx(expected.final, abs=1e-4)
-    mine, its = (load_file(folder / "run" / f"{weights}.safetensors") for folder in (tmp_path, tmp_path / "one"))
+    mine, its = (load_file(folder / f"{weights}.safetensors") for folder in (tmp_path / "run", one))
     assert mine.keys() == its.keys() and mine
     assert all((mine[name] - value).abs().max() < 1e-4 for name, value in its.items())
 
@@ -86,7 +102,7 @@ def test_a_killed_rank_ends_the_run_with_a_word(still_place: Place, tmp_path: Pa
     command = [
         sys.executable,
         *STARTS["--devices"],
-        *settings(still_place, tmp_path, max_steps=200, save_every=20),
+        *settings(still_place, tmp_path, max_steps=100, save_every=10),
         "--devices",
         "2",
     ]
@@ -104,7 +120,7 @@ def test_a_killed_rank_ends_the_run_with_a_word(still_place: Place, tmp_path: Pa
 
 
 def test_torchrun_begins_again_by_itself(still_place: Place, tmp_path: Path) -> None:
-    arguments = settings(still_place, tmp_path, max_steps=200, save_every=20)
+    arguments = settings(still_place, tmp_path, max_steps=100, save_every=10)
     command = [sys.executable, *TORCHRUN, "--max-restarts", "1", "-m", "siliang", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
         wait_for_checkpoint(tmp_path, process)
@@ -112,4 +128,4 @@ def test_torchrun_begins_again_by_itself(still_place: Place, tmp_path: Path) -> 
         said, error = process.communicate(timeout=300)
     assert process.returncode == 0, said + error
     record = Record.read(tmp_path / "run")
-    assert record.status == "completed" and record.steps[-1].step == 200
+    assert record.status == "completed" and record.steps[-1].step == 100

@@ -74,7 +74,7 @@ def alone(
         config = configured(still_place, tmp_path_factory.mktemp("one") / "run", "lora", tokens_at_once=16)
         config = config.model_copy(update={"method": MethodConfig(**settings_of(method, experts))})
         ending = run(config)
-        assert ending.code == 0, ending.said
+        assert ending.code == 0, ending.output
         return config
 
     return train_alone
@@ -90,16 +90,22 @@ def why_not_sharded(config: RunConfig) -> str | None:
     return "adds a term to the loss" if method.adds_to_the_loss(settings) else None
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.long) for m in EVERY])
+WAYS = [(method, strategy) for method in EVERY for strategy in ("ddp", "fsdp")]
+# in `make test` OFTEN under DDP, and under FSDP those whose tensors it has to shard, keep whole or refuse
+SHORT = {(method, "ddp") for method in OFTEN} | {(method, "fsdp") for method in ("vera", "adalora", "osf")}
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"), [w if w in SHORT else pytest.param(*w, marks=pytest.mark.long) for w in WAYS]
+)
 def test_as_one(method: str, strategy: str, alone: Callable[[str], RunConfig], tmp_path: Path) -> None:
     """Where ranks compute means or random numbers of their own, they train all the same."""
     one = alone(method)
     endings = train_on(changed(one, tmp_path / "several", strategy), 2)
     if strategy == "fsdp" and (why := why_not_sharded(one)) is not None:
-        assert [e.code for e in endings] == [2, 2] and why in endings[0].said, endings[0].said
+        assert [e.code for e in endings] == [2, 2] and why in endings[0].output, endings[0].output
         return
-    assert [e.code for e in endings] == [0, 0], endings[0].said + endings[1].said
+    assert [e.code for e in endings] == [0, 0], endings[0].output + endings[1].output
     if method not in OF_THEIR_OWN:
         assert_same(Path(one.output), tmp_path / "several")
 
@@ -117,5 +123,5 @@ def test_resumed(method: str, strategy: str, alone: Callable[[str], RunConfig], 
         pytest.skip("refused, as the other test says")
     two = stopped(changed(one, tmp_path / "two", strategy))
     endings = train_on(two, 2, resume=True)
-    assert [e.code for e in endings] == [0, 0], endings[0].said
+    assert [e.code for e in endings] == [0, 0], endings[0].output
     assert_same(Path(one.output), tmp_path / "two")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from every_task import TASKS, configured, make_models
 from ranked import changed, train_on
 
 from faults.runs import run
+from siliang.config import RunConfig
 from siliang.records import Record
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
@@ -20,22 +23,37 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_metrics_on_several_ranks(task: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """12 held-out rows of unlike length in steps of 5: the last step has fewer rows than there are ranks."""
-    config = configured(task, models, tmp_path, max_steps=1, batch_size=5, learning_rate=1e-5)
-    assert run(config).code == 0
-    one = Record.read(tmp_path / "run").final
-    several_ways = [(2, "ddp"), (4, "ddp")]
-    if task in ("seq_cls", "causal_lm"):  # the other tasks' logits are views, of which FSDP2 warns
-        several_ways.append((2, "fsdp"))
-    for size, strategy in several_ways:
-        folder = tmp_path / f"{strategy}-{size}"
-        endings = train_on(changed(config, folder, strategy), size)
-        assert [e.code for e in endings] == [0] * size, endings[0].said + endings[-1].said
-        several = Record.read(folder).final
-        assert several.keys() == one.keys()
-        for name, value in one.items():
-            rounded = name.endswith(("loss", "perplexity", "margin", "reward"))
-            close = pytest.approx(value, rel=1e-4, abs=1e-6) if rounded else pytest.approx(value, rel=1e-12)
-            assert several[name] == close, (name, size, strategy)
+@pytest.fixture(scope="module")
+def one(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunConfig]:
+    """A task's run on one rank, which is made once."""
+
+    @cache
+    def train_alone(task: str) -> RunConfig:
+        folder = tmp_path_factory.mktemp(task)
+        config = configured(task, models, folder, max_steps=1, batch_size=11, learning_rate=1e-5)
+        assert run(config).code == 0
+        return config
+
+    return train_alone
+
+
+WAYS = [(task, 2, "ddp") for task in TASKS] + [("seq_cls", 2, "fsdp"), ("causal_lm", 2, "fsdp")]
+# without the other tasks under FSDP2: their logits are views, of which it warns
+MORE = [pytest.param(task, 4, "ddp", marks=pytest.mark.long) for task in TASKS]
+
+
+@pytest.mark.parametrize(("task", "size", "strategy"), [*WAYS, *MORE])
+def test_metrics_on_several_ranks(
+    task: str, size: int, strategy: str, one: Callable[[str], RunConfig], tmp_path: Path
+) -> None:
+    """12 held-out rows of unlike length in steps of 11: the last step has fewer rows than there are ranks."""
+    config = one(task)
+    expected = Record.read(Path(config.output)).final
+    endings = train_on(changed(config, tmp_path / "run", strategy), size)
+    assert [e.code for e in endings] == [0] * size, endings[0].output + endings[-1].output
+    found = Record.read(tmp_path / "run").final
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        rounded = name.endswith(("loss", "perplexity", "margin", "reward"))
+        close = pytest.approx(value, rel=1e-4, abs=1e-6) if rounded else pytest.approx(value, rel=1e-12)
+        assert found[name] == close, name

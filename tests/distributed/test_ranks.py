@@ -43,20 +43,38 @@ def alone(still_place: Place, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return train_alone
 
 
-@pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
-@pytest.mark.parametrize("method", ARGUMENTS)
+WAYS = [(method, strategy, size) for method in ARGUMENTS for strategy in ("ddp", "fsdp") for size in (2, 4)]
+# in `make test` each method on two ranks, each strategy on two and on four; all of them in `make test-long`
+SHORT = {(method, "ddp", 2) for method in ARGUMENTS} | {
+    ("lora", "ddp", 4),
+    ("lora", "fsdp", 2),
+    ("qlora", "fsdp", 2),
+    ("full", "fsdp", 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "size"), [w if w in SHORT else pytest.param(*w, marks=pytest.mark.long) for w in WAYS]
+)
 def test_as_one(method: str, strategy: str, size: int, alone: Callable[..., RunConfig], tmp_path: Path) -> None:
     """A step has 4 rows of unlike length, the last of an epoch fewer than ranks. LoRA's labels are smoothed."""
     one = alone(method, tokens_at_once=16, label_smoothing=0.1 if method == "lora" else 0.0)
     endings = train_on(changed(one, tmp_path / "several", strategy), size)
-    assert [e.code for e in endings] == [0] * size, endings[0].said + endings[-1].said
+    assert [e.code for e in endings] == [0] * size, endings[0].output + endings[-1].output
     assert_same(Path(one.output), tmp_path / "several")
     assert len(Record.read(tmp_path / "several").memory.peak_bytes_by_rank) == size
-    assert endings[0].said.count("data  ") == 1 and all("data  " not in e.said for e in endings[1:])
+    assert endings[0].output.count("data  ") == 1 and all("data  " not in e.output for e in endings[1:])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [
+        ("lora", "ddp"),
+        ("full", "fsdp"),
+        pytest.param("lora", "fsdp", marks=pytest.mark.long),
+        pytest.param("full", "ddp", marks=pytest.mark.long),
+    ],
+)
 def test_saved_on_two_goes_on_with_one_and_with_four(
     method: str, strategy: str, alone: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
@@ -68,14 +86,14 @@ def test_saved_on_two_goes_on_with_one_and_with_four(
         folder = tmp_path / f"then-{size}"
         two = changed(one, folder, strategy)
         endings = [run(two, resume=True)] if size == 1 else train_on(two, size, resume=True)
-        assert [e.code for e in endings] == [0] * size, endings[0].said
+        assert [e.code for e in endings] == [0] * size, endings[0].output
         assert_same(Path(one.output), folder)
 
 
 def test_ranks_drop_out_on_their_own(tmp_path: Path) -> None:
     config = configured(make_place(tmp_path, dropout=0.1), tmp_path / "run", max_steps=4, save_every=2)
     endings = train_on(changed(config, tmp_path / "run"), 2)
-    assert [e.code for e in endings] == [0, 0], endings[0].said
+    assert [e.code for e in endings] == [0, 0], endings[0].output
     kept = checkpoints(tmp_path / "run" / "checkpoints")
     first, second = (state["torch"] for state in read_state(kept[max(kept)])["random"])
     assert not torch.equal(first, second)
@@ -91,7 +109,7 @@ def test_a_rank_that_is_killed(strategy: str, still_place: Place, tmp_path: Path
     assert f"siliang train --resume {tmp_path / 'two'}" in said and "Traceback" not in said
     assert 6 <= max(checkpoints(tmp_path / "two" / "checkpoints")) <= 9
     endings = train_on(two, 2, resume=True)
-    assert [e.code for e in endings] == [0, 0], endings[0].said
+    assert [e.code for e in endings] == [0, 0], endings[0].output
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
@@ -125,8 +143,8 @@ def test_what_is_too_large_for_one_is_sharded(still_place: Place, tmp_path: Path
     planner = Planner(replace(target, memory_bytes=(share + whole) // 2, memory_source="as asked"))
     assert run(alone, planner=planner).code == 2
     endings = [child.end() for child in start(changed(alone, tmp_path / "run", "auto"), 2, planner=planner)]
-    assert [e.code for e in endings] == [0, 0], endings[0].said
-    assert "on each device, weights sharded (fsdp)" in endings[0].said
+    assert [e.code for e in endings] == [0, 0], endings[0].output
+    assert "on each device, weights sharded (fsdp)" in endings[0].output
     record = Record.read(tmp_path / "run")
     assert record.config["distributed"]["strategy"] == "fsdp"
     assert record.memory.predicted_bytes == share
@@ -150,7 +168,7 @@ def test_only_what_is_trained_is_sent(still_place: Place, tmp_path: Path) -> Non
         Training._after_step = counted  # type: ignore[method-assign]
 
     endings = [child.end() for child in start(config, 2, before=counting)]
-    assert [e.code for e in endings] == [0, 0], endings[0].said
+    assert [e.code for e in endings] == [0, 0], endings[0].output
 
 
 def out_of_memory_on_the_second() -> None:
@@ -171,9 +189,9 @@ def test_memory_that_one_rank_lacks_ends_the_run_on_all(strategy: str, still_pla
     """`train.fit` would begin the step again on that rank alone, while the other waits in the middle of it."""
     config = changed(configured(still_place, tmp_path / "run", fit=True, max_steps=4), tmp_path / "run", strategy)
     first, second = (child.end() for child in start(config, 2, before=out_of_memory_on_the_second))
-    assert second.code == 2 and "Step 2 does not fit the memory" in second.said
-    assert "train.batch_size=" in second.said and "train.fit" not in second.said
-    assert first.code == 2 and "has lost another rank" in first.said, first.said
+    assert second.code == 2 and "Step 2 does not fit the memory" in second.output
+    assert "train.batch_size=" in second.output and "train.fit" not in second.output
+    assert first.code == 2 and "has lost another rank" in first.output, first.output
 
 
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
@@ -184,8 +202,8 @@ def test_an_initialization_from_data_on_ranks(init: str, still_place: Place, tmp
     one = configured(still_place, tmp_path / "one", "lora").model_copy(update={"method": method})
     assert run(one).code == 0
     endings = train_on(changed(one, tmp_path / "several", "ddp"), 2)
-    assert [e.code for e in endings] == [0, 0], endings[0].said + endings[-1].said
+    assert [e.code for e in endings] == [0, 0], endings[0].output + endings[-1].output
     assert_same(tmp_path / "one", tmp_path / "several")
-    assert endings[0].said.count(f"init       {init}: ") == 1 and "init  " not in endings[1].said
+    assert endings[0].output.count(f"init       {init}: ") == 1 and "init  " not in endings[1].output
     endings = train_on(changed(one, tmp_path / "sharded", "fsdp"), 2)
-    assert [e.code for e in endings] == [2, 2] and "its start is learned on the whole model" in endings[0].said
+    assert [e.code for e in endings] == [2, 2] and "its start is learned on the whole model" in endings[0].output

@@ -24,6 +24,19 @@ from siliang.types import DataError, TaskType
 from siliang.use.evaluate import engine_of, eval_rows, evaluate, sums_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+# in `make test` LoRA on every task, and each other method on two; all of them in `make test-long`
+SOME_TASKS = {
+    "lora": TASKS,
+    "full": ("seq_cls", "causal_lm"),
+    "prompt_tuning": ("causal_lm", "question_ans"),
+    "p_tuning": ("seq_cls", "seq_2_seq_lm"),
+    "prefix_tuning": ("causal_lm", "token_cls"),
+}
+CASES = [
+    (task, method) if task in SOME_TASKS[method] else pytest.param(task, method, marks=pytest.mark.long)
+    for method in METHODS
+    for task in TASKS
+]
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +119,7 @@ def prepared(task: str, models: dict[str, Path], folder: Path, method: str = "lo
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "method"), CASES)
 def test_no_figure_depends_on_batches(task: str, method: str, models: dict[str, Path], tmp_path: Path) -> None:
     run = prepared(task, models, tmp_path, method)
     expected = plain_loss(run)
@@ -122,8 +134,7 @@ def test_no_figure_depends_on_batches(task: str, method: str, models: dict[str, 
         assert others == first
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "method"), CASES)
 def test_eval_gives_what_training_gave(task: str, method: str, models: dict[str, Path], tmp_path: Path) -> None:
     precisions = ("fp32", "bf16", "pure-bf16") if method in ("lora", "full") else ("fp32", "bf16")
     for precision in precisions:

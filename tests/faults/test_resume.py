@@ -30,17 +30,21 @@ def stop_and_go_on(config: RunConfig, *steps: int) -> dict[str, Any]:
     folder = Path(config.output)
     for i, step in enumerate(steps):
         child = Child(config, resume=i > 0, pace_s=0.01)
-        assert child.wait_for(f"step {step}\n"), child.end().said
+        assert child.wait_for(f"step {step}\n"), child.end().output
         child.signal(signal.SIGTERM)
         ending = child.end()
-        assert ending.code == 130 and "Go on with: siliang train --resume" in ending.said, ending.said
+        assert ending.code == 130 and "Go on with: siliang train --resume" in ending.output, ending.output
         assert Record.read(folder).status == "interrupted"
     ending = run(config, resume=True)
-    assert ending.code == 0, ending.said
+    assert ending.code == 0, ending.output
     return outcome(folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# in `make test` one of each kind; all of them in `make test-long`
+SHORT = ("lora", "prefix_tuning", "full")
+
+
+@pytest.mark.parametrize("method", [m if m in SHORT else pytest.param(m, marks=pytest.mark.long) for m in METHODS])
 def test_every_method(method: str, place: Place, tmp_path: Path) -> None:
     """Step 7 and 14 are evaluated, 12 ends an epoch, 36 is the last, 5 and 26 are between the lines of the log."""
     assert run(place.config(tmp_path / "whole", method)).code == 0
@@ -49,8 +53,9 @@ def test_every_method(method: str, place: Place, tmp_path: Path) -> None:
     assert stop_and_go_on(place.config(tmp_path / "parts", method), 5, 12, 14, 26) == whole
 
 
-@pytest.mark.parametrize("method", ["head", "bitfit", "lora", "full"])
-@pytest.mark.parametrize("group_by_length", [True, False])
+@pytest.mark.parametrize(
+    ("method", "group_by_length"), [("head", True), ("bitfit", False), ("lora", True), ("full", False)]
+)
 def test_a_classifier(
     method: str, group_by_length: bool, model_folders: dict[str, Path], review_file: Path, tmp_path: Path
 ) -> None:
@@ -143,7 +148,7 @@ def test_all_checkpoints_damaged(place: Place, tmp_path: Path) -> None:
     for path in (tmp_path / "whole" / "checkpoints").iterdir():
         (path / "manifest.json").write_text("{}")
     ending = run(place.config(tmp_path / "whole", eval_every=None), resume=True)
-    assert ending.code == 0 and "no intact checkpoint is left" in ending.said
+    assert ending.code == 0 and "no intact checkpoint is left" in ending.output
     assert outcome(tmp_path / "whole") == wanted
 
 
@@ -151,7 +156,7 @@ def test_time_limits(place: Place, tmp_path: Path) -> None:
     """Saved by the clock, and stopped before the limit."""
     config = place.config(tmp_path / "run", save_every=None, save_every_minutes=0.004, max_time="6s", epochs=400)
     ending = run(config)
-    assert ending.code == 130 and "train.max_time is nearly over" in ending.said, ending.said
+    assert ending.code == 130 and "train.max_time is nearly over" in ending.output, ending.output
     assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 2
     assert Record.read(tmp_path / "run").seconds.train < 6
 
@@ -160,7 +165,7 @@ def test_the_best_step_is_kept(place: Place, tmp_path: Path) -> None:
     """At a rate at which it only gets worse, the weights are those of the first evaluation."""
     config = place.config(tmp_path / "run", best="loss", eval_every=4, learning_rate=1.0, keep=1)
     ending = run(config)
-    assert ending.code == 0, ending.said
+    assert ending.code == 0, ending.output
     record = Record.read(tmp_path / "run")
     losses = {s.step: s.eval_loss for s in record.steps if s.eval_loss is not None}
     assert record.best_step is not None and losses[record.best_step] == min(losses.values())
@@ -182,7 +187,7 @@ def test_the_data_has_changed(place: Place, tmp_path: Path) -> None:
     child.end()
     data.write_text(data.read_text().replace("w1", "w2"))
     ending = run(config, resume=True)
-    assert ending.code == 2 and "The data has changed since the run started" in ending.said
+    assert ending.code == 2 and "The data has changed since the run started" in ending.output
 
 
 def test_half_a_folder_is_never_there(tmp_path: Path) -> None:

@@ -190,14 +190,15 @@ CASES = [
     and not (m in ATTENTIONS and n not in WITH_ATTENTIONS)
     and (m, n) not in NOT_IN_PEFT
 ]
-# In `make test` the methods that most use run on every model, the others on some; `make test-long` runs them all.
+# In `make test` every case has its names, forward and gradients on some models, and the methods that most use on all of
+# them. What follows from those runs on a model of each kind; bf16, of each method once. `make test-long` runs them all.
 EVERYWHERE = ("lora", "dora", "lora-bias", "ia3", "ln", *PROMPTS)
-SOME_MODELS = {
-    "gradients": ("llama", "gpt2", "bert", "t5", "plain"),
-    "steps": ("llama", "bert"),
-    "files": ("llama", "t5"),
-    "generation": ("llama",),
-    "bf16": ("llama", "bert"),
+SOME_MODELS = {  # for the methods of EVERYWHERE, for the others, for the variants of a method
+    "gradients": (MODELS, ("llama", "gpt2", "bert", "t5", "plain"), ("llama",)),
+    "steps": (("llama", "gpt2", "bert", "t5"), ("llama",), ("llama",)),
+    "files": (("llama", "gpt2", "bert", "t5"), ("llama",), ("llama",)),
+    "generation": (("llama", "bloom", "gpt2", "t5"), ("llama",), ("llama",)),
+    "bf16": (("llama", "bert", "t5"), ("llama",), ()),
 }
 
 
@@ -205,8 +206,8 @@ def cases(what: str, models: tuple[str, ...] = MODELS) -> list[Any]:
     """The cases of a test, of which some are long."""
 
     def is_short(method: str, name: str) -> bool:
-        some = SOME_MODELS[what][:1] if "-" in method else SOME_MODELS[what]
-        return method in EVERYWHERE or name in some
+        kind = 0 if method in EVERYWHERE else 1 + ("-" in method)
+        return name in SOME_MODELS[what][kind]
 
     found = [(method, name) for method, name in CASES if name in models]
     return [case if is_short(*case) else pytest.param(*case, marks=pytest.mark.long) for case in found]

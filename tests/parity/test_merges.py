@@ -13,6 +13,7 @@ import siliang
 from siliang.types import ConfigError
 from tests.parity.test_every_method import (
     CASES,
+    EVERYWHERE,
     METHODS,
     NOT_IN_PEFT,
     PROMPTS,
@@ -36,7 +37,16 @@ def logits(model: Any, name: str) -> torch.Tensor:
     return loss_and_logits(model, name)[1]
 
 
-@pytest.mark.parametrize(("method", "name"), MERGED)
+# in `make test` the variants of a method on one model
+SOME = [
+    case
+    if case[1] == "llama" or case[0] in EVERYWHERE or "-" not in case[0]
+    else pytest.param(*case, marks=pytest.mark.long)
+    for case in MERGED
+]
+
+
+@pytest.mark.parametrize(("method", "name"), SOME)
 def test_merged_as_in_peft(method: str, name: str) -> None:
     ours, theirs = pair(method, name)
     merged = check_merge(ours, name)
