@@ -68,7 +68,7 @@ fmt: .venv/dev  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/bench  ## siliang beside PEFT and TRL on the same steps, in turn, hours of it; ONLY="W1 W3" for some
+bench: .venv/bench  ## siliang against PEFT and TRL on the same steps, in turn, hours of it; ONLY="W1 W3" for some
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY))
 
 bench-smoke: .venv/bench  ## whether the bench runs and its losses agree, at tiny sizes

@@ -1,4 +1,4 @@
-"""siliang beside PEFT + transformers.Trainer and TRL, on the same model, data and steps, in turn.
+"""siliang against PEFT + transformers.Trainer and TRL, on the same model, data and steps, in turn.
 
 python -m bench [--only W1 W3] [--rounds 3]      W1 to W4, on the CPU
 python -m bench --gpu                            W5, on the CUDA device that is there

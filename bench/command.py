@@ -27,7 +27,7 @@ def train(
     Args:
         settings: Of run.yaml; its output goes into `folder`, which is made.
         within: A command that runs this one.
-        env: Beside this process's own.
+        env: Added to this process's own.
 
     Raises:
         RuntimeError: The run failed.

@@ -1,7 +1,7 @@
-"""What bench.scaling computes, beside a few processes of this machine: bytes sent, seconds of a step.
+"""What bench.scaling computes, compared with a few processes of this machine: bytes sent, seconds of a step.
 
-python -m bench.local_ranks count           bytes that 2 and 4 local processes send, beside the formulae
-python -m bench.local_ranks time            seconds of a step on 1, 2 and 4 local processes, beside the model
+python -m bench.local_ranks count           bytes that 2 and 4 local processes send, and by the formulae
+python -m bench.local_ranks time            seconds of a step on 1, 2 and 4 local processes, and by the model
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def count() -> str:
 
 
 def measure(rounds: int) -> str:
-    """Seconds of a step on 1, 2 and 4 processes of one thread each, in turn, beside the model."""
+    """Seconds of a step on 1, 2 and 4 processes of one thread each, in turn, and by the model."""
     seconds: dict[tuple[str, int], list[float]] = {}
     speed: dict[int, list[float]] = {n: [] for n in SIZES}
     cases = [Case(s) for s in STRATEGIES if not s.halves]
@@ -160,8 +160,8 @@ def trained(
 
 def sent_bytes(place: Path, case: Case, ranks: int, steps: int) -> int:
     """By all ranks together, from first to last."""
-    _, said = trained(place, case, ranks, steps, rows=16, length=32, within=APART)
-    found = re.search(r"lo:(?:\s+\d+){8}\s+(\d+)", said)
+    _, output = trained(place, case, ranks, steps, rows=16, length=32, within=APART)
+    found = re.search(r"lo:(?:\s+\d+){8}\s+(\d+)", output)
     assert found is not None
     return int(found[1])
 

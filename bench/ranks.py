@@ -1,6 +1,6 @@
 """What each of several processes holds and takes, on this machine.
 
-python -m bench.ranks memory      resident memory of each process under ddp and fsdp, beside the plan's
+python -m bench.ranks memory      resident memory of each process under ddp and fsdp, and the plan's
 python -m bench.ranks adapters    a step under fsdp, the adapter replicated or sharded like the base, alternately
 """
 

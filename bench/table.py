@@ -18,7 +18,7 @@ Entries = dict[tuple[Library, str], list[Measurement]]  # by library and setting
 def render(records: list[Measurement]) -> str:
     """The report in Markdown."""
     head = records[0]
-    lines = ["# siliang beside its peers", ""]
+    lines = ["# siliang and its peers", ""]
     device = head.device
     lines += [
         f"- {device.name}, {device.threads} threads, {device.memory_bytes / 2**30:.0f} GiB; "

@@ -64,7 +64,7 @@ def damage_checkpoints(place: Place, folder: Path, *, cases: int, seed: int = 0)
         newest = max((harmed / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
         chance.choice(HARM)(chance.choice(sorted(p for p in newest.iterdir() if p.stat().st_size)), chance)
         ending = run(place.config(harmed), resume=True)
-        _count(counts, f"{newest.name} is damaged" in ending.said, ending.code == 0 and outcome(harmed) == wanted)
+        _count(counts, f"{newest.name} is damaged" in ending.output, ending.code == 0 and outcome(harmed) == wanted)
     return counts
 
 

@@ -57,11 +57,11 @@ def _full(seen: Seen, place: Place, disk: Path, wanted: object) -> None:
         except OSError:
             pass
     ending = child.end()
-    seen.see("disk full", ending.code == 2 and "the disk is full. Make room" in ending.said, ending.said[-300:])
+    seen.see("disk full", ending.code == 2 and "the disk is full. Make room" in ending.output, ending.output[-300:])
     seen.see("disk full: what was saved", not damaged_parts(disk / "run"), damaged_parts(disk / "run"))
     filler.unlink()
     again = run(config, resume=True)
-    seen.see("disk full: going on", again.code == 0 and outcome(disk / "run") == wanted, again.said[-300:])
+    seen.see("disk full: going on", again.code == 0 and outcome(disk / "run") == wanted, again.output[-300:])
 
 
 def _read_only(seen: Seen, place: Place, disk: Path, wanted: object) -> None:
@@ -70,13 +70,13 @@ def _read_only(seen: Seen, place: Place, disk: Path, wanted: object) -> None:
     child.wait_for("step 8\n")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     ending = child.end()
-    seen.see("read-only", ending.code == 2 and "the disk is read-only" in ending.said, ending.said[-300:])
+    seen.see("read-only", ending.code == 2 and "the disk is read-only" in ending.output, ending.output[-300:])
     fresh = run(place.config(disk / "other"))
-    seen.see("read-only from the start", fresh.code == 2 and "cannot be created" in fresh.said, fresh.said[-300:])
+    seen.see("read-only from the start", fresh.code == 2 and "cannot be created" in fresh.output, fresh.output[-300:])
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     seen.see("read-only: what was saved", not damaged_parts(disk / "run"), damaged_parts(disk / "run"))
     again = run(config, resume=True)
-    seen.see("read-only: going on", again.code == 0 and outcome(disk / "run") == wanted, again.said[-300:])
+    seen.see("read-only: going on", again.code == 0 and outcome(disk / "run") == wanted, again.output[-300:])
 
 
 def _removed(seen: Seen, place: Place, folder: Path) -> None:
@@ -86,5 +86,5 @@ def _removed(seen: Seen, place: Place, folder: Path) -> None:
     shutil.rmtree(folder / "removed", ignore_errors=True)
     shutil.rmtree(folder / "removed", ignore_errors=True)  # what was being written at that moment
     ending = child.end()
-    seen.see("removed", ending.code == 2 and "the folder was removed or renamed" in ending.said, ending.said[-300:])
+    seen.see("removed", ending.code == 2 and "the folder was removed or renamed" in ending.output, ending.output[-300:])
     seen.see("removed: nothing is left", not (folder / "removed").exists())

@@ -59,14 +59,14 @@ def try_numbers(place: Place, folder: Path) -> Seen:
     for name, factor in (("nan", nan), ("inf", inf)):
         ending = run(_config(place, folder / name), hook=partial(losses_times, factor, range(8, 9)))
         message = f"Step 8: the loss is {name}, in a batch of {place.data}:"
-        kept = "checkpoint-6 is kept" in ending.said
-        seen.see(name, ending.code == 2 and message in ending.said and kept, ending.said[-400:])
+        kept = "checkpoint-6 is kept" in ending.output
+        seen.see(name, ending.code == 2 and message in ending.output and kept, ending.output[-400:])
         seen.see(f"{name}: what was saved", not damaged_parts(folder / name), damaged_parts(folder / name))
         again = run(_config(place, folder / name), resume=True)
-        seen.see(f"{name}: going on", again.code == 0 and outcome(folder / name) == wanted, again.said[-400:])
+        seen.see(f"{name}: going on", again.code == 0 and outcome(folder / name) == wanted, again.output[-400:])
     ending = run(_config(place, folder / "zero"), hook=partial(losses_times, 0.0, range(5, 99)))
     message = "Step 5: the loss is 0 in 25 steps one after the other, in a batch of"
-    seen.see("exactly 0", ending.code == 2 and message in ending.said, ending.said[-400:])
+    seen.see("exactly 0", ending.code == 2 and message in ending.output, ending.output[-400:])
     _skip(seen, place, folder, partial(losses_times, nan, range(8, 11)))
     _memory(seen, place, folder, wanted)
     return seen
@@ -76,15 +76,15 @@ def _skip(seen: Seen, place: Place, folder: Path, hook: Callable[[], None]) -> N
     ending = run(_config(place, folder / "skip", on_nan="skip 3"), hook=hook)
     record = Record.read(folder / "skip")
     finite = all(s.loss is None or s.loss == s.loss for s in record.steps)
-    seen.see("skip 3", ending.code == 0 and record.passed_over == [8, 9, 10] and finite, ending.said[-400:])
+    seen.see("skip 3", ending.code == 0 and record.passed_over == [8, 9, 10] and finite, ending.output[-400:])
     ending = run(_config(place, folder / "skip-2", on_nan="skip 2"), hook=hook)
-    seen.see("skip 2 of 3", ending.code == 2 and "Step 10: the loss is nan" in ending.said, ending.said[-400:])
+    seen.see("skip 2 of 3", ending.code == 2 and "Step 10: the loss is nan" in ending.output, ending.output[-400:])
 
 
 def _memory(seen: Seen, place: Place, folder: Path, wanted: dict[str, Any]) -> None:
     ending = run(_config(place, folder / "memory"), hook=partial(no_memory_for, 20))
-    said = "does not fit the memory of this cpu" in ending.said and "train.fit=true" in ending.said
-    seen.see("out of memory", ending.code == 2 and said, ending.said[-400:])
+    advised = "does not fit the memory of this cpu" in ending.output and "train.fit=true" in ending.output
+    seen.see("out of memory", ending.code == 2 and advised, ending.output[-400:])
     # dropout of each batch is drawn apart, so that only a run without it is the same when it is split otherwise
     plain = folder / "plain"
     shutil.copytree(place.model, plain)
@@ -98,9 +98,9 @@ def _memory(seen: Seen, place: Place, folder: Path, wanted: dict[str, Any]) -> N
         ("recompute", partial(no_memory_for, 2), "every layer recomputes"),
     ):
         ending = run(_config(place, folder / name, "ia3", fit=True), hook=hook)
-        right = ending.code == 0 and words in ending.said
+        right = ending.code == 0 and words in ending.output
         right = right and _close(outcome(folder / name)["log"], wanted["log"])
-        seen.see(f"out of memory, fit: {name}", right, ending.said[-600:])
+        seen.see(f"out of memory, fit: {name}", right, ending.output[-600:])
 
 
 def _close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:

@@ -131,11 +131,11 @@ class Ending:
 
     Attributes:
         code: Its exit code; negative for the signal that killed it.
-        said: The lines that the run printed, and the error's.
+        output: The lines that the run printed, and those of the error.
     """
 
     code: int
-    said: str
+    output: str
 
 
 class Child:
@@ -159,7 +159,7 @@ class Child:
         self._read, write = os.pipe()
         self._text = b""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: see below
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: see below
             self.pid = os.fork()
         if self.pid:
             os.close(write)

@@ -105,11 +105,11 @@ class Node:
         torchrun += ["--local-addr", self.address, "--monitor-interval", "0.2"]
         torchrun += ["--log-dir", str(logs), "--redirects", "3"]
         arguments = [*torchrun, "-m", "siliang", "train", str(run / "run.yaml")]
-        with (logs / "torchrun.log").open("w") as said:
+        with (logs / "torchrun.log").open("w") as log:
             process = subprocess.Popen(
                 [*self.inside, sys.executable, "-m", "torch.distributed.run", *arguments],
                 env=ENV | {"GLOO_SOCKET_IFNAME": self.end},
-                stdout=said,
+                stdout=log,
                 stderr=subprocess.STDOUT,
             )
         return Job(process, logs)
@@ -135,7 +135,7 @@ class Job:
         for process in (psutil.Process(self.torchrun.pid), *psutil.Process(self.torchrun.pid).children(recursive=True)):
             process.kill()
 
-    def said(self) -> str:
+    def output(self) -> str:
         """The output of the trainings, of every start, without torchrun's."""
         found = sorted([*self.logs.glob("*/attempt_*/*/stdout.log"), *self.logs.glob("*/attempt_*/*/stderr.log")])
         return "".join(path.read_text(errors="replace") for path in found)
@@ -250,7 +250,7 @@ def as_one(case: Try, strategy: str) -> str:
     before = case.nodes[0].sent_bytes()
     run, jobs = case.start(strategy, **SHORT)
     codes = [job.end() for job in jobs]
-    if not case.see(codes == [0, 0], jobs[0].said()[-600:]):
+    if not case.see(codes == [0, 0], jobs[0].output()[-600:]):
         return ""
     sent = case.nodes[0].sent_bytes() - before
     return f"{case.same('one', run)}; {sent / 1e3:,.0f} kB sent by node 0"
@@ -259,17 +259,17 @@ def as_one(case: Try, strategy: str) -> str:
 def killed(case: Try, number: int) -> str:
     """The other node reports it and ends; saved files are intact."""
     run, jobs = case.start(**LONG)
-    case.see(wait_for_checkpoint(run, jobs[0]), f"no checkpoint: {jobs[0].said()[-600:]}")
+    case.see(wait_for_checkpoint(run, jobs[0]), f"no checkpoint: {jobs[0].output()[-600:]}")
     other = jobs[1 - number]
     jobs[number].trainer().kill()
     started = time.monotonic()
-    code, said = other.end(), other.said()
+    code, output = other.end(), other.output()
     took_s = time.monotonic() - started
     jobs[number].end()
-    right = "error[SLE12]" in said and f"Rank {1 - number} of 2 has lost another rank" in said
-    case.see(right and code > 0 and "Traceback" not in said, said[-600:])
+    right = "error[SLE12]" in output and f"Rank {1 - number} of 2 has lost another rank" in output
+    case.see(right and code > 0 and "Traceback" not in output, output[-600:])
     case.see(not damaged_parts(run / "run"), damaged_parts(run / "run"))
-    words = re.search(r"error\[\w+\].*", said)
+    words = re.search(r"error\[\w+\].*", output)
     return f"the other ended after {took_s:.1f} s: {words[0] if words else 'without a word'}"
 
 
@@ -278,10 +278,10 @@ def begins_again(case: Try) -> str:
     run, jobs = case.start(restarts=3, **LONG)
     for number, step in ((1, 0), (0, 150)):
         saved = wait_for_checkpoint(run, jobs[0], step)
-        if case.see(saved, f"no checkpoint beyond step {step}: {jobs[0].said()[-600:]}"):
+        if case.see(saved, f"no checkpoint beyond step {step}: {jobs[0].output()[-600:]}"):
             jobs[number].trainer().kill()
     codes = [job.end() for job in jobs]
-    if not case.see(codes == [0, 0], f"{codes} {jobs[0].said()[-600:]}"):
+    if not case.see(codes == [0, 0], f"{codes} {jobs[0].output()[-600:]}"):
         return ""
     return f"went on by itself, twice; {case.same('long', run)}"
 
@@ -289,12 +289,12 @@ def begins_again(case: Try) -> str:
 def goes_on_alone(case: Try) -> str:
     """A node is lost with its torchrun, and the training continues on the other."""
     run, jobs = case.start(restarts=3, needed="1:2", **LONG)
-    case.see(wait_for_checkpoint(run, jobs[0]), f"no checkpoint: {jobs[0].said()[-600:]}")
+    case.see(wait_for_checkpoint(run, jobs[0]), f"no checkpoint: {jobs[0].output()[-600:]}")
     began = jobs[0].trainer().environ()["WORLD_SIZE"]
     jobs[1].kill_all()
     jobs[1].end()
     code = jobs[0].end()
-    if not case.see(code == 0 and began == "2", f"{code}, began with {began}: {jobs[0].said()[-600:]}"):
+    if not case.see(code == 0 and began == "2", f"{code}, began with {began}: {jobs[0].output()[-600:]}"):
         return ""
     return f"node 0 went on with one process; {case.same('long', run)}"
 

@@ -65,7 +65,7 @@ def stopped(config: RunConfig) -> RunConfig:
     """A training on two ranks that is stopped after its seventh step, by a signal to the second rank alone."""
     children = _signalled(config, signal.SIGTERM, step=7)
     endings = [child.end() for child in children]
-    assert [e.code for e in endings] == [130, 130], endings[0].said
+    assert [e.code for e in endings] == [130, 130], endings[0].output
     assert 7 <= max(checkpoints(Path(config.output) / CHECKPOINTS)) < 20
     return config
 
@@ -74,14 +74,14 @@ def killed(config: RunConfig) -> str:
     """A training on two ranks whose second is killed behind the eighth step: what the first says of it, and ends."""
     first, second = _signalled(config, signal.SIGKILL, step=8)
     gone, left = second.end(), first.end()
-    assert gone.code == -signal.SIGKILL and left.code == 2, left.said
-    assert "error[SLE12]: Rank 0 of 2 has lost another rank" in left.said
-    return left.said
+    assert gone.code == -signal.SIGKILL and left.code == 2, left.output
+    assert "error[SLE12]: Rank 0 of 2 has lost another rank" in left.output
+    return left.output
 
 
 def _signalled(config: RunConfig, number: signal.Signals, *, step: int) -> list[Child]:
     children = start(config, 2, pace_s=0.05)
-    assert children[0].wait_for(f"step {step}\n"), children[0].end().said
+    assert children[0].wait_for(f"step {step}\n"), children[0].end().output
     children[1].signal(number)
     return children
 

@@ -20,6 +20,7 @@ from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
 from siliang.data.jinja import as_chat_template
 from siliang.data.templates import TEMPLATES
+from siliang.language import local
 from siliang.safety import limits
 from siliang.safety.limited.templates import CACHED_TEMPLATES
 from siliang.safety.limits import LimitedProcess, LimitError, RefusedError
@@ -31,6 +32,7 @@ TALK = Conversation((Message("user", "a"), Message("assistant", "b")))
 @pytest.fixture
 def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "PATTERN_SECONDS", 0.5)
 
 
 def pieces(template: str) -> Any:
@@ -70,6 +72,17 @@ def test_templates_that_never_end_or_want_out(template: str, why: str, one_secon
     assert "b" in "".join(
         p.text for p in pieces("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}")
     )
+
+
+def test_a_limit_is_said_in_both_languages() -> None:
+    """Of the process: what a template writes, and what a tokenizer's rules would make."""
+    with pytest.raises(ModelError) as caught:
+        pieces("{% for i in range(999) %}{{ 'a' * 10 ** 5 }}{% endfor %}")
+    assert "it writes more than" in caught.value.text and "输出超过" in local(caught.value.text, "zh")
+    with pytest.raises(RefusedError) as refused:
+        limits.check_tokenizer_rules('{"padding": {"strategy": {"Fixed": 9999999999}}}')
+    assert str(refused.value).startswith("it pads texts to more than")
+    assert "填充到超过" in local(refused.value.args[0], "zh")
 
 
 def test_named_templates_without_one_for_conversations() -> None:
@@ -252,6 +265,7 @@ def test_more_templates_than_the_process_keeps() -> None:
 def test_a_forked_process_has_one_of_its_own() -> None:
     code = """
 import os, sys
+from siliang.language import local
 from siliang.safety import limits
 limits.match(["(a)"], ["a"], whole=True)
 first = limits._PROCESS._process.pid

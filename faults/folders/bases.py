@@ -89,8 +89,8 @@ def _apart(make: Callable[[Path], None], folder: Path) -> set[str]:
         finally:
             os._exit(code)
     os.close(write)
-    with os.fdopen(read) as said:
-        text = said.read()
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
     _, status = os.waitpid(pid, 0)
     if status:
         raise RuntimeError(f"{make} did not work")

@@ -199,7 +199,7 @@ IGNORED = {
     "a preprocessor": _file("preprocessor_config.json", {"auto_map": {"AutoFeatureExtractor": "evil.P"}}),
     "an image processor": _file("image_processor_config.json", {"auto_map": {"AutoImageProcessor": "evil.P"}}),
     "a tokenizer's auto_map": _file("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}),
-    "peft's config beside the model": _file("adapter_config.json", {"auto_mapping": {"parent_library": "evil"}}),
+    "peft's config in the model's folder": _file("adapter_config.json", {"auto_mapping": {"parent_library": "evil"}}),
     "a tokenizer class of its own alone": _file("tokenizer_config.json", {"tokenizer_class": "evil.Tokenizer"}),
     "an adapter's auto_mapping": lambda site: (
         copy(site, "lora"),
@@ -266,7 +266,7 @@ REFUSED: dict[str, Callable[[Site], object]] = {
 
 
 def _resumed(name: str) -> Case:
-    """A checkpoint holds a pickle beside its own files."""
+    """A checkpoint holds a pickle in addition to its own files."""
 
     def build(site: Site) -> Sequence[Step]:
         copy(site, "lora")

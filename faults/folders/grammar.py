@@ -1,7 +1,7 @@
 """Folders that a grammar makes: whole and valid, but for hostile values at chosen places.
 
-A value is changed where it stands in its file's structure, to one of another size, kind, name or number; a file is
-changed where it stands in its folder, to a link, a pipe, another's content. Texts of templates, tokenizers and READMEs
+A value is changed at its place in its file's structure, to one of another size, kind, name or number; a file is
+changed at its place in its folder, to a link, a pipe, another's content. Texts of templates, tokenizers and READMEs
 are made from rules of their own. The same seed makes the same cases.
 """
 
@@ -187,7 +187,7 @@ def like(chance: Chance, old: Any) -> Any:
 
 
 def places(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where values stand in a structure."""
+    """The places of values in a structure."""
     found: list[tuple[Any, ...]] = [path] if path else []
     inner = values.items() if isinstance(values, dict) else enumerate(values[:20]) if isinstance(values, list) else ()
     for key, held in inner:

@@ -312,7 +312,7 @@ def _deep(n: int) -> dict[str, Any]:
     return rule
 
 
-def beside(name: str, values: dict[str, Any]) -> Callable[[Site], object]:
+def base_file(name: str, values: dict[str, Any]) -> Callable[[Site], object]:
     """Other values in a JSON file of the base model."""
 
     def change(site: Site) -> None:
@@ -410,13 +410,13 @@ CASES = [
     ),
     *table(
         KIND,
-        {f"generation: {name}": beside("generation_config.json", v) for name, v in GENERATION.items()},
+        {f"generation: {name}": base_file("generation_config.json", v) for name, v in GENERATION.items()},
         base=lambda site: None,
         expected="either",
     ),
     *table(
         KIND,
-        {f"tokenizer_config: {name}": beside("tokenizer_config.json", v) for name, v in SETTINGS.items()},
+        {f"tokenizer_config: {name}": base_file("tokenizer_config.json", v) for name, v in SETTINGS.items()},
         base=lambda site: None,
         expected="either",
     ),

@@ -247,7 +247,7 @@ def _pipes(site: Site) -> None:
 
 
 HARMLESS = {
-    "20,000 files beside": _huge,
+    "20,000 other files": _huge,
     "40,000 characters deep": _deep,
     "names of other scripts": lambda site: [
         write(site.evil / n, "x") for n in ("名字.txt", "a\u202eb", "CON", "é", "e\u0301")
@@ -428,5 +428,5 @@ CASES = [
         for use in FURTHER
         for case in table(KIND, {f"adapter leads out before `{use}`": _copied_out("adapter")}, steps=[USES[use]])
     ),
-    *table(KIND, {"a pipe beside a run's files": _pipes}, steps=[USES["report"]], expected="either"),
+    *table(KIND, {"a pipe among a run's files": _pipes}, steps=[USES["report"]], expected="either"),
 ]

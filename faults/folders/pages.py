@@ -49,7 +49,7 @@ FIGURES: dict[str, tuple[str, dict[str, Any]]] = {
     "the answers' figures": (f"{LORA}/answers.json", {"metrics": {"accuracy": 1.0}}),
 }
 # What the table, the page or an error has to say of them.
-SAID = re.compile(
+REPORTED = re.compile(
     r"(?i)\b(differs?|disagrees?|does not (agree|fit|match|belong)|do not (agree|fit|match|belong)|not what|"
     r"is another|are other|other than|not the same|twice|cannot be|not finished|is damaged|not a share|above 1|"
     r"without its|from 0 to 1|no such)\b"
@@ -57,7 +57,7 @@ SAID = re.compile(
 
 
 # Of the answers, and of hashes that only one record has, there is nothing else to compare them with.
-UNSAID = (
+UNREPORTED = (
     "one run's weights",
     "one run's data",
     "one run's rows",
@@ -75,13 +75,13 @@ def _figures(name: str, file: str, change: dict[str, Any]) -> Case:
         change_json(site.evil / file, change)
         return [("report", "evil")]
 
-    return Case(KIND, f"figures: {name}", build, "either", look=_shows if name in UNSAID else _says)
+    return Case(KIND, f"figures: {name}", build, "either", look=_shows if name in UNREPORTED else _says)
 
 
 def _says(site: Site, text: str) -> str | None:
     page = site.evil / "report.html"
     words = _Page.of(page).text if page.is_file() else ""
-    return None if SAID.search(text) or SAID.search(words) else "nothing is said of it, in the table or on the page"
+    return None if REPORTED.search(text) or REPORTED.search(words) else "neither the table nor the page reports it"
 
 
 # ---- markup ----

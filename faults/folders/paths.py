@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from faults.folders.limits import beside
+from faults.folders.limits import base_file
 from faults.folders.making import (
     HELLO,
     USES,
@@ -384,7 +384,7 @@ def _opened(name: str, values: dict[str, Any]) -> Case:
 
 
 def _look_unchanged(site: Site, text: str) -> str | None:
-    """The base model's own answer, not that of the adapter beside it."""
+    """The base model's own answer, not that of the adapter in its folder."""
     from faults.commands import run
 
     shutil.rmtree(site.work / "again", ignore_errors=True)
@@ -397,7 +397,10 @@ CASES = [
     *table(KIND, {f"weights: {n}": c for n, c in WEIGHTS.items()}, base=lambda site: None, expected="either"),
     *table(
         KIND,
-        {f"quantization_config {n}": beside("config.json", {"quantization_config": v}) for n, v in QUANTIZED.items()},
+        {
+            f"quantization_config {n}": base_file("config.json", {"quantization_config": v})
+            for n, v in QUANTIZED.items()
+        },
         base=lambda site: None,
         expected="either",
     ),
@@ -413,7 +416,7 @@ CASES = [
     ),
     *table(
         KIND,
-        {"an adapter beside the base model's files": _adapter_beside},
+        {"an adapter among the base model's files": _adapter_beside},
         base=lambda site: None,
         expected="either",
         look=lambda site, text: None if "error" in text else _look_unchanged(site, text),

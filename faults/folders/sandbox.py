@@ -340,7 +340,7 @@ def _is_our_worker(given: tuple[Any, ...]) -> bool:
 # ---- the kernel's own watch ----
 
 IN_OPEN, IN_CREATE, IN_DELETE, IN_MODIFY, IN_MOVED, IN_ATTRIB = 0x20, 0x100, 0x200, 0x2, 0xC0, 0x4
-SAID = {IN_OPEN: "opened", IN_CREATE: "made", IN_DELETE: "removed", IN_MODIFY: "changed", IN_ATTRIB: "changed"}
+EVENTS = {IN_OPEN: "opened", IN_CREATE: "made", IN_DELETE: "removed", IN_MODIFY: "changed", IN_ATTRIB: "changed"}
 
 
 class Watch:
@@ -365,8 +365,8 @@ class Watch:
                     number, mask, _, size = struct.unpack_from("iIII", content, at)
                     name = content[at + 16 : at + 16 + size].rstrip(b"\0").decode(errors="replace")
                     at += 16 + size
-                    said = next((word for bit, word in SAID.items() if mask & bit), "moved")
-                    found.append(f"{said}: {self._folders.get(number, '?')}/{name}")
+                    event = next((word for bit, word in EVENTS.items() if mask & bit), "moved")
+                    found.append(f"{event}: {self._folders.get(number, '?')}/{name}")
         os.close(self._descriptor)
         return list(dict.fromkeys(found))
 
@@ -412,9 +412,9 @@ def try_case(case: Case, site: Site, audit: Audit, report: int, most: Most = MOS
     ending, text, printed, faults = "works", "", "", []
     audit.begin(site)
     for step in steps:
-        ending, said, wrong = _step(step)
-        text += said
-        printed += "" if callable(step) else said  # an error of the library's is printed by nobody yet
+        ending, output, wrong = _step(step)
+        text += output
+        printed += "" if callable(step) else output  # an error of the library's is printed by nobody yet
         faults += wrong
         if ending != "works":
             break
@@ -445,7 +445,7 @@ def _step(step: Step) -> tuple[str, str, list[str]]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                said = step()
+                result = step()
         except SiliangError as error:
             text = f"error[{error.code}]: {error}"
             return "refused", text + "\n", _of_error(text)
@@ -458,7 +458,7 @@ def _step(step: Step) -> tuple[str, str, list[str]]:
             place = next((f for f in reversed(where) if "/siliang/" in f.filename), where[-1])
             line = f"{type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
             return "crashed", "".join(traceback.format_exc()[-3000:]), [f"no error of ours: {line}"]
-        return "works", f"{said}\n" if isinstance(said, str) else "", []
+        return "works", f"{result}\n" if isinstance(result, str) else "", []
     ended = run(*step, stdin=b"w1\n")
     text = ended.out + ended.err
     if ended.code == 2 or (
@@ -493,7 +493,9 @@ def _of_text(case: Case, text: str, printed: str, site: Site, inputs: dict[str, 
     if found := controls(printed):
         faults.append(f"control characters are printed: {', '.join(found)}")
     faults += [
-        f"is not said: {word!r}; what is: {' '.join(text.split())[-300:]}" for word in case.shows if word not in text
+        f"not in the output: {word!r}; it is: {' '.join(text.split())[-300:]}"
+        for word in case.shows
+        if word not in text
     ]
     if case.hides:
         fresh = {n for n, h in contents(site.work).items() if inputs.get(n) != h}
@@ -607,7 +609,7 @@ def _begin(cases: list[tuple[int, Case]], folder: Path, shared: Path, most: Most
     read, write = os.pipe()
     report = folder / f"heard-{cases[0][0]}-{time.monotonic_ns()}"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which the child does not use
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, which the child does not use
         pid = os.fork()
     if pid:
         os.close(write)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from faults.folders.limits import beside, opened
+from faults.folders.limits import base_file, opened
 from faults.folders.making import HELLO, change_json, change_settings, copy, sealed, table, with_base, write
 from faults.folders.sandbox import Case, Expected, Site, Step
 from siliang import PeftModel
@@ -152,7 +152,7 @@ OPENED: dict[str, Callable[[Site], object]] = {
     ),
     "a header of deep lists": lambda site: write(site.evil / FILE, struct.pack("<Q", 200_000) + b"[" * 200_000),
     "a deflated pickle": _deflated,
-    "a pickle with a bomb beside it": _bomb,
+    "a pickle, and a bomb in its folder": _bomb,
     "a pickle of strides of 0": _pickled(_strided),
     "a pickle of a sparse tensor": _pickled(
         lambda t: (
@@ -227,7 +227,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def _model(name: str, values: dict[str, Any]) -> dict[str, Callable[[Site], object]]:
-    return {f"config: {name}": beside("config.json", values)}
+    return {f"config: {name}": base_file("config.json", values)}
 
 
 def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Site], object]:

@@ -63,7 +63,7 @@ def test_a_run_resumes_to_the_same_bits(name: str, place: Place, tmp_path: Path)
     (folder / "adapter").rmdir()
     (folder / CHECKPOINTS / "checkpoint-6").rmdir()
     ended = run(part, resume=True)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert weights(folder) == weights(tmp_path / "whole")
     losses = [
         [line.loss for line in Record.read(f).steps if line.loss is not None] for f in (folder, tmp_path / "whole")

@@ -38,7 +38,9 @@ class AttachedAdapter(Adapter[PeftConfig]):
         The keys are the same whatever else is attached. The tensors are live, but for a prompt that comes out of an
         encoder: that one is computed.
         """
-        found: dict[str, Tensor] = {} if self.prompt is None else {PROMPT_KEY: self.prompt(), **self.prompt.beside()}
+        found: dict[str, Tensor] = (
+            {} if self.prompt is None else {PROMPT_KEY: self.prompt(), **self.prompt.extra_tensors()}
+        )
         found |= {f"base_model.{key}": self.shared[key] for key, spec in self.parts.shared.items() if spec.saved}
         for path, layer in self.layers.items():
             found |= {self._key(path, key): t for key, t in layer.tensors().items()}

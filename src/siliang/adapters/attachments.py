@@ -114,7 +114,7 @@ class Attachments:
 
     @contextmanager
     def replicated_for(self, name: str, config: PeftConfig, others: Sequence[str]) -> Iterator[None]:
-        """As `replicated`. Beside an adapter with replicated layers there is no other.
+        """As `replicated`. An adapter with replicated layers excludes other adapters.
 
         Raises:
             ConfigError: There is one already.

@@ -267,11 +267,11 @@ class Injection(nn.Module):
         others = [n for n in self.adapters if n != name]
         if name in self.active and not rest and others:
             rest = (others[0] if name in self.prompts else min(others),)
-            said = Bilingual(
+            message = Bilingual(
                 f"Adapter {name} was active: {rest[0]} is the active one now.",
                 f"适配器 {name} 原来是激活的：现在激活的是 {rest[0]}。",
             )
-            warnings.warn(said, stacklevel=3)
+            warnings.warn(message, stacklevel=3)
         with self.bare():
             self._delete(name)
             self.active = rest
@@ -346,11 +346,11 @@ class Injection(nn.Module):
             what: What PEFT unmerges for, as the beginning of the warning.
         """
         if self.merged:
-            said = Bilingual(
+            message = Bilingual(
                 f"{what} a model with merged adapters: these are unmerged first.",
                 f"{local(what, 'zh')}：先取消合并。",
             )
-            warnings.warn(said, stacklevel=4)
+            warnings.warn(message, stacklevel=4)
             self.unmerge()
 
     def merge_for_good(self, names: Sequence[str] | None, *, safe: bool = False, progress: bool = False) -> nn.Module:

@@ -324,9 +324,9 @@ def never_invoked(s: CheckInput) -> Iterator[Problem]:
 
     Cause: aLoRA computes from the last occurrence of method.alora_invocation_tokens in a row on. A row that lacks these
     tokens, or has them behind what it learns, is computed by the base model alone and teaches nothing. The tokens of a
-    text depend on what stands beside it: a word at the beginning may have another id than one behind a blank.
+    text depend on its neighbours: a word at the beginning may have another id than one behind a blank.
 
-    Fix: Take the ids as they stand in the rows, of a part of the template that begins every answer, such as its
+    Fix: Take the ids as they are in the rows, of a part of the template that begins every answer, such as its
     assistant tag.
 
     有样本不含 aLoRA 的触发序列

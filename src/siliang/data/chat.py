@@ -265,9 +265,9 @@ class ChatTemplate:
             try:
                 found = render(template, names, [(job.messages, job.tools, job.prompt, marked) for job in part])
             except LimitError as error:  # as it would for each of the other rows, one after the other
-                raise _unusable(str(error)) from None
+                raise _unusable(message_of(error)) from None
             except RefusedError as error:
-                raise _refusal(str(error)) from None
+                raise _refusal(message_of(error)) from None
             for one in found:
                 if isinstance(one, str):
                     raise _refusal(one)
@@ -303,7 +303,7 @@ def _template(encoder: Encoder, tools: Tools = None) -> str:
     try:
         return encoder.tokenizer.get_chat_template(tools=tools)
     except ValueError as error:  # there are several, and none is for this
-        raise _unusable(str(error)) from None
+        raise _unusable(message_of(error)) from None
 
 
 def _unusable(why: str) -> ModelError:

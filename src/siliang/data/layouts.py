@@ -24,7 +24,7 @@ class RowLayout:
         read: A row's values to an example, or to what is wrong with it.
         fixed: Required columns that the user cannot rename.
         optional: Columns that are read if the row has them, by their names in `Columns`.
-        beside: Optional columns that the user cannot rename.
+        fixed_optional: Optional columns that the user cannot rename.
     """
 
     name: LayoutName
@@ -32,7 +32,7 @@ class RowLayout:
     read: Callable[[Values, Columns], Result]
     fixed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
+    fixed_optional: tuple[str, ...] = ()
 
     def example(self, values: Values, columns: Columns) -> Result:
         """A row's values as an example, or what is wrong with the row."""
@@ -45,7 +45,7 @@ class RowLayout:
         """The column's name for each part of the layout; the rows may lack the optional ones."""
         named = {need: getattr(columns, need) for need in (*self.needs, *self.optional)}
         task = {} if columns.task_id is None else {"task_id": columns.task_id}
-        return named | {name: name for name in (*self.fixed, *self.beside)} | task
+        return named | {name: name for name in (*self.fixed, *self.fixed_optional)} | task
 
 
 def _text(values: Values, c: Columns) -> Result:
@@ -155,7 +155,7 @@ def _prepared(values: Values, c: Columns) -> Result:
 def _asked(name: LayoutName, instruction: str, output: str) -> RowLayout:
     more = ("system",) if instruction == "input" else ("input", "system")
     read = read_pair(instruction, output)
-    return RowLayout(name, (instruction, output), read, optional=more, beside=("history", "tools"))
+    return RowLayout(name, (instruction, output), read, optional=more, fixed_optional=("history", "tools"))
 
 
 BESIDE_TURNS = ("system", "tools")
@@ -168,7 +168,7 @@ LAYOUTS: dict[str, RowLayout] = {
             ("chosen", "rejected"),
             read_chosen_rejected,
             optional=("prompt", "instruction", "input", "messages", *BESIDE_TURNS),
-            beside=("conversations", "history"),
+            fixed_optional=("conversations", "history"),
         ),
         RowLayout(
             "messages-rejected",
@@ -177,7 +177,7 @@ LAYOUTS: dict[str, RowLayout] = {
             fixed=("rejected_response",),
             optional=BESIDE_TURNS,
         ),
-        RowLayout("prepared", (), _prepared, fixed=("input_ids",), beside=PREPARED_TOO),
+        RowLayout("prepared", (), _prepared, fixed=("input_ids",), fixed_optional=PREPARED_TOO),
         RowLayout("messages", ("messages",), lambda v, c: read_messages(v, c, c.messages), optional=BESIDE_TURNS),
         RowLayout(
             "sharegpt",

@@ -26,9 +26,9 @@ def with_task(example: Example | str, values: Mapping[str, object], column: str 
     value = values.get(column)
     number = int(value) if isinstance(value, str) and is_whole(value.strip()) else value
     if type(number) is not int or not 0 <= number < MOST_TASKS:
-        said = short_repr(value)
+        text = short_repr(value)
         return Bilingual(
-            f"has {said} in {column!r}, where a task's number belongs (0, 1, ...)",
-            f"的 {column!r} 是 {said}，应为任务编号（0、1……）",
+            f"has {text} in {column!r}, where a task's number belongs (0, 1, ...)",
+            f"的 {column!r} 是 {text}，应为任务编号（0、1……）",
         )
     return replace(example, task=number)

@@ -1,4 +1,4 @@
-"""The processes of one training, as torchrun or accelerate started them, and what they exchange beside gradients."""
+"""The processes of one training, started by torchrun or accelerate, and what they exchange other than gradients."""
 
 from __future__ import annotations
 

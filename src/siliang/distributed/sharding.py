@@ -1,6 +1,6 @@
 """A model whose weights are sharded over the ranks by torch's FSDP2: each layer is gathered where it computes.
 
-What a method trains beside a frozen base is small. It stays whole on every rank, and its gradients are averaged in one
+What a method trains on a frozen base is small. It stays whole on every rank, and its gradients are averaged in one
 message a step: as shards they would take part in the gathering of every layer, twice a step. What is trained as a whole
 (full tuning) is sharded with the rest.
 """

@@ -2,7 +2,7 @@
 
     y_t = W x_t + m_t s B A x_t        m_t = 1 from a row's last invocation on, 0 before it
 
-The invocation is a sequence of tokens, such as the beginning of an answer. What stands before it is computed as by the
+The invocation is a sequence of tokens, such as the beginning of an answer. What comes before it is computed as by the
 base model, so that a server uses one cache of keys and values for the base model and for all such adapters. A row
 without the invocation is computed by the base model alone.
 
@@ -85,7 +85,7 @@ class Invocation:
             Bilingual(
                 f"alora_invocation_tokens: a layer's input is {tuple(shape)} for {where.shape[0]} rows of "
                 f"{where.shape[1]} tokens: leave the layers that do not see every token out of target_modules, and "
-                "use no prompt beside it.",
+                "add no prompt.",
                 f"alora_invocation_tokens：有一层的输入是 {tuple(shape)}，而有 {where.shape[0]} 行、每行 "
                 f"{where.shape[1]} 个 token：请从 target_modules 中去掉看不到所有 token 的层，也不要同时使用提示。",
             )

@@ -85,7 +85,7 @@ class BdLoraLinear(LoraLinear):
         return None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B, one of them with zeros beside its blocks."""
+        """A and B, one of them with zeros outside its blocks."""
         if self._side == "A":
             return torch.block_diag(*self.A.chunk(self._blocks)), self.B
         return self.A, torch.block_diag(*self.B.chunk(self._blocks))

@@ -2,7 +2,7 @@
 
     y = W x + b + c
 
-c is a bias that is trained beside the layer's own one, or without one, of the value projections where no others are
+c is a bias that is added to the layer's own one, or to none; of the value projections where no others are
 named. c = 0 at the start, so y is the base layer's exactly.
 
 Shapes: x (T, I), y (T, O), b (O,), c (1, O).
@@ -69,7 +69,7 @@ class BeftLayer(LayerAdapter):
 
 
 class Beft(LayerMethod[BeftConfig]):
-    """A bias beside each of the chosen linear layers."""
+    """A bias added to each of the chosen linear layers."""
 
     name = "beft"
     config = BeftConfig

@@ -26,7 +26,7 @@ class ComputedParameters(LayerAdapter):
     """An adapter that is a function of its layer's parameters. A method writes `functions`; forward and merge follow.
 
     Where the output can be had without the whole of W', as LoRA's can, a method writes a `forward` of its own, which
-    takes less memory. Beside another adapter W' would be a function of that one's weight too, so it is exclusive.
+    takes less memory. With another adapter W' would be a function of that one's weight too, so it is exclusive.
     """
 
     EXCLUSIVE: ClassVar[bool] = True

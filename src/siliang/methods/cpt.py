@@ -3,7 +3,7 @@
     model(E(c) + m * d ; E(x))        |d_i| <= e_i sqrt(D / 2048)
 
 c is a context of examples, and d the change of its embeddings, which is projected onto its bounds before each forward.
-Labels in the context keep their embeddings (m = 0 there), and are learned beside those of the text: those of the last
+Labels in the context keep their embeddings (m = 0 there), and are learned like those of the text: those of the last
 example by the factor f, of the one before it by f^2, and so on.
 
 The type of each token says what it is: 0 nothing, 1 + 4k a template of the input of example k, 2 + 4k its input, 3 + 4k

@@ -2,7 +2,7 @@
 
     y = W x + B diag(c) A (n * x)        c_r = (lambda / R) / (|A_r| |B_r|),  n the norms of W's columns
 
-Each of the R products B_r A_r^T has norm 1, so that ΔW has a norm of at most lambda beside W's: B = 0 at the start.
+Each of the R products B_r A_r^T has norm 1, so that |ΔW| <= lambda |W|. B = 0 at the start.
 
 Shapes: W (O, I), A (R, I), B (O, R), n (I,), lambda (1,); A_r a row of A, B_r a column of B; I in, O out, R = r.
 """

@@ -3,7 +3,7 @@
     y = m / |W + s B A| * (W + s B A) x + b_W
 
 m is trained and starts as |W|. The norm is taken for each output and held constant in the gradient (section 4.3).
-Beside other adapters, in the order in which they are active:
+With other adapters, in the order in which they are active:
 
     y_k = m_k / |W + s_k B_k A_k| * (y_k-1 + s_k B_k A_k x)        y_0 = W x
 

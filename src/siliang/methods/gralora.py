@@ -34,7 +34,7 @@ class GraloraConfig(BlocksConfig):
 
     Attributes:
         r: Numbers that an input or output has in A and B together, as in LoRA: N times the rank of a block.
-        hybrid_r: Rank of the LoRA beside it; 0 for none.
+        hybrid_r: Rank of the LoRA that is added to the blocks; 0 for none.
         alpha: Numerator of the scaling.
         gralora_dropout: Probability of zeroing an input of the update during training.
         gralora_k: N: blocks in a row and in a column. It divides r, and the inputs and outputs of each layer.
@@ -69,14 +69,14 @@ class GraloraConfig(BlocksConfig):
         if not 0 <= self.hybrid_r <= self.MOST:
             raise ConfigError(
                 Bilingual(
-                    f"hybrid_r = {self.hybrid_r}: must be a rank, or 0 for no LoRA beside the blocks.",
+                    f"hybrid_r = {self.hybrid_r}: must be a rank, or 0 for no LoRA in addition to the blocks.",
                     f"hybrid_r = {self.hybrid_r}：须为秩，或为 0（分块之外不加 LoRA）。",
                 )
             )
 
 
 class GraloraLayer(Additive):
-    """GraLoRA on a linear layer: `gralora_A.<adapter>` and `gralora_B.<adapter>`, and of the LoRA beside them
+    """GraLoRA on a linear layer: `gralora_A.<adapter>` and `gralora_B.<adapter>`, and of the LoRA added to them
     `gralora_A_general.<adapter>.weight` (hybrid_r, I) and `gralora_B_general.<adapter>.weight` (O, hybrid_r).
     """
 
@@ -106,7 +106,7 @@ class GraloraLayer(Additive):
         return A_NPMQ, self.s * self.part("gralora_B").unflatten(1, (self.blocks, -1))
 
     def general(self) -> tuple[Tensor, Tensor]:
-        """A and B of the LoRA beside the blocks."""
+        """A and B of the LoRA added to the blocks."""
         return self.module("gralora_A_general", Weight).weight, self.module("gralora_B_general", Weight).weight
 
     def delta(self) -> Tensor:

@@ -7,7 +7,7 @@ layers, keep them small, and A and B near to orthogonal:
 
     beta sum(E^2) + gamma (||A A^T - 1|| + ||B^T B - 1||)        (Frobenius)
 
-PEFT writes W' over W and leaves the terms to the user's own loop. Here W is kept beside W', and the terms are added.
+PEFT writes W' over W and leaves the terms to the user's own loop. Here both are kept, and the terms are added.
 
 Shapes: W, W' (O, I), A (R, I), E (R,), B (O, R); I in, O out, R rank.
 """

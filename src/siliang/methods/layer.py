@@ -239,7 +239,7 @@ def trained_dtype(reference: Tensor) -> torch.dtype:
 
 
 def new_parameter(layer: Layer, *shape: int, start: Callable[[Tensor], object] = nn.init.zeros_) -> nn.Parameter:
-    """A parameter beside a layer's weight: on its device, in the dtype that is trained there.
+    """A new parameter of an adapter on a layer: on its weight's device, in the dtype that is trained there.
 
     Args:
         start: Fills it.

@@ -5,8 +5,8 @@
 Layers with the same name and shape share the B_e, all of them, and A in groups of `stride_A` that follow each other.
 Each has its own W_r, a router, that says how it mixes the B_e. B_e = 0 at the start.
 
-p is one for all tokens that the layer reads at once, as in PEFT: what a text gives depends on the texts beside it and
-on the padding, and in generation with a cache each new token is weighed without those before it.
+p is one for all tokens that the layer reads at once, as in PEFT: the output for a text depends on the rest of the
+batch and on the padding, and in generation with a cache each new token is weighed without those before it.
 
 Shapes: W (O, I), x (T, I) with any leading dimensions, A (R, I), h (T, R), W_r (E, R), p (E,), B_e (R, O), stored as
 (E R, O); I in, O out, R = r, E = num_B.

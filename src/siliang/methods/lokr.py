@@ -98,7 +98,7 @@ class LoKrLayer(LycorisAdapter):
             D = with_core(self.part("lokr_t2"), self.part("lokr_w2_a"), self.part("lokr_w2_b"))
         else:
             D = self._factor("lokr_w2")
-        # of three dimensions PEFT takes the product as torch has it: outputs stand in another order
+        # of three dimensions PEFT takes the product as torch has it: the outputs have another order
         product = torch.kron(C.contiguous(), D.contiguous() if D.dim() == 3 else D.flatten(1))
         return self.as_weight(self.s * product)
 

@@ -83,7 +83,7 @@ class LoraConfig(BlocksConfig):
             "lora_ga": those of the weight's gradient; the base weight keeps the rest.
         eva_config, corda_config, lora_ga_config: Of these initializations; None for PEFT's defaults.
         alora_invocation_tokens: aLoRA: the ids of a sequence of tokens, from whose last occurrence in a row on the
-            update is added. What stands before it is computed by the base model alone.
+            update is added. What comes before it is computed by the base model alone.
         kasa_config: KaSA: learned singular values between A and B, on a base weight without its r smallest ones.
         use_bdlora: BD-LoRA: A or B of a layer is block-diagonal, for servers that cut layers over devices.
         arrow_config: Arrow: trained LoRA adapters are mixed for each token. create_arrow_model sets it.
@@ -99,7 +99,7 @@ class LoraConfig(BlocksConfig):
             both are changed, and stay tied.
         runtime_config: How the adapter is made on this machine. It is not saved.
         target_parameters: Parameters that are no linear layer's, such as the weights of a mixture's experts, by the
-            endings of their paths: "experts.gate_up_proj". Beside the layers of target_modules, of which [] is none.
+            endings of their paths: "experts.gate_up_proj". Added to the layers of target_modules, of which [] is none.
     """
 
     r: int = 8
@@ -218,7 +218,7 @@ class LoraConfig(BlocksConfig):
     def _check_parameters(self) -> None:
         """
         Raises:
-            ConfigError: target_parameters is beside a setting that does not work on a parameter.
+            ConfigError: target_parameters is combined with a setting that does not work on a parameter.
         """
         settings = ("lora_dropout", "fan_in_fan_out", "lora_bias", *self.VARIANTS)
         wrong = [name for name in settings if getattr(self, name)]
@@ -302,11 +302,11 @@ class LoraConfig(BlocksConfig):
                 setattr(self, name, other.settings.complete(getattr(self, name)))
             elif other.from_data is not None and getattr(self, name) is not None:
                 setattr(self, name, None)
-                said = Bilingual(
+                message = Bilingual(
                     f"{name} is ignored: it is for init_lora_weights = {other.name!r}.",
                     f"{name} 不起作用：它用于 init_lora_weights = {other.name!r}。",
                 )
-                warnings.warn(said, stacklevel=4)
+                warnings.warn(message, stacklevel=4)
 
     def to_dict(self) -> dict[str, object]:
         values = super().to_dict()

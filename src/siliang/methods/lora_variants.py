@@ -1,7 +1,7 @@
 """The variants of LoRA on linear layers: one file each, and this one table of them. DoRA has other layers too: it is
 in dora.py.
 
-A variant is what computes on a layer, and what it does beside that in training. A field of LoraConfig is its switch.
+A variant is what computes on a layer, and what else it does in training. A field of LoraConfig is its switch.
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ class Method(ABC, Generic[C]):
         return config
 
     def initialization_bytes(self, adapter: Adapter[C]) -> int:
-        """Memory that learning the initialization of an adapter took beside the model and a batch, about."""
+        """Memory that learning the initialization of an adapter took in addition to the model and a batch, about."""
         return 0
 
     @abstractmethod
@@ -285,7 +285,7 @@ class Method(ABC, Generic[C]):
         """
 
     def restore(self, adapter: Adapter[C]) -> None:
-        """Puts back what the file leaves out, from the state that was loaded beside it."""
+        """Puts back what the file leaves out, from the state that was loaded with it."""
 
     def to_file(self, config: C, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of an adapter as its file holds them, by their keys: parts that are off may be left out.

@@ -67,7 +67,7 @@ class ShardSharing(Additive):
         super().__init__(layer, name, {"miss_block": new_parameter(layer, config.r, outputs, start=start)})
 
     def delta(self) -> Tensor:
-        """D beside itself, N times, less what is more than I; below itself where outputs share."""
+        """D repeated N times along the inputs and cut to I; along the outputs where they share it."""
         D_MR = self.part("miss_block").T
         times = -(-self.in_features // D_MR.shape[1])
         return D_MR.repeat(self.out_features // D_MR.shape[0], times)[:, : self.in_features]

@@ -151,7 +151,7 @@ class MultitaskPrompt(SoftPrompt):
         for name in (U, W):
             self.register_parameter(name, nn.Parameter(0.02 * torch.randn(config.file_shapes[name])))
 
-    def beside(self) -> dict[str, nn.Parameter]:
+    def extra_tensors(self) -> dict[str, nn.Parameter]:
         return {name: self.get_parameter(name) for name in (U, W)}
 
     def of_rows(self, batch: int) -> Tensor:

@@ -176,8 +176,8 @@ class Prompt(nn.Module, ABC):
         """What of it is trained."""
         return list(self.parameters())
 
-    def beside(self) -> dict[str, nn.Parameter]:
-        """What the file holds beside the table, by its key there."""
+    def extra_tensors(self) -> dict[str, nn.Parameter]:
+        """The other tensors of the file, by their keys there."""
         return {}
 
     @torch.no_grad()

@@ -17,13 +17,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.methods.embedding_hooks import EmbeddingHooks
 from siliang.methods.prompt import Prompt, PromptConfig
 from siliang.methods.prompt_method import PromptMethod
 from siliang.safety.limits import SECONDS, RefusedError, run_in_time
 from siliang.secrets import short_repr
-from siliang.types import ConfigError, PeftType
+from siliang.types import ConfigError, PeftType, first_line
 
 
 class PromptTuningInit(StrEnum):
@@ -103,8 +103,9 @@ class TextPromptConfig(PromptConfig):
             raise ConfigError(
                 Bilingual(
                     f"{self.tokenizer_name_or_path}: its tokenizer makes no tokens of "
-                    f"prompt_tuning_init_text: {error}.",
-                    f"{self.tokenizer_name_or_path}：它的分词器无法处理 prompt_tuning_init_text：{error}。",
+                    f"prompt_tuning_init_text: {first_line(error)}.",
+                    f"{self.tokenizer_name_or_path}：它的分词器无法处理 prompt_tuning_init_text："
+                    f"{local(first_line(error), 'zh')}。",
                 )
             ) from None
         if not ids:

@@ -6,7 +6,7 @@
 
 An output u of the first half of a group is turned together with v, the one at its place in the second half. theta = 0
 and alpha = 1 at the start, so R = 1. The variants differ in what has a theta and an alpha of its own: road_1 each pair,
-road_2 each row of a block (a', c' beside a, c), road_4 each of the four numbers.
+road_2 each row of a block (a', c' besides a, c), road_4 each of the four numbers.
 
 Shapes: x (T, I), y (T, O) as (T, G, 2, S / 2), theta and alpha (G, columns, rows, S / 2), each as one vector;
 S = group_size, G = O / S groups.

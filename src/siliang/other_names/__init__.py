@@ -99,9 +99,9 @@ def as_markdown() -> str:
                 f"{theirs}: " + (", ".join(f"`{a}`" for a in split(ours)) if ours else "leave it out")
                 for theirs, ours in row.values.items()
             )
-            lacking = "; ".join(f"{theirs}: {said.rstrip('.')}" for theirs, said in row.lacks.items())
-            said = ". ".join(part for part in (other, lacking, row.note.rstrip(".")) if part)
-            parts.append(f"| `{row.setting}` | {', '.join(row.names)} | {said} |")
+            lacking = "; ".join(f"{theirs}: {reason.rstrip('.')}" for theirs, reason in row.lacks.items())
+            note = ". ".join(part for part in (other, lacking, row.note.rstrip(".")) if part)
+            parts.append(f"| `{row.setting}` | {', '.join(row.names)} | {note} |")
     parts += ["", "These have no setting here:", "", "| elsewhere | here |", "| --- | --- |"]
     parts += [f"| {', '.join(row.names)} | {row.note} |" for row in TABLE if not row.setting]
     parts += ["", "Names of methods and tasks:", "", "| elsewhere | here |", "| --- | --- |"]

@@ -18,9 +18,9 @@ class Row:
         values: What is written otherwise here: the others' value, and the assignments that say it. A value of None
             means: nothing has to be set. With `values`, others than these are not values of the setting, unless
             `any_value`.
-        any_value: Values that are not in `values` are good as they stand.
+        any_value: Values that are not in `values` are used unchanged.
         note: What else is to be known, a sentence.
-        lacks: Others' values that siliang has nothing for, and what is said of each.
+        lacks: Others' values that siliang has nothing for, and why, of each.
     """
 
     setting: str

@@ -170,9 +170,7 @@ ROWS: tuple[Row, ...] = (
         "distributed.deepspeed",
         "deepspeed deepspeed_config ds_config",
         "zero2.json",
-        note=Bilingual(
-            "It needs distributed.strategy=deepspeed beside it.", "还需要设置 distributed.strategy=deepspeed。"
-        ),
+        note=Bilingual("It also needs distributed.strategy=deepspeed.", "还需要设置 distributed.strategy=deepspeed。"),
     ),
     row(
         "distributed.strategy",

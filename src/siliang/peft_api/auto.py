@@ -53,7 +53,7 @@ class AutoPeftModel:
         import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Loads an adapter and its base model, whose embeddings grow to a tokenizer that lies beside the adapter.
+        """Loads an adapter and its base model, whose embeddings grow to the tokenizer in the adapter's folder.
 
         Args:
             pretrained_model_name_or_path: The adapter's folder, or its name on the hub.
@@ -135,7 +135,7 @@ class AutoPeftModel:
 
 
 def _grow(base: Any, source: str, subfolder: str | None, revision: str | None) -> None:
-    """Grows the embeddings to the tokenizer beside an adapter, as adapters with added tokens need.
+    """Grows the embeddings to the tokenizer in an adapter's folder, as adapters with added tokens need.
 
     Args:
         source: The adapter's folder, or its name on the hub.

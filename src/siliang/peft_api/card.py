@@ -26,7 +26,7 @@ FRAMEWORK = "### Framework versions"
 def write_card(
     folder: Path, config: PeftConfig, facts: Mapping[str, str] | None = None, model: nn.Module | None = None
 ) -> None:
-    """Writes the card of an adapter into its folder; what a card that is there says beside is kept.
+    """Writes the card of an adapter into its folder; other text of a card that exists is kept.
 
     Args:
         config: The adapter's.

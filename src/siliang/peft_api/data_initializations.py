@@ -215,11 +215,11 @@ def initialize_lora_eva_weights(
         )
     found = {name.removeprefix(PREFIX): A for name, A in eva_state_dict.items()}
     if missing := [path for path in adapter.layers if path not in found]:
-        said = Bilingual(
+        message = Bilingual(
             f"EVA has no initialization for {len(missing)} layers, such as {missing[0]}: they have the usual one.",
             f"EVA 没有 {len(missing)} 层的初始值，例如 {missing[0]}：它们使用通常的初始值。",
         )
-        warnings.warn(said, stacklevel=2)
+        warnings.warn(message, stacklevel=2)
     config = keep(adapter.config, adapter.layers, {path: Factors(A) for path, A in found.items()})
     active = adapter_name in model.active_adapters
     model.delete_adapter(adapter_name)

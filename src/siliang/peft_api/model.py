@@ -327,7 +327,7 @@ class PeftModel(DescribesItself):
                 self.create_or_update_model_card(save_directory)
 
     def create_or_update_model_card(self, output_dir: str | Path, facts: Mapping[str, str] | None = None) -> None:
-        """Writes README.md with the base model and the method; what one that is there says beside is kept."""
+        """Writes README.md with the base model and the method; other text of a README.md that exists is kept."""
         write_card(Path(output_dir), self.active_peft_config, facts, self.get_base_model())
 
     def adapter_state(

@@ -61,7 +61,7 @@ class FakeRun:
         loading_bytes: Peak of the model's tensors during loading. Of several ranks, each loads the whole model, one
             after another.
         loads_on_host: The model is loaded into main memory, also for a GPU.
-        learning_bytes: Of what learning the initialization from data takes beside the model, before the first step.
+        learning_bytes: Memory of learning the initialization from data, without the model's, before the first step.
         layers: Number of layers that can recompute.
         packed: Batches have no padding.
         notes: Features that the engine has switched off.
@@ -264,7 +264,7 @@ class FakeRun:
             size = show_bytes(found)
             self.notes.append(
                 Bilingual(
-                    f"learning the initialization from data takes {size} beside the model and a batch, before the "
+                    f"learning the initialization from data takes {size} more than the model and a batch, before the "
                     "first step",
                     f"训练前从数据学习初始值，除模型和一个批次外还需 {size}",
                 )

@@ -99,9 +99,9 @@ class LimitedProcess:
             if kind == "limit":
                 self._end()
         if kind == "limit":
-            raise LimitError(value)
+            raise LimitError(_bilingual(value))
         if kind == "error":
-            raise RefusedError(value)
+            raise RefusedError(_bilingual(value))
         return value
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -166,6 +166,12 @@ class LimitedProcess:
                     pipe.close()
 
 
+def _bilingual(texts: Sequence[str]) -> Bilingual:
+    """A message of the process, which sends the English text and the Chinese one."""
+    en, zh = texts
+    return Bilingual(en, zh)
+
+
 def _hung_up(process: subprocess.Popen[bytes]) -> bool:
     """Whether the process has closed its output: it is ending, and its exit code will follow."""
     if sys.platform == "win32" or process.stdout is None:
@@ -194,7 +200,7 @@ def _send(process: subprocess.Popen[bytes], message: object, until: float) -> No
                 raise TimeoutError from None
 
 
-def _receive(process: subprocess.Popen[bytes], until: float) -> tuple[object, object]:
+def _receive(process: subprocess.Popen[bytes], until: float) -> tuple[str, Any]:
     """An answer of the process, as (kind, value).
 
     Raises:
@@ -272,7 +278,7 @@ def check_tokenizer_rules(text: str) -> None:
     if len(text) > LARGE:
         _PROCESS.close()  # which frees its memory
     if why is not None:
-        raise RefusedError(why)
+        raise RefusedError(_bilingual(why))
     _PROCESS.tokenizers.add(key)
 
 

@@ -44,7 +44,7 @@ def encode(tokenizer: Tokenizer, data: DataConfig, examples: Sequence[Span]) -> 
     if not tokenizer.is_fast:
         raise DataError(
             Bilingual(
-                "cannot be used: this tokenizer does not say where its tokens stand in the text (it is not fast)",
+                "cannot be used: this tokenizer does not give the positions of its tokens in the text (it is not fast)",
                 "无法使用：这个分词器不给出词元在文本中的位置（不是 fast 分词器）",
             )
         )

@@ -1,4 +1,4 @@
-"""Metrics of predictions beside what is right, each task's by its field's usual ones.
+"""Metrics of predictions against references: for each task, those of its field.
 
 Classes: accuracy and macro F1 (scikit-learn). Tags: precision, recall and F1 over whole spans (seqeval). Text from
 text: ROUGE-L (rouge-score), over characters where a language writes no spaces. Answers in a context: exact match and
@@ -31,22 +31,22 @@ def perplexity(loss: float) -> float:
 # ---- classes ----
 
 
-def classification(predicted: Sequence[int], right: Sequence[int]) -> dict[str, float]:
+def classification(predicted: Sequence[int], reference: Sequence[int]) -> dict[str, float]:
     """Accuracy, and F1 averaged over the classes that occur (macro)."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    f1: Any = f1_score(right, predicted, average="macro", zero_division=ZERO)
-    return {"accuracy": float(accuracy_score(right, predicted)), "f1": float(f1)}
+    f1: Any = f1_score(reference, predicted, average="macro", zero_division=ZERO)
+    return {"accuracy": float(accuracy_score(reference, predicted)), "f1": float(f1)}
 
 
 # ---- tags ----
 
 
-def spans_of_tags(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 over spans, and the share of right tags."""
+def spans_of_tags(predicted: Sequence[Sequence[str]], reference: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 over spans, and the share of correct tags."""
     from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-    guess, gold = ([[as_iobes(tag) for tag in row] for row in rows] for rows in (predicted, right))
+    guess, gold = ([[as_iobes(tag) for tag in row] for row in rows] for rows in (predicted, reference))
     found: dict[str, Any] = {
         "f1": f1_score(gold, guess, zero_division=ZERO),
         "precision": precision_score(gold, guess, zero_division=ZERO),
@@ -64,12 +64,12 @@ def as_iobes(tag: str) -> str:
 # ---- text ----
 
 
-def rouge_l(predicted: Sequence[str], right: Sequence[str]) -> float:
+def rouge_l(predicted: Sequence[str], reference: Sequence[str]) -> float:
     """Mean ROUGE-L F1."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Units())
-    scores = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predicted, right, strict=True)]
+    scores = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predicted, reference, strict=True)]
     return float(np.mean(scores)) if scores else 0.0
 
 
@@ -112,8 +112,8 @@ def squad_by_kind(predicted: Sequence[str], answers: Sequence[Sequence[str]]) ->
     found = squad(predicted, answers)
     if all(answers):
         return found
-    for kind, wanted in (("has_answer", True), ("no_answer", False)):
-        chosen = [i for i, gold in enumerate(answers) if bool(gold) == wanted]
+    for kind, answered in (("has_answer", True), ("no_answer", False)):
+        chosen = [i for i, gold in enumerate(answers) if bool(gold) == answered]
         if chosen:
             part = squad([predicted[i] for i in chosen], [answers[i] for i in chosen])
             found |= {f"{kind}_{name}": value for name, value in part.items()}
@@ -121,9 +121,9 @@ def squad_by_kind(predicted: Sequence[str], answers: Sequence[Sequence[str]]) ->
 
 
 def _against(guess: str, gold: Sequence[str]) -> tuple[float, float]:
-    """(exact match, F1) beside the best of the answers."""
-    wanted = [answer for answer in gold if _normal(answer)] or [""]
-    return max(float(_normal(guess) == _normal(a)) for a in wanted), max(_overlap(guess, a) for a in wanted)
+    """(exact match, F1) against the best of the answers."""
+    answers = [answer for answer in gold if _normal(answer)] or [""]
+    return max(float(_normal(guess) == _normal(a)) for a in answers), max(_overlap(guess, a) for a in answers)
 
 
 def _normal(text: str) -> list[str]:

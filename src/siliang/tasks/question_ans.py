@@ -86,7 +86,7 @@ def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
 def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     """The tokens, those of the answer marked."""
     first, last = row["start_positions"], row["end_positions"]
-    if not last:  # both stand on the first token, as for SQuAD 2
+    if not last:  # both are the first token, as for SQuAD 2
         return Shown(row["input_ids"], target=both("no answer in here", "这里没有答案"))
     return Shown(row["input_ids"], learned=frozenset(range(first, last + 1)))
 
@@ -96,7 +96,7 @@ def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
 
 @dataclass(frozen=True)
 class FoundSpan:
-    """The best answer in one window of a context, and what stands against it.
+    """The best answer in one window of a context, and the evidence against it.
 
     Attributes:
         score: Logit of the first token plus that of the last; -inf where the window holds no context.
@@ -206,7 +206,7 @@ def replies(found: Mapping[int, FoundSpan], rows: EvalRows) -> Iterator[tuple[in
 
 
 def _surroundings(example: Span) -> str:
-    """The context as far as it stands around the answer."""
+    """The part of the context around the answer."""
     at = example.starts[0] if example.starts else 0
     start = max(0, at - AROUND)
     end = at + (len(example.answers[0]) if example.answers else 0) + AROUND

@@ -81,9 +81,9 @@ def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     return Shown(row["input_ids"], target=row["labels"])
 
 
-def of_texts(written: Sequence[str], right: Sequence[str]) -> dict[str, float]:
+def of_texts(written: Sequence[str], reference: Sequence[str]) -> dict[str, float]:
     """ROUGE-L."""
-    return {"rouge_l": rouge_l(written, right)}
+    return {"rouge_l": rouge_l(written, reference)}
 
 
 def prompt(

@@ -103,8 +103,8 @@ def read(output: WithLogits, batch: Batch, tokens: TokenSet) -> list[tuple[int, 
 
 def measure(found: Mapping[int, tuple[int, float]], rows: EvalRows) -> dict[str, float]:
     """Accuracy and F1."""
-    right = rows.tokens.column("labels").tolist()
-    return classification([number for number, _ in found.values()], [right[i] for i in found])
+    labels = rows.tokens.column("labels").tolist()
+    return classification([number for number, _ in found.values()], [labels[i] for i in found])
 
 
 def majority(rows: EvalRows) -> float | None:
@@ -115,17 +115,17 @@ def majority(rows: EvalRows) -> float | None:
 
 def replies(found: Mapping[int, tuple[int, float]], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
     """The class of each text."""
-    numbers, right = rows.tokens.column("row").tolist(), rows.tokens.column("labels").tolist()
+    numbers, labels = rows.tokens.column("row").tolist(), rows.tokens.column("labels").tolist()
     for entry, (number, probability) in found.items():
         example = rows.examples[numbers[entry]]
         assert isinstance(example, Labelled)
         asked = example.text if example.pair is None else f"{example.text}\n{example.pair}"
-        gold, given = rows.labels[right[entry]], rows.labels[number]
-        yield numbers[entry], Reply(asked, gold, given, right[entry] == number, round(probability, 4))
+        gold, given = rows.labels[labels[entry]], rows.labels[number]
+        yield numbers[entry], Reply(asked, gold, given, labels[entry] == number, round(probability, 4))
 
 
 def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | None) -> Verdict | None:
-    """One class for all rows, or no more right than by always giving the most frequent one."""
+    """One class for all rows, or no more correct than always giving the most frequent one."""
     if said is None:
         return None
     if (said.classes or 0) > 1 and len(set(said.right)) > 1 and len(set(said.given)) == 1:

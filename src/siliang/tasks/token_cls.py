@@ -163,13 +163,13 @@ def read(output: WithLogits, batch: Batch, tokens: TokenSet) -> list[np.ndarray]
 
 
 def measure(found: Mapping[int, np.ndarray], rows: EvalRows) -> dict[str, float]:
-    """Precision, recall and F1 over spans, and the share of right tags."""
+    """Precision, recall and F1 over spans, and the share of correct tags."""
 
     def named(numbers: np.ndarray) -> list[str]:
         return [str(rows.labels[n]) for n in numbers]
 
-    right = dict(enumerate(rows.tokens.lists("labels")))
-    gold = [named(right[i][right[i] != IGNORED]) for i in found]
+    labels = dict(enumerate(rows.tokens.lists("labels")))
+    gold = [named(labels[i][labels[i] != IGNORED]) for i in found]
     return spans_of_tags([named(numbers) for numbers in found.values()], gold)
 
 
@@ -182,12 +182,12 @@ def replies(found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[i
         read = rows.tokens.table[entry]["words"]  # without those that were cut off, or of which no token is left
         words = [example.tokens[word] for word in read]
         given = in_words(spans_of(words, [rows.labels[n] for n in tags], example.tokens))
-        right = in_words(spans_of(words, [example.tags[word] for word in read], example.tokens))
-        yield numbers[entry], Reply(join_words(example.tokens), right, given, given == right)
+        reference = in_words(spans_of(words, [example.tags[word] for word in read], example.tokens))
+        yield numbers[entry], Reply(join_words(example.tokens), reference, given, given == reference)
 
 
 def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | None) -> Verdict | None:
-    """No span is right."""
+    """No span is correct."""
     return "no spans" if final.get("f1") == 0 else None
 
 
@@ -224,7 +224,7 @@ def _tags(run: Trained, sentences: list[tuple[str, ...]]) -> list[tuple[str, ...
         ]
         for (i, start), (tokens, entry, numbers) in zip(waiting, pieces_read, strict=True):
             places = [start + w for w in tokens.table[entry]["words"]]
-            begin = 0 if start == 0 else len(places) // 8  # the first words of a later piece stand without their left
+            begin = 0 if start == 0 else len(places) // 8  # the first words of a later piece lack their left
             for k, (place, number) in enumerate(zip(places, numbers, strict=True)):
                 if k >= begin or tags[i][place] is None:
                     tags[i][place] = run.labels[number]
@@ -240,7 +240,7 @@ def spans_of(words: Sequence[str], tags: Sequence[str], sentence: str | Sequence
     """The spans that the words' tags make, as seqeval reads them.
 
     Args:
-        sentence: All its words; or the text that was cut into them, from which the spans are taken as they stand.
+        sentence: All its words; or the text that was cut into them, from which the spans are taken unchanged.
     """
     from seqeval.metrics.sequence_labeling import get_entities
 

@@ -95,7 +95,7 @@ class ChatGLMTokenizer(PythonBackend):
                     f"{vocab_file}：{clash[0]!r} 是普通词片，不能同时是特殊词元。",
                 )
             )
-        # what may stand in published and older configs about tokens whose ids are fixed
+        # what published and older configs may hold about tokens whose ids are fixed
         given = kwargs.pop("extra_special_tokens", None) or kwargs.pop("additional_special_tokens", None) or []
         added = kwargs.pop("added_tokens_decoder", {})
         super().__init__(

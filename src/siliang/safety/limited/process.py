@@ -1,10 +1,10 @@
 """The program of the process that runs untrusted input under limits of the operating system. See limits.py.
 
-It imports the standard library, Jinja, `tokenizers` and this folder. So it starts in a tenth of a second, and holds
-nothing of the calling process: no model, no data, no tokens in its environment.
+It imports the standard library, Jinja, `tokenizers`, language.py and this folder. So it starts in a tenth of a second,
+and holds nothing of the calling process: no model, no data, no tokens in its environment.
 
 It reads requests from its standard input and writes an answer to each: the length in 4 bytes, then JSON. An answer is
-["result", value], ["error", message] or ["limit", message].
+["result", value], ["error", texts] or ["limit", texts], where texts are the message in English and in Chinese.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 if __name__ == "__main__":  # the option -I starts Python without a path
     sys.path[:] = [path for path in sys.argv[1:] if Path(path).is_absolute()]
 
-from siliang.safety.limited.refused import LimitError, error_line
+from siliang.language import Bilingual
+from siliang.safety.limited.refused import LimitError, both_texts, error_line
 from siliang.safety.limited.templates import compiled_template, render
 from siliang.safety.limited.tokenizer_rules import check_tokenizer_rules
 
@@ -114,11 +115,15 @@ def main() -> None:
         try:
             answer = ["result", functions[name](*arguments)]
         except LimitError as error:
-            answer = ["limit", str(error)]
+            answer = ["limit", both_texts(error.message)]
         except MemoryError:
-            answer = ["limit", f"it needs more than {EXTRA_BYTES // 2**20} MiB of memory"]
+            most = EXTRA_BYTES // 2**20
+            answer = [
+                "limit",
+                both_texts(Bilingual(f"it needs more than {most} MiB of memory", f"占用内存超过 {most} MiB")),
+            ]
         except BaseException as error:  # an error of tokenizers is not an Exception
-            answer = ["error", error_line(error)]
+            answer = ["error", both_texts(error_line(error))]
         _write(answer)
         if answer[0] == "limit":
             os._exit(0)  # which frees the memory

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from siliang.language import Bilingual
 from siliang.safety.limited.refused import LimitError, error_line
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _generated(compiled: Template, values: Mapping[str, object], marked: bool, m
             blocks.append(block)
             length += len(block)
             if length > most:
-                raise LimitError(f"it writes more than {most:,} characters")
+                raise LimitError(Bilingual(f"it writes more than {most:,} characters", f"输出超过 {most:,} 个字符"))
     return "".join(blocks), spans
 
 
