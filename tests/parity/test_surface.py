@@ -14,11 +14,13 @@ import torch
 from block_diagonal import BlockDiagonal
 from closeness import assert_all_close, assert_close
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from tiny import batch, make
 from torch import nn
 
 import siliang
 from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.peft_api import names
+from siliang.peft_api.optimizers import create_riemannian_optimizer
 from siliang.peft_api.tuners import TUNERS
 from siliang.types import ConfigError
 
@@ -274,3 +276,34 @@ def test_a_model_that_is_none_of_transformers(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, save_embedding_layers=True)
     assert "base_model:" not in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert model.base_model.targeted_module_names == ["lin0"]
+
+
+def test_shared_tensors_on_the_layers() -> None:
+    for name, parts in {"VeraConfig": ["vera_A", "vera_B"], "VBLoRAConfig": ["vblora_vector_bank"]}.items():
+        found = []
+        for library in (siliang, peft):
+            config = getattr(library, name)(target_modules=["lin0"], **BIASED[name])
+            layer = library.get_peft_model(Small(), config).base_model.model.lin0
+            found.append([getattr(layer, part)["default"].shape for part in parts])
+        assert found[0] == found[1]
+
+
+def test_prepare_model_for_gradient_checkpointing() -> None:
+    for library in (siliang, peft):
+        model = library.get_peft_model(make("llama"), library.LoraConfig(target_modules=["q_proj"]))
+        model.prepare_model_for_gradient_checkpointing(model.get_base_model())
+        assert model.get_input_embeddings()(batch("llama")["input_ids"]).requires_grad
+
+
+def test_what_is_no_optimizer() -> None:
+    model = two_loras()
+    with pytest.raises(TypeError, match="must be a class of optimizers"):
+        create_riemannian_optimizer(model, dict, lr=0.1)  # type: ignore[arg-type]
+
+
+def test_lora_ga_on_no_linear_layer() -> None:
+    config = siliang.LoraConfig(
+        init_lora_weights="lora_ga", target_modules=["look"], lora_ga_config=siliang.LoraGAConfig()
+    )
+    with pytest.raises(ConfigError, match="is for linear layers, and target_modules names none"):
+        siliang.preprocess_loraga(Small(), config, lambda: None)

@@ -274,7 +274,7 @@ def save_extended(at: Path, hub: Path, base: str, size: int) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base
-    adapted.save_pretrained(at, save_embedding_layers=True)
+    adapted.save_pretrained(str(at), save_embedding_layers=True)
     tokenizer(size).save_pretrained(at)
 
 

@@ -178,7 +178,9 @@ WORDS: dict[str, bool] = {}  # the tests that saw other words
 
 def _in_other_words(said: object) -> bool:
     """Whether an error or a warning is siliang's own; notes that the test saw it."""
-    ours = isinstance(said, SiliangError) or (isinstance(said, Warning) and isinstance(said.args[0], Bilingual))
+    ours = isinstance(said, SiliangError) or (
+        isinstance(said, BaseException) and bool(said.args) and isinstance(said.args[0], Bilingual)
+    )
     if ours:
         WORDS[os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]] = True
     return ours

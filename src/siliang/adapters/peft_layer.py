@@ -128,7 +128,11 @@ class PeftLayer(nn.Module):
             adapters: Mapping[str, LayerAdapter] = self.__dict__.get("_adapters", {})
             if name == "token_adapter" and any("token_indices" in one.settings for one in adapters.values()):
                 return self  # in PEFT a module of its own, inside the layer, has the rows
-            found = {key: adapter.settings[name] for key, adapter in adapters.items() if name in adapter.settings}
+            found: dict[str, object] = {}
+            for key, adapter in adapters.items():
+                for held in (adapter.settings, adapter.shared):
+                    if name in held:
+                        found[key] = held[name]
             if not found:
                 raise
             return found

@@ -40,6 +40,7 @@ class LayerAdapter(ABC):
         has_scaling: Its method has a scaling.
         method: Its method's name, such as LORA.
         settings: The settings that PEFT shows of a layer with it, such as {"r": 8}.
+        shared: The tensors that it shares with the other layers, by the names that PEFT shows of a layer with it.
     """
 
     # No other adapter can be active on the layer together with it.
@@ -54,6 +55,7 @@ class LayerAdapter(ABC):
     has_scaling: bool = False
     method: str = ""
     settings: Mapping[str, object] = MappingProxyType({})
+    shared: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, layer: Layer, name: str, parts: Mapping[str, nn.Module | Tensor]) -> None:
         self.layer, self.name = layer, name

@@ -69,13 +69,13 @@ class RandLoraLayer(Additive):
             "randlora_gamma": new_parameter(layer, self.bases, self.small, start=lambda values: values.fill_(scale)),
         }
         super().__init__(layer, name, parts)
-        self._shared, self.settings, self.dropout_p = shared, {"r": config.r}, config.randlora_dropout
+        self.shared, self.settings, self.dropout_p = shared, {"r": config.r}, config.randlora_dropout
         self.set_scaling(config.randlora_alpha / config.r)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """B (L, K), A (r, M), the diagonals of L_n, and those of G_n."""
         scales, gamma_NM = self.part("randlora_lambda"), self.part("randlora_gamma")
-        A_R1M, B_LNR = (self._shared[f"randlora_{key}"].to(scales.device) for key in "AB")
+        A_R1M, B_LNR = (self.shared[f"randlora_{key}"].to(scales.device) for key in "AB")
         B_LK = B_LNR[: self.large, : self.bases].flatten(1)
         return B_LK, A_R1M[:, 0, : self.small], scales, gamma_NM
 

@@ -93,7 +93,7 @@ class VBLoRALayer(Factored):
             "vblora_logits_B": new(out_features // L, config.r, N),
         }
         super().__init__(layer, name, parts)
-        self.topk, self.dropout_p, self._shared = config.topk, config.vblora_dropout, shared
+        self.topk, self.dropout_p, self.shared = config.topk, config.vblora_dropout, shared
         self.settings = {"r": config.r, "topk": config.topk}
         self._may_train = not config.save_only_topk_weights
 
@@ -118,7 +118,7 @@ class VBLoRALayer(Factored):
 
     def _mixtures(self, logits: Tensor) -> Tensor:
         """The pieces (..., L) that logits (..., N) choose."""
-        bank_NL = self._shared["vblora_vector_bank"].to(logits.device)
+        bank_NL = self.shared["vblora_vector_bank"].to(logits.device)
         largest, chosen = logits.topk(self.topk, dim=-1)
         return torch.einsum("...k,...kl->...l", largest.softmax(-1), bank_NL[chosen])
 

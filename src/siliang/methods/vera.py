@@ -85,12 +85,12 @@ class VeraLayer(Additive):
         b_O, d_R = new_parameter(layer, self.out_features, start=start_b), new_parameter(layer, config.r, start=start_d)
         super().__init__(layer, name, {"vera_lambda_b": b_O, "vera_lambda_d": d_R})
         self.settings, self.dropout_p = {"r": config.r}, config.vera_dropout
-        self._shared = shared
+        self.shared = shared
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R) of this layer."""
         device = self.part("vera_lambda_d").device
-        A, B = (self._shared[name].to(device) for name in ("vera_A", "vera_B"))
+        A, B = (self.shared[name].to(device) for name in ("vera_A", "vera_B"))
         return A[:, : self.in_features], B[: self.out_features]
 
     def delta(self) -> Tensor:

@@ -46,6 +46,13 @@ class AnswersAsBase(PreTrainedModel):
         """Whether an adapter computes."""
         return bool(self.injection.active) and not self.injection.is_disabled
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Lets reentrant checkpoints of a base model see that a gradient is wanted: of a quantized one,
+        `prepare_model_for_kbit_training` has done it.
+        """
+        if isinstance(model, PreTrainedModel) and not getattr(model, "is_quantized", False):
+            model.enable_input_require_grads()
+
     @property
     def modules_to_save(self) -> set[str] | None:
         """The endings of the modules of which an adapter has a copy; None where there are none."""

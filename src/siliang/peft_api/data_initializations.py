@@ -287,6 +287,13 @@ def preprocess_loraga(
             )
         )
     tuned, adapters = _tuned(model, lora_config)
+    if not tuned.layers:
+        raise ConfigError(
+            Bilingual(
+                "init_lora_weights = 'lora_ga' is for linear layers, and target_modules names none.",
+                "init_lora_weights = 'lora_ga' 用于线性层，而 target_modules 中没有线性层。",
+            )
+        )
     check_weights(lora_config.initialization, tuned)
     gradients = read_cache(cache_file, tuned.layers, tuned.layers)
     if not gradients:

@@ -194,6 +194,13 @@ def create_riemannian_optimizer(
                 "create_riemannian_optimizer 需要 A 和 B 都训练的 LoRA 层。",
             )
         )
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+        raise TypeError(
+            Bilingual(
+                f"optimizer_cls = {optimizer_cls!r}: must be a class of optimizers of torch.",
+                f"optimizer_cls = {optimizer_cls!r}：须为 torch 的优化器类。",
+            )
+        )
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(
