@@ -18,7 +18,7 @@ from siliang.run_folder import open_run
 from siliang.tasks.token_cls import TaggedWords, spans_of
 from siliang.train.run import train
 from siliang.types import ConfigError, DataError
-from siliang.use.predict import predict, read_texts
+from siliang.use.predict import predict, read_rows
 
 ANSWERS = ("good", "bright", "film", "story")
 NEEDLESS = ("datasets", "pandas", "sklearn", "matplotlib", "peft", "ray", "transformers.trainer")
@@ -117,8 +117,8 @@ def test_a_text_file_in_the_home_folder(runs: dict[str, Path], tmp_path: Path, m
     (tmp_path / "a.txt").write_text("the film\n\na \u201cstory\u201d\n", encoding="utf-8")
     (tmp_path / "b.txt").write_text("the caf\u00e9\n", encoding="utf-16")
     run = open_run(runs["seq_cls"])
-    assert read_texts(run, "~/a.txt")[0] == ["the film", "", "a \u201cstory\u201d"]
-    assert read_texts(run, "~/[b].txt")[0] == ["the caf\u00e9"]
+    assert [row.asked for row in read_rows(run, "~/a.txt")] == ["the film", "", "a \u201cstory\u201d"]
+    assert [row.asked for row in read_rows(run, "~/[b].txt")] == ["the caf\u00e9"]
     lines = said("predict", runs["seq_cls"], "~/a.txt").splitlines()
     assert len(lines) == 3 and lines[1] == ""
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +16,7 @@ from siliang.cli.used_run import Base, Force, Run, TaskId, check_folders, show_n
 from siliang.environment import importing
 from siliang.language import Bilingual, both
 from siliang.terminal import one_line
+from siliang.types import ConfigError
 
 if TYPE_CHECKING:
     from siliang.run_folder import OpenedRun
@@ -40,6 +44,26 @@ def predict(
             )
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help=both(
+                "A data file whose rows are predicted and written to --output.",
+                "数据文件：逐行预测，结果写入 --output。",
+            )
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help=both(
+                "For --data: a new .csv, .tsv, .jsonl or .parquet file, with all columns and the predictions. The same "
+                "command goes on where it was stopped.",
+                "配合 --data：新的 .csv、.tsv、.jsonl 或 .parquet 文件，含全部原有的列和预测结果。中断后再次运行"
+                "同一命令即可继续。",
+            )
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help=both("One JSON object per line.", "每行输出一个 JSON 对象。"))
     ] = False,
@@ -53,20 +77,36 @@ def predict(
     its context. An empty line, or a row without text, gives an empty line.
     """
     check_folders(run)
+    if (data is None) != (output is None) or (data is not None and (texts or context is not None)):
+        raise ConfigError(
+            Bilingual(
+                "--data and --output belong together, without other texts: siliang predict RUN --data a.csv --output "
+                "b.csv.",
+                "--data 和 --output 须一起使用，且不能再给出其他文本："
+                "siliang predict RUN --data a.csv --output b.csv。",
+            )
+        )
     with importing():
         from siliang.cli.show import quiet_loading
         from siliang.hardware import find_device
         from siliang.run_folder import open_run
         from siliang.tasks import TASKS
-        from siliang.types import ConfigError, DataError
+        from siliang.types import DataError
         from siliang.use.predict import check_predicts, predict_tasks
         from siliang.use.predict import predict as make
+        from siliang.use.predict_file import check_output, predict_file
 
         quiet_loading()
+    if output is not None:
+        check_output(output)
     opened = open_run(run, base=base, force=force, device=find_device())
     opened.task_id = task_id
     show_notes(opened.trained.notes if opened.trained else ())
     check_predicts(opened)
+    if data is not None and output is not None:
+        rows = predict_file(opened, str(data), output, progress=_show_progress())
+        print(both(f"saved      {output}: {rows:,} rows", f"已保存     {output}：{rows:,} 行"))
+        return
     task = TASKS[opened.config.task]
     given: list[Asked] = list(input_lines()) if not texts else []
     tasks: list[int | None] = [None] * len(given)
@@ -97,20 +137,38 @@ def predict(
         _show(None if blank else next(found), task, as_json=json)
 
 
+def _show_progress() -> Callable[[int], None] | None:
+    """Shows the rows that are done on a terminal; None where there is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    started = time.monotonic()
+    before: list[int] = []  # rows of an earlier run are there at once
+
+    def show(rows: int) -> None:
+        before.append(rows)
+        rate = (rows - before[0]) / max(time.monotonic() - started, 1e-9)
+        print(
+            both(f"predict    {rows:,} rows, {rate:,.0f} a second", f"预测       {rows:,} 行，每秒 {rate:,.0f} 行"),
+            file=sys.stderr,
+        )
+
+    return show
+
+
 def _given(run: OpenedRun, arguments: list[str]) -> tuple[list[Asked], list[int | None]]:
     """The texts of the arguments, and of the data files among them, each with its task where a file has a column of
     tasks. An argument that looks like a data file must exist."""
     from siliang.data.text_files import FILE_KINDS, kind_of
     from siliang.types import DataError
-    from siliang.use.predict import read_texts
+    from siliang.use.predict import read_rows
 
     found: list[Asked] = []
     tasks: list[int | None] = []
     for argument in arguments:
         is_file_name = kind_of(Path(argument)) in FILE_KINDS and len(argument.splitlines()) == 1
         if is_file_name and os.path.isfile(os.path.expanduser(argument)):  # noqa: PTH113, PTH111 (not always a path)
-            texts, of_texts = read_texts(run, argument)
-            found, tasks = [*found, *texts], [*tasks, *of_texts]
+            rows = list(read_rows(run, argument))
+            found, tasks = [*found, *(row.asked for row in rows)], [*tasks, *(row.task for row in rows)]
         elif is_file_name and len(argument.split()) == 1:
             raise DataError(Bilingual(f"There is no data file {argument}.", f"找不到数据文件 {argument}。"))
         else:

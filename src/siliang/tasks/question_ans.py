@@ -294,5 +294,5 @@ QUESTION_ANS = Task(
     verdict=verdict,
     asks=("question", "context"),
     predict=predict,
-    blank={"question": "", "answer": None, "probability": None},
+    blank={"question": "", "context": "", "answer": None, "start": None, "end": None, "probability": None},
 )

@@ -303,5 +303,5 @@ TOKEN_CLS = Task(
     verdict=verdict,
     asks=("tokens",),
     predict=predict,
-    blank={"text": "", "label": None, "probability": None},
+    blank={"text": "", "words": [], "tags": [], "spans": []},
 )

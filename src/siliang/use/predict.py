@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,25 @@ def _read(
             yield some, tokens, sums_of(run, engine, tokens, task.read, batch_size).found
 
 
-def read_texts(run: OpenedRun, source: str) -> tuple[list[Asked], list[int | None]]:
-    """The texts of a file of data, or the pairs or words, from the columns that the run was trained on; "" where a row
-    has none. And the task of each, from the column of the run's data.columns.task_id; None where the run's `task_id` is
-    given, the method has no tasks, or the file has no columns.
+@dataclass(frozen=True)
+class AskedRow:
+    """A row of a file of data that is to be predicted.
+
+    Attributes:
+        values: Its cells, by column.
+        asked: What the run's task is given; "" where the row has no text.
+        task: The task that it is of, from the column of the run's data.columns.task_id; None where the run's `task_id`
+            is given, the method has no tasks, or the file has no columns.
+    """
+
+    values: dict[str, object]
+    asked: Asked
+    task: int | None = None
+
+
+def read_rows(run: OpenedRun, source: str) -> Iterator[AskedRow]:
+    """The rows of a file of data, one by one, with the texts, pairs or words of the columns that the run was trained
+    on.
 
     Raises:
         DataError: It cannot be read, or lacks the columns.
@@ -106,8 +121,6 @@ def read_texts(run: OpenedRun, source: str) -> tuple[list[Asked], list[int | Non
     of_task = data.columns.task_id if run.tasks is not None and run.task_id is None else None
     if kind_of(Path(source)) == ".txt":
         names, of_task = ["text"], None
-    texts: list[Asked] = []
-    tasks: list[int | None] = []
     opened = open_source(source, reading)
     for row in opened.rows(next(iter(opened.parts)), reading):
         needs = names if of_task is None else [*names, of_task]
@@ -125,10 +138,9 @@ def read_texts(run: OpenedRun, source: str) -> tuple[list[Asked], list[int | Non
         of = with_task(Text(""), row.values, of_task)
         if isinstance(of, str):
             raise DataError(Bilingual(f"{row.where} {of}.", f"{row.where} {local(of, 'zh')}。"))
-        tasks.append(of.task)
         values = [row.values[name] for name in names]
         if "tokens" in asks and isinstance(values[0], list):
-            texts.append(tuple(map(str, values[0])))
+            yield AskedRow(row.values, tuple(map(str, values[0])), of.task)
             continue
         try:
             cells = [as_text(value, name) for value, name in zip(values, names, strict=True)]
@@ -136,5 +148,5 @@ def read_texts(run: OpenedRun, source: str) -> tuple[list[Asked], list[int | Non
             raise DataError(
                 Bilingual(f"{row.where} {problem}.", f"{row.where} {local(message_of(problem), 'zh')}。")
             ) from None
-        texts.append((cells[0], cells[1]) if len(cells) > 1 and any(map(str.strip, cells)) else cells[0])
-    return texts, tasks
+        asked = (cells[0], cells[1]) if len(cells) > 1 and any(map(str.strip, cells)) else cells[0]
+        yield AskedRow(row.values, asked, of.task)

@@ -1,0 +1,196 @@
+"""Predictions for the rows of a file, of any size, written into another file.
+
+The rows are read, predicted and appended one part at a time to OUTPUT.partial, a line of JSON each. When all are there,
+they are written as OUTPUT in its own format, under a temporary name first. A run that was stopped goes on behind the
+last whole line of OUTPUT.partial, whose first line says of which run and of which data it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from siliang.data.hashes import source_sha256
+from siliang.disk_errors import translate_disk_errors
+from siliang.files import append, replacing, sha256
+from siliang.language import Bilingual
+from siliang.records import RECORD_NAME
+from siliang.run_folder import OpenedRun
+from siliang.tasks import TASKS, Task
+from siliang.types import ConfigError, InterruptedRunError, OutputError
+from siliang.use.predict import AskedRow, check_predicts, predict, predict_tasks, read_rows
+
+ROWS = 2048  # that are read, predicted and written at once
+KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
+PREFIX = "predicted_"  # of the new columns: the file may have a column `label` of its own
+
+
+def predict_file(run: OpenedRun, source: str, output: Path, *, progress: Callable[[int], None] | None = None) -> int:
+    """Writes the rows of `source` with the run's predictions, in their order and with all their columns.
+
+    Args:
+        output: A new .csv, .tsv, .jsonl or .parquet file.
+        progress: Called with the number of rows that are done.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ConfigError: `output` is of another kind, or the run writes text.
+        OutputError: `output` is there already, or its .partial is of another run or other data.
+        DataError: A row cannot be read.
+        InterruptedRunError: Ctrl-C; the same call goes on.
+    """
+    check_predicts(run)
+    check_output(output)
+    partial = output.with_name(f"{output.name}.partial")
+    task = TASKS[run.config.task]
+    with translate_disk_errors(output.parent):
+        done = _begin(partial, _identity(run, source), output)
+        rows = read_rows(run, source)
+        next(islice(rows, done, done), None)  # those that are written already
+        try:
+            with append(partial) as file:
+                while part := list(islice(rows, ROWS)):
+                    lines = [_line(row, answer) for row, answer in zip(part, _answers(run, task, part), strict=True)]
+                    file.write("".join(lines).encode())
+                    file.flush()
+                    done += len(part)
+                    if progress is not None:
+                        progress(done)
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                Bilingual(
+                    f"Stopped after {done:,} rows, which are in {partial}. The same command goes on with the next.",
+                    f"已停止，前 {done:,} 行已写入 {partial}。再次运行同一命令即可继续。",
+                )
+            ) from None
+        with replacing(output) as temporary:
+            WRITERS[output.suffix](partial, temporary)
+        partial.unlink()
+    return done
+
+
+def check_output(output: Path) -> None:
+    """
+    Raises:
+        ConfigError: Files of this kind are not written.
+        OutputError: The file exists, or its folder does not.
+    """
+    if output.suffix not in KINDS:
+        raise ConfigError(
+            Bilingual(
+                f"--output {output}: must end with one of {', '.join(KINDS)}.",
+                f"--output {output}：扩展名应为 {'、'.join(KINDS)} 之一。",
+            )
+        )
+    if output.exists():
+        raise OutputError(
+            Bilingual(
+                f"{output} exists already: remove it, or choose another name.", f"{output} 已存在：请删除或换个名称。"
+            )
+        )
+    if not output.parent.is_dir():
+        raise OutputError(Bilingual(f"There is no folder {output.parent}.", f"找不到文件夹 {output.parent}。"))
+
+
+def _identity(run: OpenedRun, source: str) -> dict[str, str]:
+    """What the lines of a partial file depend on."""
+    record = run.folder / RECORD_NAME
+    return {"run": sha256(record) if record.is_file() else str(run.folder), "data": source_sha256(source)}
+
+
+def _begin(partial: Path, identity: dict[str, str], output: Path) -> int:
+    """The number of rows that a stopped run has left, after which a new one begins; a half line at the end goes."""
+    if not partial.exists():
+        with append(partial) as file:
+            file.write(f"{json.dumps(identity)}\n".encode())
+        return 0
+    with partial.open("rb+") as file:
+        lines = end = 0
+        first = file.readline()
+        for line in [first] if first.endswith(b"\n") else []:
+            end += len(line)
+        while (line := file.readline()).endswith(b"\n"):
+            lines, end = lines + 1, end + len(line)
+        if first.rstrip(b"\n") != json.dumps(identity).encode():
+            raise OutputError(
+                Bilingual(
+                    f"{partial} is of another run or of other data: remove it, or choose another name than {output}.",
+                    f"{partial} 属于另一次运行或别的数据：请删除它，或换一个不同于 {output} 的名称。",
+                )
+            )
+        file.truncate(end)
+    return lines
+
+
+def _answers(run: OpenedRun, task: Task, rows: list[AskedRow]) -> Iterator[dict[str, object]]:
+    """The new columns of each row; those of `task.blank` where a row has no text."""
+    blank = {name: value for name, value in task.blank.items() if value != ""}  # the others repeat the row's texts
+    asked = [row for row in rows if not isinstance(row.asked, str) or row.asked.strip()]
+    texts, tasks = [row.asked for row in asked], [row.task for row in asked]
+    found = predict_tasks(run, texts, tasks) if any(t is not None for t in tasks) else predict(run, texts)
+    by_row = {id(row): prediction.values() for row, prediction in zip(asked, found, strict=True)}
+    for row in rows:
+        values = by_row.get(id(row), blank)
+        yield {f"{PREFIX}{name}": values[name] for name in blank}
+
+
+def _line(row: AskedRow, answer: dict[str, object]) -> str:
+    return f"{json.dumps({**row.values, **answer}, ensure_ascii=False, default=str)}\n"
+
+
+# ---- formats ----
+
+
+def _lines(partial: Path) -> Iterator[dict[str, Any]]:
+    with partial.open(encoding="utf-8") as file:
+        next(file)
+        yield from map(json.loads, file)
+
+
+def _write_jsonl(partial: Path, output: Path) -> None:
+    with partial.open("rb") as file, output.open("wb") as new:
+        file.readline()
+        while block := file.read(1 << 20):
+            new.write(block)
+
+
+def _write_table(partial: Path, output: Path, delimiter: str) -> None:
+    """Columns in the order in which they first occur; lists and mappings as JSON."""
+    names = dict.fromkeys(name for row in _lines(partial) for name in row)
+    with output.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(names), delimiter=delimiter, lineterminator="\n")
+        writer.writeheader()
+        for row in _lines(partial):
+            cells = {n: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for n, v in row.items()}
+            writer.writerow(cells)
+
+
+def _write_parquet(partial: Path, output: Path) -> None:
+    """Columns get the type that holds the values of all rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def parts() -> Iterator[Any]:
+        rows = _lines(partial)
+        while part := list(islice(rows, ROWS)):
+            yield pa.Table.from_pylist(part)
+
+    schema = pa.unify_schemas([part.schema for part in parts()] or [pa.schema([])], promote_options="permissive")
+    with pq.ParquetWriter(output, schema) as writer:
+        rows = _lines(partial)
+        while part := list(islice(rows, ROWS)):
+            writer.write_table(pa.Table.from_pylist(part, schema=schema))
+
+
+WRITERS: dict[str, Callable[[Path, Path], None]] = {
+    ".csv": lambda partial, output: _write_table(partial, output, ","),
+    ".tsv": lambda partial, output: _write_table(partial, output, "\t"),
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}
