@@ -37,8 +37,10 @@ from siliang.engine.attach import attach
 from siliang.engine.step import Engine
 from siliang.hardware import Choice, find_device
 from siliang.methods import METHODS, find_method
+from siliang.methods.lora_config import OUT_OF_THE_WEIGHT, LoraConfig
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.load import load_model
+from siliang.peft_api.lora_starts import preprocess_corda, preprocess_loraga
 from siliang.peft_api.model import PeftModel
 from siliang.plan import FakeRun
 from siliang.plan.device import Device
@@ -46,7 +48,7 @@ from siliang.plan.fake_run import collator_of
 from siliang.plan.rows import synthetic_row
 from siliang.run_folder import weight_dtype
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
-from siliang.types import SiliangError
+from siliang.types import SiliangError, TaskType
 
 MODELS: dict[str, tuple[Task, Callable[[], Any]]] = {
     "llama": (
@@ -95,9 +97,67 @@ MODELS: dict[str, tuple[Task, Callable[[], Any]]] = {
         ),
     ),
 }
+# those of the table; the others have layers of their own kinds
+OF_THE_TABLE = tuple(MODELS)
+MODELS |= {
+    "mixtral": (
+        CAUSAL_LM,
+        lambda: AutoConfig.for_model(
+            "mixtral",
+            hidden_size=256,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=2048,
+        ),
+    ),
+    "qwen3_moe": (
+        CAUSAL_LM,
+        lambda: AutoConfig.for_model(
+            "qwen3_moe",
+            hidden_size=256,
+            intermediate_size=384,
+            moe_intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            vocab_size=2048,
+        ),
+    ),
+    "convbert": (
+        SEQ_CLS,
+        lambda: AutoConfig.for_model(
+            "convbert",
+            hidden_size=256,
+            embedding_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            vocab_size=2048,
+        ),
+    ),
+}
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+# of a method, by a name
+SETTINGS: dict[str, dict[str, Any]] = {
+    "": {},
+    "experts": EXPERTS,
+    "pointwise": {"target_modules": ["pointwise"]},
+    "pointwise-dora": {"target_modules": ["pointwise"], "use_dora": True},
+    **{
+        start: {"init_lora_weights": start}
+        for start in ("pissa", "olora", "loftq", "orthogonal", "mica", "eva", "corda", "lora_ga")
+    },
+}
 LENGTHS = (192, 192, 160, 128, 128, 96, 64, 64)
 PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
-FORMATS = ("fp32", "bf16", "nf4")
+FORMATS = ("fp32", "bf16", "nf4")  # and int8, which the table has not
 
 
 @dataclass(frozen=True)
@@ -110,9 +170,10 @@ class Case:
     packing: bool
     kind: str
     ranks: int = 1
+    settings: str = ""
 
     def __str__(self) -> str:
-        return f"{self.model:<8} {self.method:<14} {self.layout} {self.layers:<10} {self.kind}"
+        return f"{self.model:<8} {self.method:<14} {self.layout} {self.layers:<10} {self.kind} {self.settings}".rstrip()
 
     @property
     def layout(self) -> str:
@@ -129,7 +190,9 @@ class Case:
 
     @property
     def quantization(self) -> QuantizationConfig | None:
-        return QuantizationConfig(compute_dtype="fp32") if self.kind == "nf4" else None
+        if self.kind not in ("nf4", "int8"):
+            return None
+        return QuantizationConfig(bits=4 if self.kind == "nf4" else 8, compute_dtype="fp32")
 
     def config(self) -> RunConfig:
         """The run that is measured."""
@@ -137,7 +200,9 @@ class Case:
             {
                 "model": self.model,
                 "task": MODELS[self.model][0].title,
-                "method": {"name": self.method} | ({"num_virtual_tokens": 20} if self.method in PROMPTS else {}),
+                "method": {"name": self.method}
+                | ({"num_virtual_tokens": 20} if self.method in PROMPTS else {})
+                | SETTINGS[self.settings],
                 "data": {"train": "-"},
                 "train": {"packing": self.packing, "batch_size": len(LENGTHS), "memory_budget": None},
                 "distributed": {"strategy": "fsdp"},
@@ -152,7 +217,8 @@ class Case:
 
 def cases(ranks: int = 1) -> Iterator[Case]:
     """All combinations."""
-    for model, method, checkpointing, packing, kind in product(MODELS, METHODS, (False, True), (True, False), FORMATS):
+    layouts = product((False, True), (True, False))
+    for model, method, (checkpointing, packing), kind in product(OF_THE_TABLE, METHODS, layouts, FORMATS):
         if kind == "nf4" and method == "full":
             continue
         yield Case(model, method, checkpointing, packing, kind, ranks)
@@ -210,9 +276,10 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
         shardable=True,
         device=find_device(),
     )
+    _learn_start(model, case)
     model, _, _ = attach(model, method, config, case.precision)
     if mesh is not None:
-        shard(model, mesh, find_device(), trained_too=not isinstance(model, PeftModel))
+        shard(model, mesh, find_device())
     engine = Engine(model, task, packing=case.packing, checkpointing=case.checkpointing)
     reshard(model)
     gc.collect()
@@ -241,6 +308,26 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
         step()
     engine.close()
     return held_bytes + found.peak_bytes
+
+
+def _learn_start(model: Any, case: Case) -> None:
+    """Learns a start that changes the base weights, of random tokens."""
+    start = SETTINGS[case.settings].get("init_lora_weights")
+    if start not in OUT_OF_THE_WEIGHT:
+        return
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, **SETTINGS[case.settings])
+    ids = torch.randint(model.config.vocab_size, (4, max(LENGTHS)), generator=torch.Generator().manual_seed(0))
+
+    def run() -> None:
+        loss = model(input_ids=ids, labels=ids).loss
+        if torch.is_grad_enabled():  # CorDA reads inputs alone
+            loss.backward()
+
+    if start == "corda":
+        preprocess_corda(model, config, run)
+    else:
+        preprocess_loraga(model, config, run)
+    model.zero_grad()
 
 
 class Allocations:
@@ -279,7 +366,10 @@ def _some(x: torch.Tensor | None) -> list[torch.Tensor]:
 def _held(model: torch.nn.Module) -> list[torch.Tensor]:
     from siliang.models.quantized import held_tensors
 
-    unique = {(t.to_local() if isinstance(t, DTensor) else t).data_ptr(): t for t in held_tensors(model)}
+    # a start that changes the base weight keeps that as well
+    parked = model.injection.attachments.parked_parameters() if isinstance(model, PeftModel) else ()
+    every = (*held_tensors(model), *parked)
+    unique = {(t.to_local() if isinstance(t, DTensor) else t).data_ptr(): t for t in every}
     return list(unique.values())
 
 

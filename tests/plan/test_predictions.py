@@ -23,10 +23,19 @@ SAMPLE = [
     Case("t5", "ln_tuning", True, False, "fp32"),
     Case("chatglm", "p_tuning", False, True, "nf4"),
     Case("chatglm", "prompt_tuning", True, False, "fp32"),
+    Case("mixtral", "lora", False, True, "fp32", settings="experts"),
+    Case("convbert", "lora", False, False, "fp32", settings="pointwise"),
+    Case("llama", "lora", False, True, "fp32", settings="corda"),
     Case("bert", "full", False, True, "fp32", ranks=2),
 ]
 # and in `make test-long`
 MORE = [
+    Case("qwen3_moe", "lora", True, True, "bf16", settings="experts"),
+    Case("convbert", "lora", True, False, "bf16", settings="pointwise-dora"),
+    Case("llama", "lora", False, True, "fp32", settings="pissa"),
+    Case("llama", "lora", False, True, "bf16", settings="mica"),
+    Case("llama", "lora", False, True, "fp32", settings="lora_ga"),
+    Case("llama", "lora", False, True, "int8"),
     Case("llama", "lora", False, True, "fp32"),
     Case("bloom", "prefix_tuning", True, True, "nf4"),
     Case("llama", "lora", True, True, "fp32", ranks=2),
