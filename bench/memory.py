@@ -37,10 +37,10 @@ from siliang.engine.attach import attach
 from siliang.engine.step import Engine
 from siliang.hardware import Choice, find_device
 from siliang.methods import METHODS, find_method
-from siliang.methods.lora_config import OUT_OF_THE_WEIGHT, LoraConfig
+from siliang.methods.lora_config import LoraConfig
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.load import load_model
-from siliang.peft_api.lora_starts import preprocess_corda, preprocess_loraga
+from siliang.peft_api.data_initializations import preprocess_corda, preprocess_loraga
 from siliang.peft_api.model import PeftModel
 from siliang.plan import FakeRun
 from siliang.plan.device import Device
@@ -313,7 +313,7 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
 def _learn_start(model: Any, case: Case) -> None:
     """Learns a start that changes the base weights, of random tokens."""
     start = SETTINGS[case.settings].get("init_lora_weights")
-    if start not in OUT_OF_THE_WEIGHT:
+    if start not in ("corda", "lora_ga"):
         return
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, **SETTINGS[case.settings])
     ids = torch.randint(model.config.vocab_size, (4, max(LENGTHS)), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,6 @@ import siliang
 from faults.runs import Place, run
 from siliang.config import MethodConfig, RunConfig
 from siliang.methods import METHODS
-from siliang.methods.lora_config import BY_DATA
 from tests.test_methods_everywhere import SMALL
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
@@ -85,7 +84,7 @@ def why_not_sharded(config: RunConfig) -> str | None:
     method = METHODS[config.method.name]
     assert method.config is not None
     settings = method.config(**config.method.arguments)
-    if getattr(settings, "init_lora_weights", None) in BY_DATA:
+    if getattr(settings, "init_lora_weights", None) in ("eva", "corda", "lora_ga"):
         return "its start is learned on the whole model"
     return "adds a term to the loss" if method.adds_to_the_loss(settings) else None
 
