@@ -85,7 +85,7 @@ def why_not_sharded(config: RunConfig) -> str | None:
     assert method.config is not None
     settings = method.config(**config.method.arguments)
     if getattr(settings, "init_lora_weights", None) in ("eva", "corda", "lora_ga"):
-        return "its start is learned on the whole model"
+        return "is learned on the whole model"
     return "adds a term to the loss" if method.adds_to_the_loss(settings) else None
 
 
