@@ -91,7 +91,7 @@ def test_a_row_is_whole(task: Task) -> None:
 def example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The task of docs/extending.md, as a module; its name is one that no task has taken."""
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    code, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     path = tmp_path_factory.mktemp("tasks") / "regression.py"
     path.write_text(code.replace("TaskType.REGRESSION", "TaskType.FEATURE_EXTRACTION"), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("regression", path)
