@@ -14,6 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "methods.md"
 RECORD = ROOT / "docs" / "benchmarks" / "2026-11-26-methods" / "results.jsonl"
 BEGIN, END = "<!-- made by make methods-table -->\n", "<!-- end of what make methods-table makes -->\n"
+CAPTIONS = {
+    "classes": "SST-2's reviews classified, MiniLM (22.7 million parameters): steps of 16 rows, all 872 rows of dev.",
+    "text": "The same reviews as text, stories260K (260,032 parameters): steps of 8 rows, loss per token of 300 rows.",
+}
 HEAD = (
     "| method | trained | learning rate | {metric} | memory | step |",
     "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -65,9 +69,10 @@ def write_docs(docs: Path, lines: Sequence[Line], labels: Sequence[str]) -> None
 
 
 def tables(lines: Sequence[Line], labels: Sequence[str]) -> str:
-    """Both tables, the best method first."""
+    """A table for each question that has runs, the best method first."""
     classes = _table(lines, labels, "classes", "accuracy", "accuracy, %", scale=100, digits=1)
-    return f"\n{classes}\n{_table(lines, labels, 'text', 'loss', 'loss', scale=1, digits=3)}\n"
+    text = _table(lines, labels, "text", "loss", "loss", scale=1, digits=3)
+    return "\n" + classes + text
 
 
 def _table(
@@ -96,7 +101,7 @@ def _table(
     if not rows:
         return ""
     head = HEAD[0].format(metric=title), HEAD[1]
-    return "\n".join((*head, *(row for _, row in sorted(rows)))) + "\n"
+    return "\n".join((CAPTIONS[question], "", *head, *(row for _, row in sorted(rows)))) + "\n\n"
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -3,7 +3,7 @@
     rate = d 3^k        d the method's default; k climbs, up or down, while the loss on validation rows falls
 
 python -m bench.methods_table             the runs that the record lacks, then the tables of docs/methods.md
-python -m bench.methods_table --costs     seconds a step and memory, some minutes on an idle machine
+python -m bench.methods_table --costs     processor time of a step and memory, some minutes on an idle machine
 python -m bench.methods_table --write     only the tables
 
 The record has a line for each run (`Line`), and a run that is there is not run again. Each run is made in a forked
@@ -248,7 +248,7 @@ def test(trial: Trial) -> Line:
 
 
 def costs(trial: Trial) -> Line:
-    """The median time of a step, and the peak memory of the steps above the loaded model."""
+    """The median processor time of a step, and the peak memory of the steps above the loaded model."""
     settings, times = trial.settings("few"), [0.0]
     settings["train"] |= {"max_steps": TIMED_STEPS}
     settings["output"] = str(trial.work / "costs" / trial.question.name / trial.entry.label)
@@ -256,7 +256,7 @@ def costs(trial: Trial) -> Line:
 
     def note(progress: Progress) -> None:
         if progress.measured is None and progress.step == len(times):
-            times.append(time.perf_counter())
+            times.append(time.process_time())
 
     try:
         record = train(RunConfig.build(settings), Listener(progress=note))
@@ -357,7 +357,7 @@ def write_rows(work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.methods_table", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--costs", action="store_true", help="only seconds a step and memory, anew")
+    parser.add_argument("--costs", action="store_true", help="only time and memory of a step, anew")
     parser.add_argument("--write", action="store_true", help="only the tables")
     parser.add_argument("--only", nargs="*", help="labels of methods")
     parser.add_argument("--questions", nargs="*", default=["text", "classes"], choices=["text", "classes"])

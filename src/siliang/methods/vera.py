@@ -109,8 +109,11 @@ class Vera(LayerMethod[VeraConfig]):
 
     name = "vera"
     config = VeraConfig
-    learning_rate = 4e-3
-    learning_rate_source = Bilingual("not measured yet", "尚未实测")
+    learning_rate = 2e-2
+    learning_rate_source = Bilingual(
+        "PEFT's example for VeRA: 2e-2; measured: 78% on SST-2 after 100 steps with 3.6e-2, 56% with 4e-3",
+        "PEFT 的 VeRA 示例：2e-2；实测：SST-2 训练 100 步，用 3.6e-2 得 78%，用 4e-3 得 56%",
+    )
     trains = Bilingual("two vectors a layer, which scale one random update", "每层两个向量，缩放共用的随机更新")
     default_targets = VERA_TARGETS
 

@@ -125,7 +125,10 @@ class WaveFT(LayerMethod[WaveFTConfig]):
     name = "waveft"
     config = WaveFTConfig
     learning_rate = 1e-3
-    learning_rate_source = Bilingual("not measured yet", "尚未实测")
+    learning_rate_source = Bilingual(
+        "measured: 79% on SST-2 after 100 steps, 77% with 3e-3",
+        "实测：SST-2 训练 100 步得 79%；用 3e-3 得 77%",
+    )
     trains = Bilingual(
         "a few numbers in the wavelet spectrum of each weight's update", "各权重更新量的小波谱中的少量系数"
     )
