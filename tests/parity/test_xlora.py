@@ -126,6 +126,33 @@ def test_forward_gradients_and_generation(case: str, experts: dict[str, dict[str
             assert torch.equal(ours(**inputs).logits, make(name).eval()(**inputs).logits)
 
 
+def test_scalings_are_shown_and_set(experts: dict[str, dict[str, str]]) -> None:
+    inputs, found = batch("llama"), []
+    for model in pair("by-layer", "llama", experts):
+        seen = []
+        with torch.no_grad():
+            assert model.get_latest_scalings() is None
+            model.enable_scalings_logging()
+            model(**inputs)
+            model.disable_scalings_logging()
+            model.set_topk_lora(2)
+            model.set_global_scaling_weight(1.5)
+            model.set_scaling_pass_value(None)
+            seen.append(model(**inputs).logits)
+        assert model.get_global_scaling_weight() == 1.5
+        log, buckets = model.get_scalings_log(), model.get_bucketed_scalings_log()
+        assert len(log) == 1 and list(buckets) == [inputs["input_ids"].shape[1]]
+        assert next(iter(buckets.values()))[0] == [0]
+        seen += [log[0], model.get_latest_scalings()]
+        model.clear_scalings_log()
+        assert not model.get_scalings_log()
+        found.append(seen)
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs)
+    with pytest.raises(ConfigError, match="top_k_lora = 9"):
+        pair("one", "llama", experts)[0].set_topk_lora(9)
+
+
 def test_five_steps(experts: dict[str, dict[str, str]]) -> None:
     losses = []
     for model in pair("by-layer", "llama", experts):

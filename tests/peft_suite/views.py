@@ -21,7 +21,7 @@ from siliang.methods.lora_embedding import LoraEmbedding
 from siliang.methods.lora_parameters import LoraParameters
 from siliang.methods.low_rank import LowRank, LowRankLinear
 from siliang.methods.osf import OSFLayer
-from siliang.peft_api.tuners import TunerModel
+from siliang.peft_api.tuner import TunerModel
 
 
 class _View(type):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -23,31 +23,23 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
-from siliang.hub import adapter_folder
 from siliang.language import Bilingual
 from siliang.methods.batch_rows import BatchRows
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, trained_dtype
-from siliang.methods.layer_patterns import LayerPatterns
-from siliang.methods.lora_config import LoraConfig
 from siliang.methods.method import Adapter, Method, Parts, SharedSpec
+from siliang.methods.xlora_experts import Expert, read_expert
 from siliang.models.introspect import (
     backbone,
     cached_tokens,
-    features,
     is_encoder_decoder,
-    is_linear,
     named_arguments,
     parameters_of,
 )
 from siliang.types import ConfigError, MergeError, PeftType
-from siliang.weight_files import read_adapter
 
-# Settings with which a trained adapter is more than s B A on layers of the base model.
-NOT_PLAIN = (*LoraConfig.VARIANTS, "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
 MOST_LAYERS = 64  # of the classifier
 NETWORK = "internal_xlora_classifier"  # its name in PEFT's files
 WHY_NOT_MERGED = Bilingual(
@@ -150,25 +142,13 @@ class XLoraConfig(PeftConfig):
         return [f"{NETWORK}.layers.{k * step}" for k in range(self.xlora_depth)]
 
 
-@dataclass(frozen=True)
-class Expert:
-    """An expert on a layer.
-
-    Attributes:
-        number: Which of the experts.
-        A, B: (R, I) and (O, R), B with its scaling.
-    """
-
-    number: int
-    A: Tensor
-    B: Tensor
-
-
 class Mixture(BatchRows):
     """The weights w of the batch at hand, which its first pass makes.
 
     Attributes:
         w: (B, N, L, E); (1, 1, 1, E) while the first pass computes.
+        latest: What h made of the last batch, before top_k_lora and g; None before the first.
+        logs: Each of them goes into `log`.
     """
 
     mixes_layers: ClassVar[bool] = True
@@ -177,6 +157,19 @@ class Mixture(BatchRows):
         super().__init__("adapters")
         self.config = config
         self.w: Tensor | None = None
+        self.latest: Tensor | None = None
+        self.logs, self.log = False, list[Tensor]()
+
+    def change(self, **settings: object) -> None:
+        """Gives the config other settings, which are checked."""
+        replace(self.config, **settings)
+        vars(self.config).update(settings)
+
+    def learn(self, w: Tensor) -> None:
+        """Takes what h has made of a batch."""
+        self.w, self.latest = self.chosen(w), w.detach()
+        if self.logs:
+            self.log.append(self.latest)
 
     def weights(self, layer: int, x: Tensor, *, routed: bool) -> Tensor:
         """The experts' weights on a layer, at the places of its input: (..., E)."""
@@ -351,49 +344,7 @@ def _first_pass(
     w = z.unflatten(-1, (-1, E))
     if config.enable_softmax:
         w = (w / config.softmax_temperature).softmax(-1)
-    mixture.w = mixture.chosen(w)
-
-
-def read_expert(model: nn.Module, name: str, folder: str, number: int) -> dict[str, Expert]:
-    """A trained LoRA adapter by the layers that it is on.
-
-    Raises:
-        AdapterError: It cannot be read.
-        ConfigError: It is more than LoRA on linear layers of this model.
-    """
-    with unset_fake_temporarily():
-        config = LoraConfig.from_pretrained(folder)
-        tensors = read_adapter(adapter_folder(folder))
-    found: dict[str, dict[str, Tensor]] = {}
-    odd = next((f for f in NOT_PLAIN if getattr(config, f)), None)
-    if config.initialization.changes_weight:
-        odd = f"init_lora_weights = {config.init_lora_weights!r}"
-    for key, tensor in tensors.items():
-        path, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if factor not in ("A.weight", "B.weight"):
-            odd = odd or key
-        found.setdefault(path, {})[factor[:1]] = tensor
-    if odd is not None:
-        raise ConfigError(
-            Bilingual(
-                f"adapters: {name!r} has {odd}, and X-LoRA mixes plain LoRA on linear layers. Choose another expert.",
-                f"adapters：{name!r} 含有 {odd}，而 X-LoRA 只组合线性层上的普通 LoRA。请另选专家。",
-            )
-        )
-    alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, list(found)).values
-    experts, modules = dict[str, Expert](), dict(model.named_modules())
-    for path, pair in found.items():
-        layer, (A, B) = modules.get(path), (pair.get(factor, torch.empty(0, 0)) for factor in "AB")
-        if layer is None or not is_linear(layer) or (*A.shape, *B.shape) != (len(A), *features(layer), len(A)):
-            raise ConfigError(
-                Bilingual(
-                    f"adapters: {name!r} does not fit {path}: was it trained on another base model?",
-                    f"adapters：{name!r} 与 {path} 不符：它是在别的基座模型上训练的吗？",
-                )
-            )
-        alpha, R = alphas.get(path, config.lora_alpha), len(A)
-        experts[path] = Expert(number, A, B * (alpha / math.sqrt(R) if config.use_rslora else alpha / R))
-    return experts
+    mixture.learn(w)
 
 
 def _start(shape: tuple[int, ...], inputs: int, device: torch.device) -> Tensor:

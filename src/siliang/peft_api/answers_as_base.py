@@ -17,7 +17,7 @@ from siliang.adapters.active_rows import of_tasks
 from siliang.language import Bilingual
 from siliang.methods.config import BASE, PeftConfig
 from siliang.peft_api.checks import check_known
-from siliang.peft_api.tuners import TunerModel
+from siliang.peft_api.tuner import TunerModel
 from siliang.peft_checks import refresh
 from siliang.types import ConfigError
 

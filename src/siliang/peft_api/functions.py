@@ -23,8 +23,9 @@ from siliang.models.checkpointing import enable_checkpointing
 from siliang.peft_api.checks import check_known
 from siliang.peft_api.model import PeftModel
 from siliang.peft_api.saved import LoadResult
-from siliang.peft_api.tuners import TUNERS, TunerModel
-from siliang.types import ConfigError, SiliangError
+from siliang.peft_api.tuner import TunerModel
+from siliang.peft_api.tuners import TUNERS
+from siliang.types import ConfigError, KindError, SiliangError
 from siliang.weight_files import read_adapter
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -82,13 +83,13 @@ def injection_of(model: nn.Module) -> TunerModel:
     """What is attached to a model: by get_peft_model, or by inject_adapter_in_model.
 
     Raises:
-        ConfigError: Nothing is.
+        KindError: Nothing is.
     """
     model = getattr(model, "module", model)  # of a model that FSDP or DDP wraps
     found = model.injection if isinstance(model, PeftModel) else vars(model).get("siliang_tuner", model)
     if isinstance(found, TunerModel):
         return found
-    raise ConfigError(
+    raise KindError(
         Bilingual(
             f"{type(model).__name__} has no adapters: get_peft_model or inject_adapter_in_model attaches them.",
             f"{type(model).__name__} 没有适配器：请用 get_peft_model 或 inject_adapter_in_model 接上。",

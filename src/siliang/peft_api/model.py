@@ -23,7 +23,8 @@ from siliang.peft_api.card import write_card
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
 from siliang.peft_api.describes import DescribesItself
 from siliang.peft_api.saved import AdapterToSave, LoadResult, SavedAdapter, check_saving, for_hub, save_adapters
-from siliang.peft_api.tuners import TUNERS, TunerModel
+from siliang.peft_api.tuner import TunerModel
+from siliang.peft_api.tuners import TUNERS
 from siliang.peft_checks import refresh
 from siliang.types import ConfigError, TaskType
 

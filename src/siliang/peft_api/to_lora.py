@@ -22,9 +22,9 @@ from siliang.language import Bilingual
 from siliang.methods.lora_config import LoraConfig
 from siliang.models.introspect import out_by_in
 from siliang.peft_api.checks import check_known
+from siliang.peft_api.functions import injection_of
 from siliang.peft_api.of_layers import convertible_layers
-from siliang.peft_api.tuners import TunerModel
-from siliang.types import ConfigError, KindError
+from siliang.types import ConfigError
 from siliang.weight_files import WEIGHTS_NAME
 
 
@@ -60,14 +60,7 @@ def to_lora(model: nn.Module, rank: float, adapter_name: str = "default", *, pro
         ConfigError: The adapter is not there, or has fewer directions than `rank`.
         KindError: The model has no adapter, or it changes more than linear weights.
     """
-    injection = attached_to(model)
-    if injection is None:
-        raise KindError(
-            Bilingual(
-                f"{type(model).__name__} has no adapter that could become LoRA: get_peft_model attaches one.",
-                f"{type(model).__name__} 没有可转换为 LoRA 的适配器：请用 get_peft_model 接上。",
-            )
-        )
+    injection = injection_of(model)
     check_known(adapter_name, injection.adapters)
     whole = isinstance(rank, int) and not isinstance(rank, bool)
     if (whole and rank < 1) or (not whole and not 0 < rank <= 1):
@@ -148,12 +141,6 @@ def save_as_lora(
         save_file(found.tensors, temporary, metadata={"format": "pt"})
     found.config.save_pretrained(folder)
     return found
-
-
-def attached_to(model: nn.Module) -> TunerModel | None:
-    """What get_peft_model or inject_adapter_in_model has attached to a model; None for nothing."""
-    held = (getattr(model, "injection", None), vars(model).get("siliang_tuner"), model)
-    return next((one for one in held if isinstance(one, TunerModel)), None)
 
 
 @torch.no_grad()
