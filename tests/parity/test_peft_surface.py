@@ -298,3 +298,36 @@ def test_a_value_of_a_wrong_kind_is_a_type_error_too() -> None:
     for library in BOTH:
         with pytest.raises(TypeError):
             library.LoraConfig(target_parameters="linear.weight")
+
+
+def test_a_resized_table_beside_rows_of_it(tmp_path: Path) -> None:
+    """PEFT's files have one module more there; both read both."""
+    inputs = {"input_ids": torch.arange(2, 8)[None]}
+    models: dict[str, Any] = {}
+    for library in BOTH:
+        base: Any = make("llama")
+        torch.manual_seed(0)
+        base.resize_token_embeddings(base.config.vocab_size + 2, mean_resizing=False)
+        config = library.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[2, 3])
+        models[library.__name__] = library.get_peft_model(base, config).eval()
+        models[library.__name__].save_pretrained(tmp_path / library.__name__, save_embedding_layers=True)
+    wanted = models["peft"](**inputs).logits
+    torch.testing.assert_close(models["siliang"](**inputs).logits, wanted)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors").keys() for name in models]
+    assert files[0] == files[1]
+    for library in BOTH:
+        for name in models:
+            base = make("llama")
+            torch.manual_seed(1)  # the new rows are others
+            base.resize_token_embeddings(base.config.vocab_size + 2, mean_resizing=False)
+            opened = library.PeftModel.from_pretrained(base, tmp_path / name).eval()
+            torch.testing.assert_close(opened(**inputs).logits, wanted)
+
+
+def test_gradients_reach_the_embeddings_for_checkpoints() -> None:
+    for library in BOTH:
+        base: Any = make("llama")
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=["q_proj"]))
+        model.prepare_model_for_gradient_checkpointing(model)
+        assert base.get_input_embeddings()(torch.arange(3)).requires_grad
+        assert model._tied_weights_keys == base._tied_weights_keys

@@ -73,6 +73,14 @@ class AttachedAdapter(Adapter[PeftConfig]):
         owner, _, own = path.rpartition(".")
         return self._key(f"{owner}.base_layer" if owner in self.layers else owner, own)
 
+    def written_key(self, key: str) -> str:
+        """The key that PEFT writes where this has `key` for a base parameter: around a table of which an adapter trains
+        rows beside another method there is one module more.
+        """
+        beside = (path for path, one in self.layers.items() if isinstance(one, RowsAdapter) and not one.is_the_method)
+        found = next((path for path in beside if key.startswith(self._key(path, "base_layer."))), None)
+        return key if found is None else key.replace(".base_layer.", ".token_adapter.base_layer.", 1)
+
     def _key(self, path: str, key: str) -> str:
         prefix = "base_model.model" if self.prompt is None else "base_model"
         return f"{prefix}.{path}.{key}" if path else f"{prefix}.{key}"

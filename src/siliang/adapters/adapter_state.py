@@ -117,7 +117,7 @@ def _with_embeddings(
         if before is not None and now is not None and before < now:  # what has grown may be among the adapter's rows
             grown = range(before, now)
             keys = {key: t for key, t in keys.items() if not _has_rows(adapter, key, grown)}
-    return {**keys, **tensors}
+    return {adapter.written_key(key): t for key, t in keys.items()} | tensors
 
 
 def _has_rows(adapter: AttachedAdapter, key: str, rows: range) -> bool:

@@ -135,7 +135,7 @@ class PeftLayer(nn.Module):
                         found[key] = held[name]
             if not found:
                 raise
-            return found
+            return found if name != "parameter_name" else next(iter(found.values()))  # the same for all
 
 
 def _sizes(layer: nn.Module) -> tuple[int | None, int | None]:
