@@ -203,10 +203,6 @@ class AnswersAsBase(PreTrainedModel):
             model.enable_input_require_grads()
 
     @property
-    def _tied_weights_keys(self) -> dict[str, str] | None:
-        return getattr(self.get_base_model(), "_tied_weights_keys", None)
-
-    @property
     def _no_split_modules(self) -> set[str] | list[str] | None:
         return getattr(self.get_base_model(), "_no_split_modules", None)
 
