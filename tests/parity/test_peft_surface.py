@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
@@ -330,3 +330,26 @@ def test_gradients_reach_the_embeddings_for_checkpoints() -> None:
         model = library.get_peft_model(base, library.LoraConfig(target_modules=["q_proj"]))
         model.prepare_model_for_gradient_checkpointing(model)
         assert base.get_input_embeddings()(torch.arange(3)).requires_grad
+
+
+def test_files_from_before_a_model_was_renamed(tmp_path: Path) -> None:
+    class Old(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = nn.Linear(4, 4)
+
+    class New(nn.Module):
+        _checkpoint_conversion_mapping: ClassVar[dict[str, str]] = {r"^text": "inner.text"}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Old()
+
+    config = siliang.LoraConfig(target_modules=["text"], init_lora_weights=False)
+    before: Any = siliang.get_peft_model(Old(), config)
+    before.save_pretrained(tmp_path)
+    wanted = before.base_model.model.text.lora_A["default"].weight
+    ours: Any = siliang.PeftModel.from_pretrained(New(), tmp_path)
+    ours.load_adapter(tmp_path, "again")
+    for name in ("default", "again"):
+        assert torch.equal(ours.base_model.model.inner.text.lora_A[name].weight, wanted), name

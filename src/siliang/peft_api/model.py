@@ -22,7 +22,15 @@ from siliang.models.quantized import keep_as_stored
 from siliang.peft_api.card import write_card
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
 from siliang.peft_api.describes import DescribesItself
-from siliang.peft_api.saved import AdapterToSave, LoadResult, SavedAdapter, check_saving, for_hub, save_adapters
+from siliang.peft_api.saved import (
+    AdapterToSave,
+    LoadResult,
+    SavedAdapter,
+    check_saving,
+    for_hub,
+    renames_of,
+    save_adapters,
+)
 from siliang.peft_api.tuner import TunerModel
 from siliang.peft_api.tuners import TUNERS
 from siliang.peft_checks import refresh
@@ -143,15 +151,16 @@ class PeftModel(DescribesItself):
             is_trainable: Train it, with its head, from now on; otherwise a new one stays frozen.
             autocast_adapter_dtype: See `get_peft_model`.
             torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: Without effect: an adapter is where its layers are.
-            key_mapping: Regular expressions by which the file's keys are rewritten.
+            key_mapping: Regular expressions that rewrite the file's keys; None: transformers' own for older files.
             hub: `subfolder`, and what the hub is asked with, such as `revision` and `token`.
 
         Raises:
             AdapterError: The files are damaged, incomplete, or do not fit the model, which is unchanged then.
             ConfigError: The model's adapter of this name has other settings than the file.
         """
+        renames = key_mapping or renames_of(self.get_base_model())
         saved = SavedAdapter.read(
-            model_id, is_trainable=is_trainable, with_training=True, key_mapping=key_mapping, **for_hub(hub)
+            model_id, is_trainable=is_trainable, with_training=True, key_mapping=renames, **for_hub(hub)
         )
         trained = is_trainable
         if adapter_name in self.peft_config:
@@ -368,8 +377,7 @@ class PeftModel(DescribesItself):
                 projected prefix go on where siliang saved them; from PEFT's files, which lack what made the prompt, the
                 prompt itself is trained.
             config: Used in the file's place.
-            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, torch_device, hub: See
-                `load_adapter`.
+            autocast_adapter_dtype: This and what follows: see `load_adapter`.
 
         Raises:
             AdapterError: The files are damaged, incomplete, or do not fit the model, which is unchanged then.
@@ -379,7 +387,7 @@ class PeftModel(DescribesItself):
             is_trainable=is_trainable,
             with_training=is_trainable,
             config=config,
-            key_mapping=key_mapping,
+            key_mapping=key_mapping or renames_of(model),
             **for_hub(hub),
         )
         kind = cls.for_task(saved.config.task_type) if cls is PeftModel else cls

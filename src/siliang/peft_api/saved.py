@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.file_sizes import FileSizes
@@ -110,6 +110,11 @@ class SavedAdapter:
             AdapterError: They do not fit; nothing has been copied then.
         """
         load_tensors(injection, name, self.tensors, source=str(self.folder), training=self.training)
+
+
+def renames_of(model: nn.Module) -> Mapping[str, str]:
+    """The regular expressions by which transformers renames weights in older files of a model, as PEFT applies them."""
+    return getattr(model, "_checkpoint_conversion_mapping", None) or {}
 
 
 def _rewritten(tensors: dict[str, Tensor], mapping: Mapping[str, str]) -> dict[str, Tensor]:
