@@ -132,9 +132,10 @@ def test_a_config_takes_its_own_type() -> None:
         config = library.LoraConfig(r=4, **own)
         assert (config.peft_type, config.r, config.peft_version) == ("LORA", 4, "0.21.2")
         assert isinstance(library.LoraConfig.from_peft_type(peft_type="IA3"), library.IA3Config)
-    assert siliang.LoraConfig(**own, peft_version="0.10") == siliang.LoraConfig()
+    own["peft_version"] = "0.10"
+    assert siliang.LoraConfig(**own) == siliang.LoraConfig()
     with pytest.raises(ConfigError, match="peft_type = 'IA3': LoraConfig is for LORA"):
-        siliang.LoraConfig(peft_type="IA3")
+        siliang.LoraConfig(**(own | {"peft_type": "IA3"}))
 
 
 def test_what_a_file_holds(tmp_path: Path) -> None:
@@ -258,13 +259,14 @@ def test_resized_embeddings_are_saved_where_the_base_is_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "1"
-    make("llama").save_pretrained(snapshot)
+    base: Any = make("llama")
+    base.save_pretrained(snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     key = "base_model.model.model.embed_tokens.weight"
     for more in (0, 2):
-        base: Any = make("llama")
+        base = make("llama")
         base.resize_token_embeddings(base.config.vocab_size + more)
         base.name_or_path = "a/b"
         model = siliang.get_peft_model(base, siliang.LoraConfig(target_modules=["q_proj"]))

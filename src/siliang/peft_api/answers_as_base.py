@@ -195,13 +195,6 @@ class AnswersAsBase(PreTrainedModel):
     def supports_gradient_checkpointing(self) -> bool:
         return getattr(self.get_base_model(), "supports_gradient_checkpointing", False)
 
-    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
-        """Lets the output of a model's embeddings have a gradient, without which reentrant checkpoints have none; a
-        quantized one needs `prepare_model_for_kbit_training`.
-        """
-        if isinstance(model, PreTrainedModel) and not getattr(model, "is_quantized", False):
-            model.enable_input_require_grads()
-
     @property
     def _no_split_modules(self) -> set[str] | list[str] | None:
         return getattr(self.get_base_model(), "_no_split_modules", None)

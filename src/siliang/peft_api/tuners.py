@@ -13,14 +13,8 @@ from typing import cast
 
 from torch import Tensor
 
-<<<<<<< HEAD
 from siliang.adapters.active_rows import of_tasks
-from siliang.adapters.combine import MajoritySign
-from siliang.adapters.injection import Injection
-=======
-from siliang.adapters.present import of_tasks
 from siliang.language import Bilingual
->>>>>>> 63e54ce (X-LoRA's functions of PEFT: its scalings are shown, logged and set; the experts' reading has a file of its own)
 from siliang.methods.adalora import AdaLora, AdaLoraConfig
 from siliang.methods.config import PeftConfig
 from siliang.methods.method import Adapter
@@ -180,7 +174,7 @@ class XLoraModel(TunerModel, prefix="xlora_"):
             ConfigError: No adapter mixes experts.
         """
         names = [*self.active, *self.adapters]
-        found = (self.adapters[name].batch for name in names)
+        found = (self.adapters[name].rows for name in names)
         if (mixture := next((one for one in found if isinstance(one, Mixture)), None)) is None:
             raise ConfigError(Bilingual("No adapter of the model is X-LoRA.", "模型没有 X-LoRA 适配器。"))
         return mixture
