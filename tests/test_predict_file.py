@@ -105,7 +105,28 @@ def test_what_is_there_is_not_overwritten(opened: OpenedRun, tmp_path: Path) -> 
         predict_file(opened, str(source), tmp_path / "none" / "b.csv")
 
 
-@pytest.mark.parametrize("task", ["token_cls", "question_ans", "reward"])
+def test_rows_with_unlike_columns(opened: OpenedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 2)
+    rows = [{"text": "the film"}, {"text": "good", "id": 1}, {"text": "bright", "id": 2.5, "tags": ["a"]}]
+    source = write_jsonl(tmp_path / "all.jsonl", rows)
+    predict_file(opened, str(source), tmp_path / "out.parquet")
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["id"] for row in found] == [None, 1.0, 2.5] and found[2]["tags"] == ["a"]
+    write_jsonl(
+        tmp_path / "mixed.jsonl", [{"text": "good", "id": 1}, {"text": "good", "id": "one"}, {"text": "a", "id": {}}]
+    )
+    with pytest.raises(OutputError, match="the column 'id' cannot be written"):
+        predict_file(opened, str(tmp_path / "mixed.jsonl"), tmp_path / "mixed.parquet")
+    (tmp_path / "mixed.parquet.partial").rename(tmp_path / "kept.jsonl.partial")
+    seen: list[int] = []
+    assert predict_file(opened, str(tmp_path / "mixed.jsonl"), tmp_path / "kept.jsonl", progress=seen.append) == 3
+    assert not seen  # nothing was predicted again
+    taken = write_jsonl(tmp_path / "taken.jsonl", [{"text": "good", "predicted_label": "pos"}])
+    with pytest.raises(OutputError, match="has a column 'predicted_label' already"):
+        predict_file(opened, str(taken), tmp_path / "taken.csv")
+
+
+@pytest.mark.parametrize("task", ["token_cls", "question_ans"])
 def test_every_task_has_its_columns(task: str, runs: dict[str, Path], tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "all.jsonl", rows_of(task, 5))
     ended = run("predict", runs[task], "--data", source, "--output", tmp_path / "out.jsonl")

@@ -26,7 +26,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "TRL, texts": {"prompt": Q, "chosen": GOOD, "rejected": BAD},
     "TRL, turns": {"prompt": ASKED, "chosen": ANSWERS[0], "rejected": ANSWERS[1]},
     "TRL, whole conversations": {"chosen": WHOLE[0], "rejected": WHOLE[1]},
-    "UltraFeedback": {"prompt": Q, "chosen": WHOLE[0], "rejected": WHOLE[1], "score_chosen": 8.0},
+    "UltraFeedback": {"prompt": Q, "chosen": WHOLE[0], "rejected": WHOLE[1], "messages": WHOLE[0], "score_chosen": 8.0},
+    "whole conversations, one of them twice": {"messages": WHOLE[0], "chosen": WHOLE[0], "rejected": WHOLE[1]},
     "HH-RLHF": {
         "chosen": f"\n\nHuman: {Q}\n\nAssistant: {GOOD}",
         "rejected": f"\n\nHuman: {Q}\n\nAssistant: {BAD}",
@@ -62,6 +63,24 @@ def test_turns_in_front_of_the_question_belong_to_it() -> None:
     assert [m.trained for m in found.conversations[0].messages] == [True, True, False, True, True]
 
 
+def test_nothing_that_is_asked_is_lost() -> None:
+    found = read({"prompt": Q, "input": "one", "history": [["two", "three"]], "chosen": GOOD, "rejected": BAD})
+    assert isinstance(found, Ranked)
+    assert [m.text for m in found.asked] == ["two", "three", f"{Q}\none"]
+    system = {"role": "system", "content": "four"}
+    found = read({"prompt": [system, *ASKED], "chosen": WHOLE[0], "rejected": WHOLE[1]})
+    assert isinstance(found, Ranked) and [m.role for m in found.asked] == ["system", "user"]
+    found = read({"prompt": [system, *ASKED], "chosen": [system, *WHOLE[0]], "rejected": [system, *WHOLE[1]]})
+    assert isinstance(found, Ranked) and [m.role for m in found.asked] == ["system", "user"]
+
+
+def test_speakers_are_named_at_the_beginning_of_a_line() -> None:
+    asked = 'write "Human: hi. Assistant: hello"'
+    row = {name: f"Human: {asked}\n\nAssistant: {text}" for name, text in (("chosen", GOOD), ("rejected", BAD))}
+    found = read(row)
+    assert isinstance(found, Ranked) and [m.text for m in found.asked] == [asked]
+
+
 @pytest.mark.parametrize(
     ("row", "why"),
     [
@@ -71,6 +90,12 @@ def test_turns_in_front_of_the_question_belong_to_it() -> None:
         ({"prompt": "what is two", "chosen": WHOLE[0], "rejected": WHOLE[1]}, "asks one thing in its own column"),
         ({"prompt": [*ASKED, *ANSWERS[0]], "chosen": GOOD, "rejected": BAD}, "ends its question with the assistant"),
         ({"prompt": Q, "chosen": ASKED, "rejected": ASKED}, "has no answer at the end of 'chosen'"),
+        ({"prompt": ASKED, "input": "one", "chosen": GOOD, "rejected": BAD}, "has turns in 'prompt' and also 'input'"),
+        (
+            {"system": "a"}
+            | {name: [{"role": "system", "content": "b"}, *WHOLE[i]] for i, name in enumerate(("chosen", "rejected"))},
+            "has two different system messages",
+        ),
         ({"messages": ASKED, "rejected_response": BAD}, "has no answer at the end of 'messages'"),
         ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "images": ["a.png"]}, "siliang trains on text alone"),
     ],

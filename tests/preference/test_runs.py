@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from commands import run as run_command
 from every_task import configured, make_models
 from safetensors.torch import load_file
+from tiny import write_jsonl
 
+from siliang.config import PreferenceConfig, RunConfig
 from siliang.engine.whole_step import ReferenceStore
 from siliang.plan.preflight import Planner
 from siliang.records import Record
 from siliang.run_folder import open_run
+from siliang.tasks import EntryValues
+from siliang.tasks.preference import measure
 from siliang.tasks.reward import Reward
 from siliang.train.run import train
 from siliang.train.saving import read_state
@@ -86,10 +92,65 @@ def test_a_reward_model_rewards_answers(models: dict[str, Path], tmp_path: Path)
     better, worse = predict(run, [(row["prompt"], row[part]) for part in ("chosen", "rejected")])
     assert isinstance(better, Reward) and isinstance(worse, Reward)
     assert better.prompt == row["prompt"] and better.reward > worse.reward
-    ended = run_command("predict", tmp_path / "run", tmp_path / "reward.jsonl", "--json")
+    turns = [{"role": "user", "content": row["prompt"]}]
+    asked = [
+        {"prompt": row["prompt"], "answer": row["chosen"]},
+        {"prompt": turns, "answer": [{"role": "assistant", "content": row["chosen"]}]},
+        {"prompt": row["prompt"], "answer": ""},
+    ]
+    ended = run_command("predict", tmp_path / "run", write_jsonl(tmp_path / "asked.jsonl", asked), "--json")
     assert ended.code == 0, ended
-    told = [json.loads(line) for line in ended.out.splitlines()]
-    assert len(told) == 23 and told[0]["reward"] == pytest.approx(better.reward, abs=1e-4)
+    told = [json.loads(line)["reward"] for line in ended.out.splitlines()]
+    assert told == [pytest.approx(better.reward, abs=1e-4), pytest.approx(better.reward, abs=1e-4), None]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
+def test_losses_do_not_depend_on_how_a_step_is_cut(loss: str, models: dict[str, Path], tmp_path: Path) -> None:
+    found: list[list[float]] = []
+    for batch_size in (4, 1):
+        (folder := tmp_path / str(batch_size)).mkdir()
+        cut = {"batch_size": batch_size, "gradient_accumulation": 4 // batch_size}
+        config = configured("preference", models, folder, max_steps=6, log_every=1, learning_rate=5e-3, **cut)
+        values = config.model_dump(mode="json") | {"preference": {"loss": loss}}
+        found.append(losses(train(type(config).build(values))))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and len(set(found[0])) > 4
+
+
+@pytest.mark.parametrize("method", [{"name": "lora", "init_lora_weights": "pissa"}, {"name": "prefix_tuning"}])
+def test_the_reference_is_the_base_model(method: dict[str, str], models: dict[str, Path], tmp_path: Path) -> None:
+    """PiSSA changes the base weights, and begins with what they were; a prefix begins with another model."""
+    config = configured("preference", models, tmp_path, log_every=1)
+    values = config.model_dump(mode="json") | {"method": method}
+    first = losses(train(type(config).build(values)))[0]
+    starts_as_the_base = "init_lora_weights" in method
+    assert (first == pytest.approx(math.log(2), abs=2e-6)) == starts_as_the_base
+
+
+def test_an_adapter_is_no_base_to_compare_with(models: dict[str, Path], tmp_path: Path) -> None:
+    values = configured("preference", models, tmp_path).model_dump(mode="json") | {"adapter": "a"}
+    with pytest.raises(ConfigError, match="Merge it"):
+        RunConfig.build(values)
+    assert RunConfig.build(values | {"preference": {"loss": "simpo"}}).preference is not None
+
+
+def test_defaults_are_those_of_the_loss() -> None:
+    for loss, beta, gamma, nll_weight in (
+        ("sigmoid", 0.1, None, 0.0),
+        ("simpo", 2.0, 0.5, 0.0),
+        ("orpo", 0.1, None, 1.0),
+    ):
+        found = PreferenceConfig.model_validate({"loss": loss})
+        assert (found.beta, found.gamma, found.nll_weight) == (beta, gamma, nll_weight)
+        assert PreferenceConfig.model_validate(found.model_dump()) == found
+
+
+def test_two_equal_rewards_are_half_right() -> None:
+    kept = {
+        i: EntryValues(torch.tensor([[a, 1.0], [b, 1.0]]), torch.zeros(2, 2))
+        for i, (a, b) in enumerate([(1, 1), (2, 1)])
+    }
+    found = measure(PreferenceConfig(), kept, None)  # type: ignore[arg-type]  # which is not read
+    assert found["accuracy"] == 0.75
 
 
 def test_a_section_of_another_task_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

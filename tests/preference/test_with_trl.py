@@ -22,7 +22,9 @@ from siliang.engine.batches import sequences_of
 from siliang.plan.rows import order
 from siliang.tasks.preference_losses import LOSSES, Pairs, likelihood
 from siliang.tasks.prepare import prepare_data
+from siliang.train.prepare import prepare
 from siliang.train.run import train
+from siliang.train.types import Listener
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 STEPS = {"sigmoid": 30, "ipo": 6, "hinge": 6, "robust": 6, "sigmoid_norm": 6}
@@ -49,19 +51,18 @@ class InOrder(DPOTrainer):
 def test_losses_of_a_training_are_those_of_trl(loss: str, models: dict[str, Path], tmp_path: Path) -> None:
     steps, more = STEPS[loss], PEERS.get(loss, {})
     base = AutoModelForCausalLM.from_pretrained(models["preference"])
-    torch.manual_seed(1)
-    start = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    wrapped = peft.get_peft_model(base, start)
-    wrapped.save_pretrained(str(tmp_path / "start"))
     constant = {"warmup_fraction": 0.0, "schedule": "constant", "learning_rate": 5e-3}
     config = configured("preference", models, tmp_path, max_steps=steps, log_every=1, **constant)
     values = config.model_dump(mode="json") | {
-        "adapter": str(tmp_path / "start"),
         "method": {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
         "preference": {"loss": loss, "beta": 0.3, **more},
     }
     values["data"]["test_size"] = 0.3  # of 23 rows: 16 are left, four steps of an epoch
     config = type(config).build(values)
+    (tmp_path / "untrained").mkdir()
+    untrained = config.model_copy(update={"output": str(tmp_path / "untrained")})
+    prepare(untrained, Listener(), tmp_path / "untrained").model.save_pretrained(tmp_path / "start")
+    wrapped = peft.PeftModel.from_pretrained(base, str(tmp_path / "start"), is_trainable=True)
     record = train(config)
     assert [line.step for line in record.steps if line.loss is not None] == list(range(1, steps + 1))
 

@@ -55,16 +55,16 @@ def length_decides(s: CheckInput) -> Iterator[Problem]:
     Cause: A model that only learns to write longer (or shorter) answers does well on such pairs. If the rejected
     answers are the longer ones, the two columns may also be swapped.
 
-    Fix: Look at some rows. Swap the columns with data.columns.chosen and data.columns.rejected if they are swapped, or
-    use a loss that divides by the length (preference.loss=sigmoid_norm or simpo), and accept this finding (accept:
-    [SL045]).
+    Fix: Look at some rows. Swap the columns with data.columns.chosen and data.columns.rejected if they are swapped. For
+    the task preference, a loss that divides by the length helps (preference.loss=sigmoid_norm or simpo). If the lengths
+    are as they should be, accept this finding (accept: [SL045]).
 
     两类回答的长短几乎总是一样
 
     原因：模型只要学会写得更长（或更短），就能在这样的样本上取得好结果。如果总是被拒绝的回答更长，也可能是两列写反了。
 
-    办法：看几条样本。若写反了，用 data.columns.chosen 和 data.columns.rejected 交换两列；否则可改用除以长度的损失（
-    preference.loss=sigmoid_norm 或 simpo），并用 accept: [SL045] 接受此项。
+    办法：看几条样本。若写反了，用 data.columns.chosen 和 data.columns.rejected 交换两列。preference 任务可改用除以长度
+    的损失（preference.loss=sigmoid_norm 或 simpo）。如果长短本应如此，用 accept: [SL045] 接受此项。
     """
     lengths = [(len(example.words[0]), len(example.words[-1])) for _, example in _ranked(s)]
     differing = [(a, b) for a, b in lengths if a != b]

@@ -58,7 +58,7 @@ def predict(
         typer.Option(
             help=both(
                 "For --data: a new .csv, .tsv, .jsonl or .parquet file, with all columns and the predictions. The same "
-                "command goes on where it was stopped.",
+                "command resumes where it was stopped.",
                 "配合 --data：新的 .csv、.tsv、.jsonl 或 .parquet 文件，含全部原有的列和预测结果。中断后再次运行"
                 "同一命令即可继续。",
             )

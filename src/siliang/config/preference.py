@@ -11,7 +11,12 @@ from siliang.language import Bilingual
 from siliang.types import ConfigError
 
 LossName = Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "orpo", "simpo", "cpo"]
-BETA: dict[LossName, float] = {"simpo": 2.0}  # of the authors; 0.1 for the others
+# of the losses that differ from the others
+DEFAULTS: dict[LossName, dict[str, float]] = {
+    "simpo": {"beta": 2.0, "gamma": 0.5},
+    "orpo": {"nll_weight": 1.0},
+    "cpo": {"nll_weight": 1.0},
+}
 
 
 class PreferenceConfig(Section):
@@ -23,39 +28,37 @@ class PreferenceConfig(Section):
 
     损失函数。sigmoid 是 DPO 原来的损失，sigmoid_norm 把其中的对数概率除以词元数；hinge、ipo 和 robust 是它的变体；这五
     种都与基座模型比较。orpo、simpo 和 cpo 不需要比较。"""
-    beta: Annotated[float, Field(gt=0.0)] | None = None
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
     """How strongly the loss weighs the difference of two answers: DPO's beta, IPO's tau, the weight of ORPO's odds
-    ratio. None: 2.0 with simpo, otherwise 0.1.
+    ratio. The default is 2.0 with simpo, otherwise 0.1.
 
-    损失函数对两个回答之差的放大倍数：DPO 的 beta、IPO 的 tau、ORPO 中比值比的权重。None：simpo 是 2.0，其余是 0.1。"""
+    损失函数对两个回答之差的放大倍数：DPO 的 beta、IPO 的 tau、ORPO 中比值比的权重。simpo 默认是 2.0，其余是 0.1。"""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     """The share of pairs that are expected to be in the wrong order; for sigmoid, sigmoid_norm, simpo, cpo and robust,
     which needs it.
 
     预计顺序写反的样本比例；用于 sigmoid、sigmoid_norm、simpo、cpo，以及必须设置它的 robust。"""
     gamma: Annotated[float, Field(ge=0.0)] | None = None
-    """SimPO's target margin between the two rewards. None: 0.5. Only for simpo.
+    """SimPO's target margin between the two rewards. The default with simpo is 0.5; only for simpo.
 
-    SimPO 中两个奖励之间的目标差距。None：0.5。只用于 simpo。"""
-    nll_weight: Annotated[float, Field(ge=0.0)] | None = None
-    """The weight of the loss of the chosen answers' tokens, which is added. None: 1.0 with orpo and cpo, otherwise 0.
+    SimPO 中两个奖励之间的目标差距。simpo 默认是 0.5；只用于 simpo。"""
+    nll_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """The weight of the loss of the chosen answers' tokens, which is added. The default is 1.0 with orpo and cpo,
+    otherwise 0.
 
-    额外加上的、所选回答各词元损失的权重。None：orpo 和 cpo 是 1.0，其余是 0。"""
-
-    @property
-    def strength(self) -> float:
-        """beta, with the default of the loss."""
-        return BETA.get(self.loss, 0.1) if self.beta is None else self.beta
+    额外加上的、所选回答各词元损失的权重。orpo 和 cpo 默认是 1.0，其余是 0。"""
 
     @property
-    def margin(self) -> float:
-        """gamma, with its default."""
-        return 0.5 if self.gamma is None else self.gamma
+    def compares(self) -> bool:
+        """Whether the loss compares the model with the base model."""
+        return self.loss not in ("orpo", "simpo", "cpo")
 
-    @property
-    def likelihood(self) -> float:
-        """nll_weight, with the default of the loss."""
-        return float(self.loss in ("orpo", "cpo")) if self.nll_weight is None else self.nll_weight
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_loss(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return {**DEFAULTS.get(values.get("loss", "sigmoid"), {}), **values}
 
     @model_validator(mode="after")
     def _of_the_loss(self) -> PreferenceConfig:

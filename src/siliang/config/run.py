@@ -264,6 +264,18 @@ class RunConfig(Settings):
                     f"preference 这一组只用于任务 preference，而 task = {task}：请去掉。",
                 )
             )
+        settings = self.preference or PreferenceConfig()
+        if self.adapter is not None and self.task.lower() == "preference" and settings.compares:
+            raise ConfigError(
+                Bilingual(
+                    f"adapter = {self.adapter!r}: preference.loss = {settings.loss} compares the model with its base "
+                    "model, which would be without this adapter.\nMerge it (siliang merge) and name the result as "
+                    "model, or use preference.loss = simpo, orpo or cpo.",
+                    f"adapter = {self.adapter!r}：preference.loss = {settings.loss} 要与基座模型比较，"
+                    "而基座模型不含这个适配器。\n请先合并（siliang merge），再用合并后的模型作为 model，"
+                    "或改用 preference.loss = simpo、orpo 或 cpo。",
+                )
+            )
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from siliang.data.refused import MEDIA, text_only
 from siliang.data.turns import history_of, listed, tools_of, turns_of
 from siliang.language import Bilingual
 
-SPEAKERS = re.compile(r"\n*\b(Human|Assistant): ?")  # of HH-RLHF
+SPEAKERS = re.compile(r"(?:^|\n)\s*(Human|Assistant): ?")  # of HH-RLHF, at the beginning of a line
 
 
 def read_chosen_rejected(values: Values, c: Columns) -> Result:
@@ -76,17 +76,22 @@ def _of_speakers(text: str) -> list[Message]:
 
 def _asked(values: Values, c: Columns) -> list[Message]:
     """The turns in front of both answers, as far as columns of their own hold them."""
-    for name in (c.messages, "conversations"):
-        if given(values.get(name)):
-            return turns_of(values.get(name), name)
-    for name in (c.prompt, c.instruction):
-        value = listed(values.get(name))
-        if isinstance(value, list | tuple) and value:
-            return turns_of(value, name)
-        if (text := cell(values, name)).strip():
-            asked = [Message("user", text, cell(values, c.input) if name == c.instruction else "")]
-            return [m for q, a in history_of(values) for m in (Message("user", q), Message("assistant", a))] + asked
-    return []
+    asked: list[Message] = []
+    column = next((n for n in (c.prompt, c.instruction, c.messages, "conversations") if given(values.get(n))), None)
+    about, history = cell(values, c.input), history_of(values)
+    if column is not None and isinstance(listed(values.get(column)), list | tuple):
+        asked = turns_of(values.get(column), column)
+        if about.strip() or history:
+            raise BadRow(
+                Bilingual(
+                    f"has turns in {column!r} and also {c.input!r} or 'history': write them into the turns",
+                    f"的 {column!r} 是多轮对话，又有 {c.input!r} 或 'history'：请写进对话中",
+                )
+            )
+    elif column is not None and (text := cell(values, column)).strip():
+        before = [m for q, a in history for m in (Message("user", q), Message("assistant", a))]
+        asked = [*before, Message("user", text, about)]
+    return asked
 
 
 def _ranked(values: Values, c: Columns, asked: list[Message], chosen: list[Message], rejected: list[Message]) -> Result:
@@ -104,14 +109,18 @@ def _ranked(values: Values, c: Columns, asked: list[Message], chosen: list[Messa
         common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(rejected))
         common = min(common, len(chosen) - 1, len(rejected) - 1)
         before = chosen[:common]
-        if asked and before and not _same(asked, before):
+        system_turns = [m for m in asked if m.role == "system" and m not in before]
+        if asked and before and not _same(asked, before) and asked != chosen:
             return Bilingual(
                 f"asks one thing in its own column and another in {c.chosen!r}: {_short(asked)} and {_short(before)}",
                 f"自己一列的提问与 {c.chosen!r} 中的不同：{_short(asked)} 与 {_short(before)}",
             )
-        asked, chosen, rejected = before, chosen[common:], rejected[common:]
+        asked, chosen, rejected = [*system_turns, *before], chosen[common:], rejected[common:]
     if system := cell(values, c.system).strip():
         asked = [Message("system", system), *asked]
+    if len({m.content for m in asked if m.role == "system"}) > 1:
+        return Bilingual("has two different system messages", "有两条不同的系统消息")
+    asked = list(dict.fromkeys(m for m in asked if m.role == "system")) + [m for m in asked if m.role != "system"]
     return _checked(Ranked(tuple(asked), (tuple(chosen), tuple(rejected)), tools_of(values, c)), c)
 
 

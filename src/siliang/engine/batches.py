@@ -176,7 +176,8 @@ def distinct_tokens(tokens: TokenSet) -> int:
     for start in range(0, len(tokens), COMPARED_AT_ONCE):
         for row in tokens.__getitems__(list(range(start, min(start + COMPARED_AT_ONCE, len(tokens))))):
             parts = sequences_of(row) if "sequences" in row else [row]
-            found |= {_key(part): len(part["input_ids"]) for part in parts}
+            keys = (_key(part, part.get("labels", ()) if "sequences" in row else ()) for part in parts)
+            found |= {key: len(part["input_ids"]) for key, part in zip(keys, parts, strict=True)}
     return sum(found.values())
 
 

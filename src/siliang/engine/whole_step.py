@@ -21,6 +21,7 @@ from siliang.data.batch import Batch
 from siliang.engine.random_state import RandomState, random_state, set_random_state
 from siliang.tasks import EntryValues, StepLoss
 
+KEY_BYTES = 16  # of a sequence, see `Batch.keys`
 MOST_KEPT = 500_000  # sequences whose reference values are kept: some 100 MB
 Context = Callable[[], AbstractContextManager[object]]
 ByEntry = dict[int, EntryValues]
@@ -62,11 +63,8 @@ class ReferenceStore:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The keys, (N, 16), and the values, (N, K)."""
-        keys = torch.frombuffer(bytearray(b"".join(self._kept)), dtype=torch.uint8) if self._kept else torch.zeros(0)
-        return {
-            "keys": keys.reshape(len(self._kept), -1).to(torch.uint8),
-            "values": torch.tensor([*self._kept.values()]),
-        }
+        keys = torch.tensor([list(key) for key in self._kept], dtype=torch.uint8)
+        return {"keys": keys.view(len(self._kept), KEY_BYTES), "values": torch.tensor([*self._kept.values()])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The counterpart of `state_dict`."""

@@ -55,9 +55,9 @@ def step_loss(settings: PreferenceConfig) -> StepLoss:
     def loss(values: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
         pairs = Pairs.of(values, reference)
         found = row.loss(pairs, settings).sum()
-        return found + len(values) * settings.likelihood * likelihood(pairs) if settings.likelihood else found
+        return found + len(values) * settings.nll_weight * likelihood(pairs) if settings.nll_weight else found
 
-    return StepLoss(log_probabilities, loss, reference=row.reference, separable=not settings.likelihood)
+    return StepLoss(log_probabilities, loss, reference=row.reference, separable=not settings.nll_weight)
 
 
 def with_settings(task: Task, config: RunConfig) -> Task:
@@ -80,14 +80,14 @@ def rewards(settings: PreferenceConfig, found: Mapping[int, EntryValues]) -> tup
         [v.values for v in found.values()], [v.reference for v in found.values() if v.reference is not None]
     )
     chosen, rejected = pairs.mean_gains if row.by_tokens else pairs.gains
-    return settings.strength * chosen, settings.strength * rejected
+    return settings.beta * chosen, settings.beta * rejected
 
 
 def measure(settings: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
     """The share of pairs in the right order, and the rewards."""
     chosen, rejected = rewards(settings, found)
     return {
-        ACCURACY.name: float((chosen > rejected).float().mean()),
+        ACCURACY.name: float(((chosen - rejected).sign() + 1).mean()) / 2,  # a tie is half right, as before training
         MARGIN.name: float((chosen - rejected).mean()),
         "chosen_reward": float(chosen.mean()),
         "rejected_reward": float(rejected.mean()),

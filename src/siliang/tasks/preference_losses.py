@@ -68,52 +68,76 @@ def smoothed(logits: Tensor, share: float) -> Tensor:
 
 
 def sigmoid(pairs: Pairs, s: PreferenceConfig) -> Tensor:
-    """-log sigmoid(beta ((c - c') - (r - r')))."""
+    """-log sigmoid(beta ((c - c') - (r - r'))).
+
+    DPO, Rafailov et al. 2023, arXiv 2305.18290.
+    """
     chosen, rejected = pairs.gains
-    return smoothed(s.strength * (chosen - rejected), s.label_smoothing)
+    return smoothed(s.beta * (chosen - rejected), s.label_smoothing)
 
 
 def sigmoid_norm(pairs: Pairs, s: PreferenceConfig) -> Tensor:
-    """-log sigmoid(beta ((c - c') / m - (r - r') / n))."""
+    """-log sigmoid(beta ((c - c') / m - (r - r') / n)).
+
+    DPO by the token, Lambert et al. 2024, arXiv 2411.15124.
+    """
     chosen, rejected = pairs.mean_gains
-    return smoothed(s.strength * (chosen - rejected), s.label_smoothing)
+    return smoothed(s.beta * (chosen - rejected), s.label_smoothing)
 
 
 def hinge(pairs: Pairs, s: PreferenceConfig) -> Tensor:
-    """max(0, 1 - beta ((c - c') - (r - r')))."""
+    """max(0, 1 - beta ((c - c') - (r - r'))).
+
+    SLiC, Zhao et al. 2023, arXiv 2305.10425, with a base model as Liu et al. 2024.
+    """
     chosen, rejected = pairs.gains
-    return torch.relu(1 - s.strength * (chosen - rejected))
+    return torch.relu(1 - s.beta * (chosen - rejected))
 
 
 def ipo(pairs: Pairs, s: PreferenceConfig) -> Tensor:
-    """((c - c') / m - (r - r') / n - 1 / (2 beta))^2."""
+    """((c - c') / m - (r - r') / n - 1 / (2 beta))^2.
+
+    IPO, Azar et al. 2023, arXiv 2310.12036.
+    """
     chosen, rejected = pairs.mean_gains
-    return (chosen - rejected - 1 / (2 * s.strength)).square()
+    return (chosen - rejected - 1 / (2 * s.beta)).square()
 
 
 def robust(pairs: Pairs, s: PreferenceConfig) -> Tensor:
-    """(-(1 - e) log sigmoid(x) + e log sigmoid(-x)) / (1 - 2 e), x as in sigmoid."""
+    """(-(1 - e) log sigmoid(x) + e log sigmoid(-x)) / (1 - 2 e), x as in sigmoid.
+
+    Robust DPO, Chowdhury et al. 2024, arXiv 2403.00409.
+    """
     chosen, rejected = pairs.gains
-    x, e = s.strength * (chosen - rejected), s.label_smoothing
+    x, e = s.beta * (chosen - rejected), s.label_smoothing
     return (e * F.logsigmoid(-x) - (1 - e) * F.logsigmoid(x)) / (1 - 2 * e)
 
 
 def orpo(pairs: Pairs, s: PreferenceConfig) -> Tensor:
-    """-beta log sigmoid(log(p / (1 - p)) - log(q / (1 - q))), p = exp(c / m), q = exp(r / n)."""
+    """-beta log sigmoid(log(p / (1 - p)) - log(q / (1 - q))), p = exp(c / m), q = exp(r / n).
+
+    ORPO, Hong et al. 2024, arXiv 2403.07691.
+    """
     chosen, rejected = pairs.mean_gains
     odds = chosen - rejected - (_log1mexp(chosen) - _log1mexp(rejected))
-    return -s.strength * F.logsigmoid(odds)
+    return -s.beta * F.logsigmoid(odds)
 
 
 def simpo(pairs: Pairs, s: PreferenceConfig) -> Tensor:
-    """-log sigmoid(beta (c / m - r / n) - gamma)."""
+    """-log sigmoid(beta (c / m - r / n) - gamma).
+
+    SimPO, Meng et al. 2024, arXiv 2405.14734.
+    """
     chosen, rejected = pairs.mean_gains
-    return smoothed(s.strength * (chosen - rejected) - s.margin, s.label_smoothing)
+    return smoothed(s.beta * (chosen - rejected) - (s.gamma or 0.0), s.label_smoothing)
 
 
 def cpo(pairs: Pairs, s: PreferenceConfig) -> Tensor:
-    """-log sigmoid(beta (c - r))."""
-    return smoothed(s.strength * (pairs.chosen - pairs.rejected), s.label_smoothing)
+    """-log sigmoid(beta (c - r)).
+
+    CPO, Xu et al. 2024, arXiv 2401.08417.
+    """
+    return smoothed(s.beta * (pairs.chosen - pairs.rejected), s.label_smoothing)
 
 
 def likelihood(pairs: Pairs) -> Tensor:
@@ -133,26 +157,24 @@ class PairLoss:
 
     Attributes:
         loss: Of each pair, (N,).
-        paper: Its source.
         reference: It compares the model with the base model.
         by_tokens: A reward is a mean over tokens, otherwise a sum.
     """
 
     loss: Callable[[Pairs, PreferenceConfig], Tensor]
-    paper: str
     reference: bool = True
     by_tokens: bool = False
 
 
 LOSSES: dict[LossName, PairLoss] = {
-    "sigmoid": PairLoss(sigmoid, "DPO, Rafailov et al. 2023, arXiv 2305.18290"),
-    "hinge": PairLoss(hinge, "SLiC, Zhao et al. 2023, arXiv 2305.10425; with a base model, Liu et al. 2024"),
-    "ipo": PairLoss(ipo, "IPO, Azar et al. 2023, arXiv 2310.12036", by_tokens=True),
-    "robust": PairLoss(robust, "Robust DPO, Chowdhury et al. 2024, arXiv 2403.00409"),
+    "sigmoid": PairLoss(sigmoid),
+    "hinge": PairLoss(hinge),
+    "ipo": PairLoss(ipo, by_tokens=True),
+    "robust": PairLoss(robust),
     "sigmoid_norm": PairLoss(
         sigmoid_norm, "length-normalized DPO, Lambert et al. 2024 (Tulu 3), 2411.15124", by_tokens=True
     ),
-    "orpo": PairLoss(orpo, "ORPO, Hong et al. 2024, arXiv 2403.07691", reference=False, by_tokens=True),
-    "simpo": PairLoss(simpo, "SimPO, Meng et al. 2024, arXiv 2405.14734", reference=False, by_tokens=True),
-    "cpo": PairLoss(cpo, "CPO, Xu et al. 2024, arXiv 2401.08417", reference=False),
+    "orpo": PairLoss(orpo, reference=False, by_tokens=True),
+    "simpo": PairLoss(simpo, reference=False, by_tokens=True),
+    "cpo": PairLoss(cpo, reference=False),
 }

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from siliang.data.examples import Message, Ranked
+from siliang.data.examples import Conversation, Message, Ranked
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import NUMBERS, DataSpec
 from siliang.language import Bilingual
@@ -89,7 +89,7 @@ def loss(values: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
 def measure(found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
     """The share of pairs in the right order, and the difference of the two rewards."""
     margins = [float(kept.values[0] - kept.values[1]) for kept in found.values()]
-    right = sum(margin > 0 for margin in margins)
+    right = sum((margin > 0) + (margin == 0) / 2 for margin in margins)
     return {ACCURACY.name: right / len(margins), MARGIN.name: sum(margins) / len(margins)}
 
 
@@ -106,11 +106,12 @@ def replies(found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[
 # ---- use ----
 
 
-def predict(run: Trained, pairs: Iterable[str | tuple[str, str]]) -> Iterator[Reward]:
+def predict(run: Trained, pairs: Iterable[str | tuple[str, str] | Conversation]) -> Iterator[Reward]:
     """The reward of each answer, in order.
 
     Args:
-        pairs: Prompts and answers, or both in one text with a tab between them.
+        pairs: Prompts and answers, or both in one text with a tab between them, or conversations that end with the
+            answer.
 
     Raises:
         DataError: A prompt or an answer is missing.
@@ -118,20 +119,22 @@ def predict(run: Trained, pairs: Iterable[str | tuple[str, str]]) -> Iterator[Re
     for examples, _, found in run.read(_example(run, pair) for pair in pairs):
         for example, kept in zip(examples, found.values(), strict=True):
             assert isinstance(example, Ranked)
-            yield Reward(example.asked[0].text, example.words[0], float(kept.values[0]))
+            yield Reward(example.asked[-1].text, example.words[0], float(kept.values[0]))
 
 
-def _example(run: Trained, pair: str | tuple[str, str]) -> Ranked:
+def _example(run: Trained, pair: str | tuple[str, str] | Conversation) -> Ranked:
+    if isinstance(pair, Conversation):
+        return Ranked(pair.messages[:-1], (pair.messages[-1:],), pair.tools)
     parts = pair.split("\t") if isinstance(pair, str) else pair
     if len(parts) != 2 or not all(part.strip() for part in parts):
         given = shortened("\t".join(parts), 60)
         raise DataError(
             Bilingual(
                 f"{run.name} rewards answers to prompts, and {given!r} is not both.\n"
-                "Give a prompt and an answer with a tab between them, or a file with both columns: siliang predict RUN "
-                "a.csv.",
+                "Give a prompt and an answer with a tab between them, or a file with the columns prompt and "
+                "completion: siliang predict RUN a.csv.",
                 f"{run.name} 给提问的回答打分，而 {given!r} 不是提问和回答。\n"
-                "请用制表符隔开提问和回答，或给出含这两列的文件：siliang predict RUN a.csv。",
+                "请用制表符隔开提问和回答，或给出含 prompt 和 completion 两列的文件：siliang predict RUN a.csv。",
             )
         )
     return Ranked((Message("user", parts[0]),), ((Message("assistant", parts[1]),),))
@@ -166,7 +169,8 @@ REWARD = Task(
     quality=ACCURACY,
     replies=replies,
     verdict=verdict,
-    asks=("prompt", "chosen"),
+    asks=("prompt", "completion"),
+    asks_as="prompt-completion",
     predict=predict,
     blank={"prompt": "", "answer": "", "reward": None},
     example_prompt="a prompt<TAB>an answer",

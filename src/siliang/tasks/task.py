@@ -231,6 +231,7 @@ class Task:
         majority: The share of the rows that have the most frequent class; None where there are no classes.
 
         asks: The parts of a row that are given to predict, the optional ones among them.
+        asks_as: The name of the layout by which rows are read that are given to predict, if not by `asks`.
         predict: Predictions for the user's texts; None for a model that writes.
         blank: The values of an empty line among the texts, for JSON.
         prompt: The tokens that a model that writes is given, and those that end its answer; from the tokenizer, the
@@ -266,6 +267,7 @@ class Task:
     majority: Callable[[EvalRows], float | None] | None = None
 
     asks: tuple[str, ...] = ()
+    asks_as: str | None = None
     predict: Callable[[Trained, Iterable[Any]], Iterator[Prediction]] | None = None
     blank: Mapping[str, object] = field(default_factory=dict[str, object])
     prompt: Callable[[Tokenizer, str, str, str, bool], tuple[list[int], list[int]]] | None = None

@@ -8,10 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from siliang.data.cells import BadRow, as_text
+from siliang.data.cells import BadRow, as_text, given
 from siliang.data.examples import Example, Text
+from siliang.data.find_layout import find_layout
 from siliang.data.layouts import LAYOUTS
-from siliang.data.reading import Reading
+from siliang.data.reading import DataRow, Reading
 from siliang.data.sources import open_source
 from siliang.data.task_column import with_task
 from siliang.data.text_files import kind_of
@@ -24,7 +25,7 @@ from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
 
 AT_ONCE = 256  # texts that are tokenized together
-Asked = str | tuple[str, str] | tuple[str, ...]  # a text, a pair of texts, or words
+Asked = str | tuple[str, str] | tuple[str, ...] | Example  # a text, a pair of texts, words, or an example
 
 
 def predict(run: OpenedRun, asked: Iterable[Any], *, batch_size: int | None = None) -> Iterator[Prediction]:
@@ -122,7 +123,11 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[AskedRow]:
     if kind_of(Path(source)) == ".txt":
         names, of_task = ["text"], None
     opened = open_source(source, reading)
+    layout_of_asks = TASKS[run.config.task].asks_as
     for row in opened.rows(next(iter(opened.parts)), reading):
+        if layout_of_asks is not None and row.problem is None:
+            yield _read_by_layout(layout_of_asks, row, run)
+            continue
         needs = names if of_task is None else [*names, of_task]
         missing = [name for name in needs if name not in row.values]
         if row.problem is not None:
@@ -148,5 +153,19 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[AskedRow]:
             raise DataError(
                 Bilingual(f"{row.where} {problem}.", f"{row.where} {local(message_of(problem), 'zh')}。")
             ) from None
-        asked = (cells[0], cells[1]) if len(cells) > 1 and any(map(str.strip, cells)) else cells[0]
+        whole = all(map(str.strip, cells))  # half a pair is as little as an empty line
+        asked = "" if not whole else (cells[0], cells[1]) if len(cells) > 1 else cells[0]
         yield AskedRow(row.values, asked, of.task)
+
+
+def _read_by_layout(name: str, row: DataRow, run: OpenedRun) -> AskedRow:
+    """A row whose example has the kind of another layout than that of the training."""
+    data = run.config.data
+    spec = replace(TASKS[run.config.task].data, layouts=(name,))
+    layout, columns = find_layout(name, row.values, spec, data.columns.model_copy(update={"task_id": None}), row.where)
+    if not all(given(row.values[getattr(columns, need)]) for need in layout.needs):
+        return AskedRow(row.values, "")
+    found = layout.example(row.values, columns)
+    if isinstance(found, str):
+        raise DataError(Bilingual(f"{row.where} {found}.", f"{row.where} {local(found, 'zh')}。"))
+    return AskedRow(row.values, found)

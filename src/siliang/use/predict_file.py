@@ -1,8 +1,9 @@
 """Predictions for the rows of a file, of any size, written into another file.
 
 The rows are read, predicted and appended one part at a time to OUTPUT.partial, a line of JSON each. When all are there,
-they are written as OUTPUT in its own format, under a temporary name first. A run that was stopped goes on behind the
-last whole line of OUTPUT.partial, whose first line says of which run and of which data it is.
+they are written as OUTPUT in its own format, under a temporary name first. A run that was stopped resumes behind the
+last whole line of OUTPUT.partial, whose first line says of which run and of which data it is. Cells are written as they
+are, secrets in them too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from siliang.language import Bilingual
 from siliang.records import RECORD_NAME
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS, Task
-from siliang.types import ConfigError, InterruptedRunError, OutputError
+from siliang.types import ConfigError, InterruptedRunError, OutputError, first_line
 from siliang.use.predict import AskedRow, check_predicts, predict, predict_tasks, read_rows
 
 ROWS = 2048  # that are read, predicted and written at once
@@ -43,7 +44,7 @@ def predict_file(run: OpenedRun, source: str, output: Path, *, progress: Callabl
         ConfigError: `output` is of another kind, or the run writes text.
         OutputError: `output` is there already, or its .partial is of another run or other data.
         DataError: A row cannot be read.
-        InterruptedRunError: Ctrl-C; the same call goes on.
+        InterruptedRunError: Ctrl-C; the same call resumes.
     """
     check_predicts(run)
     check_output(output)
@@ -56,6 +57,7 @@ def predict_file(run: OpenedRun, source: str, output: Path, *, progress: Callabl
         try:
             with append(partial) as file:
                 while part := list(islice(rows, ROWS)):
+                    _check_columns(part, task)
                     lines = [_line(row, answer) for row, answer in zip(part, _answers(run, task, part), strict=True)]
                     file.write("".join(lines).encode())
                     file.flush()
@@ -65,7 +67,7 @@ def predict_file(run: OpenedRun, source: str, output: Path, *, progress: Callabl
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 Bilingual(
-                    f"Stopped after {done:,} rows, which are in {partial}. The same command goes on with the next.",
+                    f"Stopped after {done:,} rows, which are in {partial}. The same command resumes with the next.",
                     f"已停止，前 {done:,} 行已写入 {partial}。再次运行同一命令即可继续。",
                 )
             ) from None
@@ -101,7 +103,12 @@ def check_output(output: Path) -> None:
 def _identity(run: OpenedRun, source: str) -> dict[str, str]:
     """What the lines of a partial file depend on."""
     record = run.folder / RECORD_NAME
-    return {"run": sha256(record) if record.is_file() else str(run.folder), "data": source_sha256(source)}
+    return {
+        "run": sha256(record) if record.is_file() else str(run.folder),
+        "base": run.config.model,  # the one that is loaded
+        "task_id": str(run.task_id),
+        "data": source_sha256(source),
+    }
 
 
 def _begin(partial: Path, identity: dict[str, str], output: Path) -> int:
@@ -140,8 +147,21 @@ def _answers(run: OpenedRun, task: Task, rows: list[AskedRow]) -> Iterator[dict[
         yield {f"{PREFIX}{name}": values[name] for name in blank}
 
 
+def _check_columns(rows: list[AskedRow], task: Task) -> None:
+    """Refuses a file that has a column of the name of a new one."""
+    new = {f"{PREFIX}{name}" for name, value in task.blank.items() if value != ""}
+    if taken := sorted(new & {name for row in rows for name in row.values}):
+        raise OutputError(
+            Bilingual(
+                f"the data has a column {taken[0]!r} already, which would be written over: rename it.",
+                f"数据中已有列 {taken[0]!r}，会被覆盖：请改名。",
+            )
+        )
+
+
 def _line(row: AskedRow, answer: dict[str, object]) -> str:
-    return f"{json.dumps({**row.values, **answer}, ensure_ascii=False, default=str)}\n"
+    values = {name: None if value != value else value for name, value in {**row.values, **answer}.items()}  # NaN
+    return f"{json.dumps(values, ensure_ascii=False, default=str)}\n"
 
 
 # ---- formats ----
@@ -172,20 +192,41 @@ def _write_table(partial: Path, output: Path, delimiter: str) -> None:
 
 
 def _write_parquet(partial: Path, output: Path) -> None:
-    """Columns get the type that holds the values of all rows."""
+    """Columns get the type that holds the values of all rows.
+
+    Raises:
+        OutputError: A column has values of different kinds.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def parts() -> Iterator[Any]:
-        rows = _lines(partial)
-        while part := list(islice(rows, ROWS)):
-            yield pa.Table.from_pylist(part)
+    names = dict.fromkeys(name for row in _lines(partial) for name in row)
 
-    schema = pa.unify_schemas([part.schema for part in parts()] or [pa.schema([])], promote_options="permissive")
-    with pq.ParquetWriter(output, schema) as writer:
+    def parts() -> Iterator[dict[str, list[Any]]]:
         rows = _lines(partial)
         while part := list(islice(rows, ROWS)):
-            writer.write_table(pa.Table.from_pylist(part, schema=schema))
+            yield {name: [row.get(name) for row in part] for name in names}
+
+    column = ""
+    try:
+        fields: list[pa.Field] = []
+        for column in names:
+            kinds = [pa.schema([pa.field(column, pa.array(part[column]).type)]) for part in parts()]
+            fields += pa.unify_schemas(kinds, promote_options="permissive")
+        schema = pa.schema(fields)
+        with pq.ParquetWriter(output, schema) as writer:
+            for part in parts():
+                writer.write_table(pa.Table.from_pydict(part, schema=schema))
+    except (pa.ArrowException, TypeError) as error:
+        raise OutputError(
+            Bilingual(
+                f"the column {column!r} cannot be written as .parquet: {first_line(error)}.\nThe predictions are kept "
+                f"in {partial}: rename it to end with .jsonl.partial, and give the same command an --output with "
+                ".jsonl.",
+                f"列 {column!r} 无法写成 .parquet：{first_line(error)}。\n预测结果保存在 {partial}：请把它改名为以 "
+                ".jsonl.partial 结尾，再用同一命令，把 --output 换成 .jsonl。",
+            )
+        ) from None
 
 
 WRITERS: dict[str, Callable[[Path, Path], None]] = {
