@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_losses_do_not_depend_on_how_a_step_is_cut(loss: str, models: dict[str, 
     found: list[list[float]] = []
     for batch_size in (4, 1):
         (folder := tmp_path / str(batch_size)).mkdir()
-        cut = {"batch_size": batch_size, "gradient_accumulation": 4 // batch_size}
+        cut: dict[str, Any] = {"batch_size": batch_size, "gradient_accumulation": 4 // batch_size}
         config = configured("preference", models, folder, max_steps=6, log_every=1, learning_rate=5e-3, **cut)
         values = config.model_dump(mode="json") | {"preference": {"loss": loss}}
         found.append(losses(train(type(config).build(values))))

@@ -171,9 +171,7 @@ LOSSES: dict[LossName, PairLoss] = {
     "hinge": PairLoss(hinge),
     "ipo": PairLoss(ipo, by_tokens=True),
     "robust": PairLoss(robust),
-    "sigmoid_norm": PairLoss(
-        sigmoid_norm, "length-normalized DPO, Lambert et al. 2024 (Tulu 3), 2411.15124", by_tokens=True
-    ),
+    "sigmoid_norm": PairLoss(sigmoid_norm, by_tokens=True),
     "orpo": PairLoss(orpo, reference=False, by_tokens=True),
     "simpo": PairLoss(simpo, reference=False, by_tokens=True),
     "cpo": PairLoss(cpo, reference=False),
