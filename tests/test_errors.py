@@ -29,7 +29,7 @@ def test_an_error_is_no_book(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_class_is_in_the_catalogue() -> None:
-    classes = _classes(SiliangError)
+    classes = [kind for kind in _classes(SiliangError) if "code" in vars(kind)]  # KindError has ConfigError's
     assert sorted(kind.code for kind in classes) == sorted(CATALOGUE), "one code for each class"
     for kind in classes:
         entry = CATALOGUE[kind.code]

@@ -31,7 +31,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("AdaLoraConfig", {"beta1": 1.0}, "beta1 = 1.0: must be more than 0 and less than 1"),
     ("AdaLoraConfig", {"lora_alpha": 0}, "lora_alpha = 0: must be more than 0"),
     ("AdaLoraConfig", {"total_step": 0}, "total_step = 0: must be at least 1"),
-    ("GraloraConfig", {"hybrid_r": -1}, "hybrid_r = -1: must be a rank, or 0 for no LoRA beside the blocks"),
+    ("GraloraConfig", {"hybrid_r": -1}, "hybrid_r = -1: must be a rank, or 0 for no LoRA in addition to the blocks"),
     ("LilyConfig", {"stride_A": 0}, "stride_A = 0: must be at least 1"),
     ("LilyConfig", {"num_B": 1}, "num_B = 1: must be at least 2, for the router to choose from"),
     ("OSFConfig", {"effective_rank": 0}, "effective_rank = 0: must be a number of singular values, 1 or more, or"),
@@ -58,7 +58,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"r": 33, "apply_GS": True, "init_weights": False},
         "r = 33: must be at most the inputs of each layer, and one has 32",
     ),
-    ("HRAConfig", {"bias": "hra_only"}, "bias = 'hra_only': must be 'none'"),
+    ("HRAConfig", {"bias": "some"}, "bias = 'some': must be 'none', 'all' or 'hra_only'"),
     ("WaveFTConfig", {"n_frequency": 0}, "n_frequency = 0: must be at least 1"),
     ("WaveFTConfig", {}, "n_frequency = 2592: must be at most the numbers of each weight, and one has 1024"),
     ("WaveFTConfig", {"wavelet_family": "coif1"}, "wavelet_family = 'coif1': must be one of db1 to db10 and sym2"),
@@ -71,7 +71,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("RoadConfig", {"group_size": 7}, "group_size = 7: must be even, because a group's halves are paired"),
     ("RoadConfig", {"group_size": 12}, "group_size = 12: must divide the outputs of each layer, and one has"),
     ("RoadConfig", {"variant": "road_3"}, "variant = 'road_3': must be"),
-    ("VeraConfig", {"bias": "all"}, "bias = 'all': must be 'none'"),
+    ("VeraConfig", {"bias": "some"}, "bias = 'some': must be 'none', 'all' or 'vera_only'"),
 ]
 
 

@@ -28,7 +28,7 @@ from siliang.engine.evaluate import evaluate, mean_loss, metrics_of
 from siliang.engine.step import Engine
 from siliang.tasks import TASKS, Task
 from siliang.tasks.task import EVAL_LOSS
-from siliang.types import TASK_HEADS, TRAINED_TASKS, DataError
+from siliang.types import TASK_HEADS, TRAINED_TASKS, DataError, ModelError, TaskType
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "siliang"
@@ -82,6 +82,14 @@ def test_a_row_is_whole(task: Task) -> None:
     assert batch.lengths == (16,) * 2 * sequences and sum(half.weight for half in batch.halves()) == batch.weight
     shown = task.show(row, ["O"])
     assert list(shown.ids) == row["input_ids"][:16]
+
+
+def test_an_encoder_does_not_learn_to_write() -> None:
+    """BERT without is_decoder would see the token that it is to predict."""
+    sizes: dict[str, Any] = ENCODER
+    with pytest.raises(ModelError, match="reads ahead"):
+        Engine(transformers.BertLMHeadModel(BertConfig(**sizes)), TASKS[TaskType.CAUSAL_LM])
+    Engine(transformers.BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), TASKS[TaskType.CAUSAL_LM]).close()
 
 
 # ---- a task that is not there yet ----

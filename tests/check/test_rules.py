@@ -29,6 +29,11 @@ TAGGED = [
     {"tokens": ["I", "liked", w, x], "tags": ["O", "O", "B-NAME", "E-NAME"]} for w in WORDS[:9] for x in WORDS[9:14]
 ]
 
+BETTER_AND_WORSE: list[dict[str, Any]] = [
+    {"prompt": f"say {w}", "chosen": "one", "rejected": "two"} for w in WORDS[:30]
+]
+ON_PAIRS: dict[str, Any] = {"task": "preference", "data": {"test_size": 0.0}}
+
 
 class Case:
     """Builds runs over tiny models in one folder."""
@@ -196,6 +201,18 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
     "SL039": ("quantization.bits = 4: init_lora_weights = 'pissa'", lambda c: c(**ON_4_BITS)),
     "SL041": ("fewer than", lambda c: c(train={"max_steps": 3, "log_every": 10})),
     "SL042": ("3e-05", lambda c: c(method="full", train={"learning_rate": 3e-4})),
+    "SL044": (
+        "1 training rows have the answers of another row in the opposite order",
+        lambda c: c([*BETTER_AND_WORSE, BETTER_AND_WORSE[0] | {"chosen": "two", "rejected": "one"}], **ON_PAIRS),
+    ),
+    "SL045": (
+        "the chosen answer is the longer one in 100% of 30 training rows",
+        lambda c: c([row | {"chosen": "one two three"} for row in BETTER_AND_WORSE], **ON_PAIRS),
+    ),
+    "SL046": (
+        "30 of 30 chosen answers refuse where the rejected one does not",
+        lambda c: c([row | {"chosen": "Sorry, I cannot"} for row in BETTER_AND_WORSE], **ON_PAIRS),
+    ),
     "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),
 }
 

@@ -206,4 +206,4 @@ def test_an_initialization_from_data_on_ranks(init: str, still_place: Place, tmp
     assert_same(tmp_path / "one", tmp_path / "several")
     assert endings[0].output.count(f"init       {init}: ") == 1 and "init  " not in endings[1].output
     endings = train_on(changed(one, tmp_path / "sharded", "fsdp"), 2)
-    assert [e.code for e in endings] == [2, 2] and "its start is learned on the whole model" in endings[0].output
+    assert [e.code for e in endings] == [2, 2] and "it is learned on the whole model" in endings[0].output

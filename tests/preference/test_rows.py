@@ -96,6 +96,7 @@ def test_speakers_are_named_at_the_beginning_of_a_line() -> None:
             | {name: [{"role": "system", "content": "b"}, *WHOLE[i]] for i, name in enumerate(("chosen", "rejected"))},
             "has two different system messages",
         ),
+        ({"prompt": Q, "chosen": GOOD, "rejected": GOOD}, "has the same text in 'chosen' and 'rejected'"),
         ({"messages": ASKED, "rejected_response": BAD}, "has no answer at the end of 'messages'"),
         ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "images": ["a.png"]}, "siliang trains on text alone"),
     ],
@@ -103,11 +104,6 @@ def test_speakers_are_named_at_the_beginning_of_a_line() -> None:
 def test_a_row_that_is_no_pair_says_why(row: dict[str, Any], why: str) -> None:
     found = read(row)
     assert isinstance(found, str) and why in found
-
-
-def test_two_equal_answers_are_no_preference() -> None:
-    found = read({"prompt": Q, "chosen": GOOD, "rejected": GOOD})
-    assert isinstance(found, Ranked) and "the same text for two of its answers" in str(found.problem)
 
 
 # ---- tokens ----

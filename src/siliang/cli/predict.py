@@ -71,7 +71,8 @@ def predict(
     base: Base = None,
     force: Force = False,
 ) -> None:
-    """Predict with a trained run: the class of a text, the tagged spans in it, or the answer to a question.
+    """Predict with a trained run: the class of a text, the tagged spans in it, the answer to a question, or the reward
+    of an answer.
 
     A file must have the columns that the run was trained on. A tab separates the two texts of a pair, or a question and
     its context. An empty line, or a row without text, gives an empty line.

@@ -194,14 +194,6 @@ class Ranked(Example):
         """The text of each answer."""
         return ["\n".join(m.text for m in answer if m.role == "assistant") for answer in self.answers]
 
-    @property
-    def problem(self) -> str | None:
-        if len(set(self.answers)) == len(self.answers):
-            return None
-        return Bilingual(
-            "has the same text for two of its answers: neither is better", "有两个回答完全相同，分不出好坏"
-        )
-
     def prompt(self, beginning: int) -> PromptAndTarget | None:
         return self.conversations[0].prompt(beginning)
 

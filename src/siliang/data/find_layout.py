@@ -21,7 +21,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "target": ("summary", "title", "highlights"),
 }
 # of columns that a layout has a use for and does not need
-OPTIONAL_ALIASES: dict[str, tuple[str, ...]] = {"system": ("system_prompt",), "input": ("context",)}
+OPTIONAL_ALIASES: dict[str, tuple[str, ...]] = {
+    "system": ("system_prompt",),
+    "input": ("context",),
+    "prompt": ("question", "query"),
+}
 FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
 SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")
 # whose names say that they are one: what is asked, and a text that answers it or not
@@ -141,6 +145,14 @@ def _text_column(found: Collection[str], columns: Columns) -> str | None:
 
 def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns, source: str) -> Bilingual:
     there = ", ".join(map(repr, found))
+    if {columns.chosen, columns.rejected} <= {*found} and LAYOUTS["chosen-rejected"] not in suited:
+        return Bilingual(
+            f"{source} has a better and a worse answer, {columns.chosen!r} and {columns.rejected!r}: they are for "
+            "task=preference, or task=reward. To learn one of them as it is, name its column with data.columns.",
+            f"{source} 有较好和较差的回答 {columns.chosen!r} 和 {columns.rejected!r}："
+            "请用 task=preference 或 task=reward。"
+            "若只学习其中之一，请用 data.columns 指定它的列。",
+        )
 
     # the error speaks of one layout only: the one most of whose columns are there
     def share(layout: RowLayout) -> float:

@@ -19,6 +19,7 @@ from siliang.data.examples import Message, Ranked
 from siliang.data.refused import MEDIA, text_only
 from siliang.data.turns import history_of, listed, tools_of, turns_of
 from siliang.language import Bilingual
+from siliang.secrets import shortened
 
 SPEAKERS = re.compile(r"(?:^|\n)\s*(Human|Assistant): ?")  # of HH-RLHF, at the beginning of a line
 
@@ -149,9 +150,13 @@ def _checked(ranked: Ranked, c: Columns) -> Result:
     for name, answer in zip((c.chosen, c.rejected), ranked.answers, strict=False):
         if any(m.role == "assistant" and not m.content.strip() and not m.calls for m in answer):
             return Bilingual(f"has an empty answer in {name!r}", f"的 {name!r} 中有空的回答")
+    if len(set(ranked.words)) < len(ranked.words) and not any(m.calls for a in ranked.answers for m in a):
+        return Bilingual(
+            f"has the same text in {c.chosen!r} and {c.rejected!r}: neither is better",
+            f"的 {c.chosen!r} 和 {c.rejected!r} 文本相同，分不出好坏",
+        )
     return replace(ranked, answers=tuple(tuple(replace(m, trained=True) for m in a) for a in ranked.answers))
 
 
 def _short(turns: list[Message]) -> str:
-    text = turns[-1].text if turns else ""
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+    return repr(shortened(turns[-1].text if turns else "", 40))

@@ -16,6 +16,7 @@ from siliang.adapters.active_rows import active_rows, trains_all_layers, trial_i
 from siliang.data.batch import Batch
 from siliang.data.task_column import TASK_IDS
 from siliang.engine.budget import ADAM_STATE, MemoryBudget
+from siliang.engine.causal import check_causal
 from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
 from siliang.engine.fused import FusedModules
 from siliang.engine.noise import EmbeddingNoise
@@ -80,9 +81,9 @@ class Engine:
             raise ConfigError(
                 Bilingual(
                     f"{task.title} compares the model with itself without its adapter, and full has none: "
-                    "choose another "
-                    "method.",
-                    f"{task.title} 要拿模型与去掉适配器的自己比较，而 full 没有适配器：请换一种方法。",
+                    "choose another method, or preference.loss = simpo, orpo or cpo, which compare with nothing.",
+                    f"{task.title} 要拿模型与去掉适配器的自己比较，而 full 没有适配器：请换一种方法，"
+                    "或改用不作比较的 preference.loss = simpo、orpo 或 cpo。",
                 )
             )
         takes = task.step_loss is not None and task.step_loss.reference
@@ -128,6 +129,8 @@ class Engine:
         head = output_layer(self._base) if task.writes else None
         if task.has_encoder and not hasattr(self._base, "prepare_decoder_input_ids_from_labels"):
             head = None  # its forward needs the labels, and so all logits
+        if task.decoder_only and comparing and all_logits is None:
+            check_causal(model, vocabulary, **self._trial)
         self._head = HeadLoss(self._base, head) if head is not None else None
         if self._head and (
             reason := all_logits or (self._head.differs(model, vocabulary, **self._trial) if comparing else None)

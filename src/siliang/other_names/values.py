@@ -35,4 +35,7 @@ TASK_VALUES: dict[str, str] = {
     "summarization": "seq_2_seq_lm", "summarisation": "seq_2_seq_lm", "text2text_generation": "seq_2_seq_lm",
     "qa": "question_ans", "question_answering": "question_ans", "squad": "question_ans",
     "extractive_qa": "question_ans",
+    "dpo": "preference", "orpo": "preference", "simpo": "preference", "cpo": "preference", "ipo": "preference",
+    "rlhf": "preference", "preferences": "preference", "rm": "reward", "reward_model": "reward",
+    "reward_modeling": "reward",
 }  # fmt: skip

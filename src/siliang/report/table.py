@@ -189,7 +189,8 @@ def sentences(answer: Recommendation, data: ReportData, w: dict[str, str]) -> li
         texts.append(w["majority_note"].format(share=f"{data.majority:.4f}"))
     if "eval_loss" in data.base:
         base = data.base
-        texts.append(w["base_note"].format(loss=f"{base['eval_loss']:.4f}", perplexity=f"{base['perplexity']:.2f}"))
+        shown = {name: f"{value:.{4 if name == 'eval_loss' else 2}f}" for name, value in base.items()}
+        texts.append(w["base_note" if "perplexity" in base else "base_loss_note"].format_map(shown))
     return texts
 
 

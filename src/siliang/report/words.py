@@ -66,9 +66,13 @@ WORDS: dict[str, tuple[str, str]] = {
         "Always predicting the most frequent class gives accuracy {share}.",
         "全部预测为样本最多的类别，准确率也有 {share}。",
     ),
+    "base_loss_note": (
+        "The untuned base model has a held-out loss of {eval_loss}.",
+        "未微调的基座模型在验证集上的损失是 {eval_loss}。",
+    ),
     "base_note": (
-        "The untuned base model has a held-out loss of {loss} (perplexity {perplexity}).",
-        "未微调的基座模型在验证集上的损失是 {loss}（困惑度 {perplexity}）。",
+        "The untuned base model has a held-out loss of {eval_loss} (perplexity {perplexity}).",
+        "未微调的基座模型在验证集上的损失是 {eval_loss}（困惑度 {perplexity}）。",
     ),
     "table": ("All methods", "全部方法"),
     "table_note": (

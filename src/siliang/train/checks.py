@@ -72,6 +72,24 @@ def check_terms(method: AnyMethod, config: PeftConfig | None, *, sharded: bool) 
         )
 
 
+def check_ranks(config: PeftConfig | None, ranks: int) -> None:
+    """Raises ConfigError where each rank would keep something of its own first batch: a checkpoint has one rank's.
+
+    Args:
+        config: The adapter's; None for full fine-tuning.
+    """
+    velora = config.velora_config if isinstance(config, LoraConfig) else None
+    if ranks > 1 and velora is not None and velora.init_type == "batch_average_once":
+        raise ConfigError(
+            Bilingual(
+                "velora_config: init_type = 'batch_average_once' keeps the mean of the first batch, and each of "
+                f"{ranks} ranks has another: use 'batch_average' or 'random', or one device.",
+                "velora_config：init_type = 'batch_average_once' 保留第一个批次的平均值，"
+                f"而 {ranks} 个进程的各不相同：请用 'batch_average' 或 'random'，或只用一个设备。",
+            )
+        )
+
+
 def check_tasks(model: nn.Module, config: RunConfig, *sets: TokenSet) -> None:
     """Raises ConfigError where the method has several tasks and the data does not say which a row is of, or names
     others."""

@@ -38,6 +38,7 @@ from siliang.train.checks import (
     check_layerwise,
     check_loraplus,
     check_quantization,
+    check_ranks,
     check_space,
     check_tasks,
     check_terms,
@@ -96,6 +97,7 @@ def prepare(
     own = None if method.config is None else method.config(**config.method.arguments)
     own = own if start is None else PeftConfig.from_pretrained(start)
     check_terms(method, own, sharded=mesh is not None or zero_stage(config, ranks) > 0)
+    check_ranks(own, ranks.size)
     check_whole(config, method, sharded=mesh is not None)
     learner = Learner(config, method, data, precision, device, ranks)
     # one by one: the machine may not hold the whole model more than once

@@ -50,8 +50,8 @@ def generate(
     if task.prompt is None:
         raise ConfigError(
             Bilingual(
-                f"{run.folder} was trained to classify: use `siliang predict`.",
-                f"{run.folder} 是分类任务的运行：请用 `siliang predict`。",
+                f"{run.folder} was not trained to write text: use `siliang predict`.",
+                f"{run.folder} 不是生成文本的运行：请用 `siliang predict`。",
             )
         )
     if base and not isinstance(run.model, PeftModel):
