@@ -175,7 +175,7 @@ def test_counts_in_the_document(row: str) -> None:
 
 
 def test_learning_rates_in_the_document() -> None:
-    table = DOC[DOC.index("## Learning rates") : DOC.index("## Trained parameters")]
+    table = DOC[DOC.index("## Learning rates") : DOC.index("## Compared")]
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| `")]
     assert [(name.strip("`"), float(rate), source) for name, rate, source in rows] == [
         (m.name, m.learning_rate, m.learning_rate_source) for m in METHODS.values()

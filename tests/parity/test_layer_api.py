@@ -97,8 +97,8 @@ def test_weighted_adapters_that_cannot_be(call: tuple[Any, ...], message: str) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init_lora_weights": "pissa"}, "its start has changed the base weight"),
-        ({"init_lora_weights": "olora"}, "its start has changed the base weight"),
+        ({"init_lora_weights": "pissa"}, "its initialization has changed the base weight"),
+        ({"init_lora_weights": "olora"}, "its initialization has changed the base weight"),
         ({"bias": "lora_only"}, "has bias = 'lora_only': only A and B"),
         ({"bias": "all"}, "has bias = 'all': only A and B"),
     ],

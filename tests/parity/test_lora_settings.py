@@ -43,7 +43,7 @@ NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_norms_elsewhere(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if device == "cpu":
-        monkeypatch.setattr("siliang.methods.lora.GPU", torch.device("cpu"))
+        monkeypatch.setattr("siliang.methods.lora_layers.GPU", torch.device("cpu"))
     offload = siliang.LoraRuntimeConfig(ephemeral_gpu_offload=True)
     found = []
     for runtime in (siliang.LoraRuntimeConfig(), offload):

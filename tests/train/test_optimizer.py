@@ -234,7 +234,11 @@ def test_loraplus_needs_a_b(name: str) -> None:
     message = rf"train\.loraplus_ratio = 16: {name} has no B that would train faster; leave it out"
     with pytest.raises(ConfigError, match=message):
         check_loraplus(config, METHODS[name])
-    check_loraplus(config, METHODS["lora"])
+
+
+def test_loraplus_is_for_lora() -> None:
+    values = {"model": "m", "task": "seq_cls", "data": {"train": "t.jsonl"}, "output": "o"}
+    check_loraplus(RunConfig.build(values | {"train": {"loraplus_ratio": 16}}), METHODS["lora"])
 
 
 def test_a_decay_of_the_rate_that_reaches_nothing_is_refused() -> None:

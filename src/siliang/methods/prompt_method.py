@@ -11,6 +11,7 @@ from siliang.language import Bilingual
 from siliang.methods.method import Adapter, Method, Parts
 from siliang.methods.prompt import PromptConfig
 from siliang.methods.prompt_hooks import PromptHooks, PromptSpec, prompted_embeddings
+from siliang.types import KindError
 
 P = TypeVar("P", bound=PromptConfig)
 
@@ -37,8 +38,15 @@ class PromptMethod(Method[P]):
         """Fills in the shapes that the config leaves open.
 
         Raises:
-            ConfigError: The model's config lacks them, or the adapter's differ.
+            ConfigError: The model's config lacks them, or the adapter's differ; it has no config.
         """
+        if not hasattr(model, "config"):
+            raise KindError(
+                Bilingual(
+                    f"{type(model).__name__} has no config: prompts are for models of transformers.",
+                    f"{type(model).__name__} 没有 config：提示类方法只用于 transformers 的模型。",
+                )
+            )
         config.complete(model.config, width=prompted_embeddings(model).weight.shape[1])
 
     def add_hooks(self, model: nn.Module, adapter: Adapter[P]) -> Callable[[], None]:
