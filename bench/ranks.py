@@ -1,38 +1,21 @@
-"""What each of several processes holds and takes, on this machine.
+"""What each of several processes holds, on this machine.
 
-python -m bench.ranks memory      resident memory of each process under ddp and fsdp, and the plan's
-python -m bench.ranks adapters    a step under fsdp, the adapter replicated or sharded like the base, alternately
+python -m bench.ranks    resident memory of each process under ddp and fsdp, and the plan's
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import statistics
 import tempfile
-import time
-import uuid
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bench.command import train
-from siliang import LoraConfig, get_peft_model
-from siliang.data.collate import PadCollator
-from siliang.distributed.sharding import average_gradients, rank_mesh, shard
-from siliang.engine.batches import StepCollator
-from siliang.engine.step import Engine
-from siliang.tasks import CAUSAL_LM
-from siliang.types import TaskType
 
 ROWS, LENGTH, VOCABULARY = 8, 64, 4096
-STEPS, ROUNDS = 6, 5
 
 
 def llama(hidden: int, layers: int) -> Any:
@@ -98,56 +81,11 @@ def memory(folder: Path) -> None:
         )
 
 
-def adapters(folder: Path, ranks: int = 2) -> None:
-    """Seconds of a step both ways, alternately."""
-    with ProcessPoolExecutor(ranks, multiprocessing.get_context("spawn")) as pool:
-        found, *_ = pool.map(partial(_time_rank, folder / uuid.uuid4().hex, ranks), range(ranks))
-    for name, seconds in found.items():
-        shown = "  ".join(f"{1000 * s:,.0f}" for s in seconds)
-        print(f"adapter {name:<10} {1000 * statistics.median(seconds):7,.0f} ms a step  ({shown})")
-    print(f"sharded / replicated = {statistics.median(found['sharded']) / statistics.median(found['replicated']):.3f}")
-
-
-def _time_rank(meeting: Path, ranks: int, rank: int) -> dict[str, list[float]]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-    device = torch.device("cpu")
-    row = {"input_ids": list(range(4, 4 + LENGTH)), "labels": list(range(4, 4 + LENGTH))}
-    batches = StepCollator(PadCollator(0), CAUSAL_LM, ROWS, packed=True)([dict(row) for _ in range(ROWS)])
-    steps = {}
-    for name, too in (("replicated", False), ("sharded", True)):
-        torch.manual_seed(0)
-        config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, target_modules="all-linear")
-        model: Any = get_peft_model(AutoModelForCausalLM.from_config(llama(512, 8)), config)
-        shard(model, rank_mesh(device), device, trained_too=too)
-        engine = Engine(model, CAUSAL_LM)
-        model.train()
-
-        def step(model: Any = model, engine: Engine = engine) -> None:
-            engine.run(model, batches["batches"], float(ROWS * (LENGTH - 1)))
-            average_gradients(model)
-            model.zero_grad()
-
-        step()
-        steps[name] = step
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            dist.barrier()
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                step()
-            found[name].append((time.perf_counter() - start) / STEPS)
-    dist.destroy_process_group()
-    return found
-
-
 def main() -> None:
-    """Prints one of the two."""
-    parser = argparse.ArgumentParser("python -m bench.ranks", description=__doc__)
-    parser.add_argument("what", choices=("memory", "adapters"))
+    """Prints it."""
+    argparse.ArgumentParser("python -m bench.ranks", description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        {"memory": memory, "adapters": adapters}[parser.parse_args().what](Path(folder))
+        memory(Path(folder))
 
 
 if __name__ == "__main__":

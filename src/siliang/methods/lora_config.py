@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
@@ -138,7 +139,7 @@ class LoraConfig(BlocksConfig):
         "use_qalora": False,
     }
 
-    NOT_IN_RUNS: ClassVar[dict[str, Bilingual]] = {"arrow_config": WHY_NOT_TRAINED}
+    NOT_IN_RUNS: ClassVar[Mapping[str, Bilingual]] = {"arrow_config": WHY_NOT_TRAINED}
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
     VARIANTS: ClassVar[tuple[str, ...]] = (  # of which one may be set
         *("use_dora", "alora_invocation_tokens", "kasa_config", "use_bdlora", "velora_config", "arrow_config"),
