@@ -17,9 +17,10 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer  # pyright: i
 from trl.experimental.cpo import CPOTrainer  # pyright: ignore
 from trl.experimental.orpo import ORPOTrainer  # pyright: ignore
 
-from siliang.config import PreferenceConfig
+from siliang.config import PreferenceConfig, RunConfig
 from siliang.engine.batches import sequences_of
 from siliang.plan.rows import order
+from siliang.records import Record
 from siliang.tasks.preference_losses import LOSSES, Pairs, likelihood
 from siliang.tasks.prepare import prepare_data
 from siliang.train.prepare import prepare
@@ -36,69 +37,85 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-class InOrder(DPOTrainer):
-    """Takes the rows as they come, and as tokens."""
+class InOrder:
+    """A trainer of TRL that takes the rows as they come, and as tokens."""
+
+    train_dataset: Any
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        rows: Any = self.train_dataset
-        return SequentialSampler(rows)
+        return SequentialSampler(self.train_dataset)
+
+
+class PairsInOrder(InOrder, DPOTrainer):
+    """DPO's."""
+
+
+class RewardsInOrder(InOrder, RewardTrainer):
+    """The reward model's."""
+
+
+# of TRL's trainers
+AS_OURS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "remove_unused_columns": False,
+}
+
+
+def begun(task: str, models: dict[str, Path], folder: Path, steps: int, **more: object) -> RunConfig:
+    """A run with the settings of `AS_OURS`."""
+    constant = {"warmup_fraction": 0.0, "schedule": "constant", "learning_rate": 5e-3}
+    values = configured(task, models, folder, max_steps=steps, log_every=1, **constant).model_dump(mode="json")
+    values["data"]["test_size"] = 0.3  # of 23 rows: 16 are left, four steps of an epoch
+    method = {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    return RunConfig.build(values | {"method": method} | more)
+
+
+def in_order(config: RunConfig) -> list[dict[str, Any]]:
+    """The entries that the run trains on, one step after the other."""
+    tokens = prepare_data(config).train
+    return [tokens[row] for step in order(config, tokens.lengths) for row in step]
+
+
+def assert_losses_of(trainer: Any, record: Record, steps: int) -> list[float]:
+    """Trains with TRL's trainer, whose losses are those of our run at each step; gives ours."""
+    trainer.train()
+    theirs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    ours = {line.step: line.loss for line in record.steps if line.loss is not None}
+    assert list(ours) == list(range(1, steps + 1))
+    assert list(ours.values()) == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    return list(ours.values())
 
 
 @pytest.mark.parametrize("loss", STEPS)
 def test_losses_of_a_training_are_those_of_trl(loss: str, models: dict[str, Path], tmp_path: Path) -> None:
     steps, more = STEPS[loss], PEERS.get(loss, {})
-    base = AutoModelForCausalLM.from_pretrained(models["preference"])
-    constant = {"warmup_fraction": 0.0, "schedule": "constant", "learning_rate": 5e-3}
-    config = configured("preference", models, tmp_path, max_steps=steps, log_every=1, **constant)
-    values = config.model_dump(mode="json") | {
-        "method": {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-        "preference": {"loss": loss, "beta": 0.3, **more},
-    }
-    values["data"]["test_size"] = 0.3  # of 23 rows: 16 are left, four steps of an epoch
-    config = type(config).build(values)
+    config = begun("preference", models, tmp_path, steps, preference={"loss": loss, "beta": 0.3, **more})
     (tmp_path / "untrained").mkdir()
     untrained = config.model_copy(update={"output": str(tmp_path / "untrained")})
     prepare(untrained, Listener(), tmp_path / "untrained").model.save_pretrained(tmp_path / "start")
-    wrapped = peft.PeftModel.from_pretrained(base, str(tmp_path / "start"), is_trainable=True)
-    record = train(config)
-    assert [line.step for line in record.steps if line.loss is not None] == list(range(1, steps + 1))
-
-    tokens = prepare_data(config).train
-    rows = [row for step in order(config, tokens.lengths) for row in step]
-    dataset = Dataset.from_list([_ids(tokens[i]) for i in rows])
-    settings = DPOConfig(
-        str(tmp_path / "trl"),
-        per_device_train_batch_size=4,
-        max_steps=steps,
-        learning_rate=5e-3,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        beta=0.3,
-        loss_type=[loss],
-        max_length=None,
-        remove_unused_columns=False,
-        **more,
-    )
-    trainer = InOrder(
-        model=wrapped,
-        args=settings,
-        train_dataset=dataset,
+    base = AutoModelForCausalLM.from_pretrained(models["preference"])
+    trainer = PairsInOrder(
+        model=peft.PeftModel.from_pretrained(base, str(tmp_path / "start"), is_trainable=True),
+        args=DPOConfig(
+            str(tmp_path / "trl"), max_steps=steps, beta=0.3, loss_type=[loss], max_length=None, **AS_OURS, **more
+        ),
+        train_dataset=Dataset.from_list([_ids(entry) for entry in in_order(config)]),
         processing_class=AutoTokenizer.from_pretrained(models["preference"]),
     )
-    trainer.train()
-    theirs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    ours = [line.loss for line in record.steps if line.loss is not None]
-    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-    assert ours[0] != pytest.approx(ours[-1], rel=1e-3)
+    losses = assert_losses_of(trainer, train(config), steps)
+    assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
 
 
 def _ids(row: dict[str, Any]) -> dict[str, list[int]]:
@@ -152,58 +169,19 @@ def test_orpo_is_that_of_trl() -> None:
 # ---- a reward model ----
 
 
-class RewardsInOrder(RewardTrainer):
-    """Takes the rows as they come, and as tokens."""
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        rows: Any = self.train_dataset
-        return SequentialSampler(rows)
-
-
 def test_rewards_are_learned_as_by_trl(models: dict[str, Path], tmp_path: Path) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(models["reward"], num_labels=1)
     torch.manual_seed(1)
     start = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
     wrapped = peft.get_peft_model(base, start)
     wrapped.save_pretrained(str(tmp_path / "start"))
-    constant = {"warmup_fraction": 0.0, "schedule": "constant", "learning_rate": 5e-3}
-    config = configured("reward", models, tmp_path, max_steps=30, log_every=1, **constant)
-    values = config.model_dump(mode="json") | {
-        "adapter": str(tmp_path / "start"),
-        "method": {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-    }
-    values["data"]["test_size"] = 0.3  # of 23 rows: 16 are left, four steps of an epoch
-    config = type(config).build(values)
-    record = train(config)
-
-    tokens = prepare_data(config).train
-    rows = [row for step in order(config, tokens.lengths) for row in step]
-    pairs = [[part["input_ids"] for part in sequences_of(tokens[i])] for i in rows]
+    config = begun("reward", models, tmp_path, 30, adapter=str(tmp_path / "start"))
+    pairs = [[part["input_ids"] for part in sequences_of(entry)] for entry in in_order(config)]
     trainer = RewardsInOrder(
         model=wrapped,
-        args=RewardConfig(
-            str(tmp_path / "trl"),
-            per_device_train_batch_size=4,
-            max_steps=30,
-            learning_rate=5e-3,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            remove_unused_columns=False,
-        ),
+        args=RewardConfig(str(tmp_path / "trl"), max_steps=30, **AS_OURS),
         train_dataset=Dataset.from_list([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs]),
         processing_class=AutoTokenizer.from_pretrained(models["reward"]),
     )
-    trainer.train()
-    theirs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    ours = [line.loss for line in record.steps if line.loss is not None]
-    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5) and len(ours) == 30
-    assert ours[0] != pytest.approx(ours[-1], rel=1e-2)
+    losses = assert_losses_of(trainer, train(config), 30)
+    assert losses[0] != pytest.approx(losses[-1], rel=1e-2)

@@ -10,19 +10,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from siliang import other_names
 from siliang.config.data import DataConfig
 from siliang.config.distributed import DistributedConfig
 from siliang.config.explaining import explain, undecodable
-from siliang.config.names import OWN_FIELDS, name_hint, quoted
+from siliang.config.names import OWN_FIELDS, name_hint
 from siliang.config.preference import PreferenceConfig
 from siliang.config.section import RECORDED, THE_SETTINGS, Name, Names, Section, Settings, split_names
+from siliang.config.top_values import as_adapter, as_method, as_task
 from siliang.config.train import TrainConfig
 from siliang.files import absolute
 from siliang.language import Bilingual, local, together
 from siliang.safety.safe_yaml import dump_yaml
 from siliang.secrets import shortened
-from siliang.types import TRAINED_TASKS, ConfigError, TaskType, nearest
+from siliang.types import ConfigError, TaskType, nearest
 
 VIRTUAL_TOKENS = 20  # default number of virtual tokens, as in PEFT's examples
 
@@ -107,47 +107,6 @@ class MethodConfig(BaseModel):
         return self
 
 
-def _method(value: object) -> object:
-    name = value.get("name") if isinstance(value, dict) else value
-    if isinstance(name, str) and (here := other_names.METHOD_VALUES.get(other_names.plain(name))):
-        raise ConfigError(_use_instead(f"method = {name!r}", here.split()))
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _adapter(value: object) -> object:
-    if isinstance(value, str) and other_names.is_method(value) and not Path(value).exists():
-        here = other_names.METHOD_VALUES.get(other_names.plain(value), f"method={other_names.plain(value)}")
-        raise ConfigError(
-            _use_instead(
-                Bilingual(f"adapter = {value!r} is not an adapter", f"adapter = {value!r} 不是适配器"), here.split()
-            )
-        )
-    return value
-
-
-def _use_instead(what: str, assignments: list[str]) -> Bilingual:
-    shown = quoted(assignments)
-    return Bilingual(f"{what}: use {shown}.", f"{local(what, 'zh')}：请用 {local(shown, 'zh')}。")
-
-
-def _task(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    if (here := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
-        raise ConfigError(Bilingual(f"task = {value!r}: use `task={here}`.", f"task = {value!r}：请用 `task={here}`。"))
-    name = value.lower().replace("-", "_")
-    for task in TRAINED_TASKS:
-        if task.lower() == name:
-            return task
-    allowed = [task.lower() for task in TRAINED_TASKS]
-    tasks, alike = ", ".join(allowed), nearest(name, allowed)
-    raise ConfigError(
-        Bilingual(
-            f"task = {value!r}: must be one of {tasks}.{alike}", f"task = {value!r}：只能是 {tasks} 之一。{alike.zh}"
-        )
-    )
-
-
 def _quantization(value: object) -> object:
     if value is None or isinstance(value, dict | QuantizationConfig):
         return value
@@ -193,18 +152,18 @@ class RunConfig(Settings):
     """The base model's revision on the Hub.
 
     基座模型在 Hub 上的版本。"""
-    task: Annotated[TaskType, BeforeValidator(_task)]
+    task: Annotated[TaskType, BeforeValidator(as_task)]
     """The task: causal_lm (generate text), preference (generate the better of two texts), reward (tell which of two
     texts is better), seq_cls (classify a text), token_cls (tag each word), seq_2_seq_lm (generate text with an encoder
     and a decoder) or question_ans (find the answer in a context).
 
     任务：causal_lm（生成文本）、preference（学习较好的回答）、reward（给回答打分）、seq_cls（文本分类）、token_cls（给每个词
     打标签）、seq_2_seq_lm（由编码器和解码器生成文本），或 question_ans（在段落中找出答案）。"""
-    method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
+    method: Annotated[MethodConfig, BeforeValidator(as_method)] = Field(default_factory=MethodConfig)
     """The fine-tuning method: a name of `siliang methods`, or {name: lora, r: 16, ...}.
 
     微调方法：`siliang methods` 中的一个名称，或 {name: lora, r: 16, ...}。"""
-    adapter: Annotated[Name | None, BeforeValidator(_adapter)] = None
+    adapter: Annotated[Name | None, BeforeValidator(as_adapter)] = None
     """An adapter to train further: a run's folder, a checkpoint in it, an adapter folder of siliang or PEFT, or a name
     on the Hub. Training starts from its weights, with its config as the method. For a run's folder, settings that are
     not given (model, task, template, labels) come from that run. The adapter itself is not changed.

@@ -19,15 +19,14 @@ from siliang.engine.budget import ADAM_STATE, MemoryBudget
 from siliang.engine.causal import check_causal
 from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
 from siliang.engine.fused import FusedModules
+from siliang.engine.head_loss import HeadLoss
 from siliang.engine.noise import EmbeddingNoise
-from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
-from siliang.engine.patches import patched
+from siliang.engine.padding import NotPackableError, PaddingFree
 from siliang.engine.recompute import Recompute
 from siliang.engine.splits import notes_on_splits
 from siliang.engine.whole_step import Context, Gather, ReferenceStore, alone, log_probabilities, run_step
 from siliang.language import Bilingual, together
-from siliang.models.introspect import is_encoder_decoder, output_layer
-from siliang.ops.masked_ce import head_logits, masked_cross_entropy
+from siliang.models.introspect import output_layer
 from siliang.ops.packed_attention import Layout
 from siliang.peft_api.model import PeftModel
 from siliang.tasks import Task
@@ -322,85 +321,3 @@ class Engine:
             starts = tuple(range(0, len(batch.lengths) * states.shape[1], states.shape[1]))
         first = torch.tensor(starts).to(states.device, non_blocking=True)
         return first[batch.targets[1]] + virtual + batch.targets[2]
-
-
-class HeadLoss:
-    """The loss of a language model's output layer, computed without all logits.
-
-    The model's forward skips the output layer, which returns one column instead of its logits. `loss` gets the input of
-    the output layer.
-    """
-
-    def __init__(self, model: PreTrainedModel, head: nn.Module) -> None:
-        """
-        Args:
-            head: The model's output layer.
-        """
-        config = model.config.get_text_config()
-        self._head = head
-        self._is_encoder_decoder = is_encoder_decoder(model)
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
-        self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
-
-    @contextmanager
-    def skipped(self) -> Iterator[list[Tensor]]:
-        """Within the block, the output layer appends its input to the list, and computes nothing."""
-        seen: list[Tensor] = []
-
-        def skip(states: Tensor) -> Tensor:
-            seen.append(states)
-            return states[..., :1].clone()  # FSDP2 allows no view of a sharded module's output
-
-        with patched([(self._head, skip)]):
-            yield seen
-
-    def loss(self, states: Tensor, rows: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """The loss, summed over the labelled rows.
-
-        Args:
-            states: The input of the output layer, (..., D).
-            rows: (N,), into the flattened states.
-            labels: (N,).
-        """
-        hidden_ND = states.flatten(0, -2).index_select(0, rows)
-        return masked_cross_entropy(
-            hidden_ND,
-            self._head,
-            labels,
-            softcap=self._softcap,
-            scale=self._scale,
-            label_smoothing=label_smoothing,
-        )
-
-    def logits(self, states: Tensor, rows: Tensor) -> Tensor:
-        """The logits of the labelled rows, (N, V), in fp32."""
-        hidden_ND = states.flatten(0, -2).index_select(0, rows)
-        return head_logits(hidden_ND, self._head, softcap=self._softcap, scale=self._scale)
-
-    @torch.no_grad()
-    def differs(self, model: nn.Module, vocabulary: int, **more: object) -> str | None:
-        """Runs a few tokens, and `more`, with and without all logits. Returns why the losses differ, or None."""
-        device = next(model.parameters()).device
-        ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
-        inputs = more | {"input_ids": ids} | ({"decoder_input_ids": ids} if self._is_encoder_decoder else {})
-        training = model.training
-        model.eval()
-        try:
-            logits = model(**inputs, use_cache=False).logits[0, -6:-1].float()
-            expected = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
-            with self.skipped() as seen:
-                model(**inputs, use_cache=False)
-            states = seen[0]
-            rows = torch.arange(states.shape[1] - 6, states.shape[1] - 1, device=device)
-            found = self.loss(states, rows, ids[0, 1:])
-        except Exception as error:  # a model may raise any exception without its logits
-            return trial_error(error, Bilingual("without all its logits", "在不取全部 logits 时运行"))
-        finally:
-            model.train(training)
-        off = float((found - expected).abs() / expected.abs().clamp(min=1e-6))
-        return (
-            None
-            if off < (1e-4 if states.dtype == torch.float32 else 2e-2)
-            else Bilingual("its logits are changed after the output layer", "它的 logits 在输出层之后又有改动")
-        )

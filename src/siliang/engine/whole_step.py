@@ -94,16 +94,9 @@ def run_step(
         The mean loss of this rank's share, a scalar. The mean over ranks is the loss of the step.
     """
     batches = [_numbered(batch, number) for batch, number in zip(batches, _firsts(batches), strict=True)]
-    if step.separable:
+    if step.separable or (len(batches) == 1 and gather is alone):
         return run_batches(engine, step, model, batches, weight, autocast, no_sync, backward)
     reference = reference_values(engine, step, model, batches, autocast)
-    if len(batches) == 1 and gather is alone:
-        batch = batches[0]
-        with autocast(), engine.values(model, batch) as values:
-            with torch.autocast(values.device.type, enabled=False):
-                loss = loss_of(step, by_entry(batch, values, reference)) / weight
-            backward(loss)
-        return loss.detach()
     states: list[RandomState] = []  # each batch is run twice with the same dropout
     own: ByEntry = {}
     for batch in batches:
@@ -140,7 +133,7 @@ def run_batches(
     no_sync: Context,
     backward: Callable[[Tensor], object],
 ) -> Tensor:
-    """The same where no entry depends on another: each batch is run once, and no rank asks the others."""
+    """The same where no entry depends on one of another batch: each batch is run once, and no rank asks the others."""
     mean = torch.zeros((), device=next(model.parameters()).device)
     for number, batch in enumerate(batches):
         reference = reference_values(engine, step, model, [batch], autocast)

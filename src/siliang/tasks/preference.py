@@ -57,12 +57,16 @@ def step_loss(settings: PreferenceConfig) -> StepLoss:
         found = row.loss(pairs, settings).sum()
         return found + len(values) * settings.nll_weight * likelihood(pairs) if settings.nll_weight else found
 
-    return StepLoss(log_probabilities, loss, reference=row.reference, separable=not settings.nll_weight)
+    return StepLoss(log_probabilities, loss, reference=settings.compares, separable=not settings.nll_weight)
 
 
 def with_settings(task: Task, config: RunConfig) -> Task:
     """The task with the loss of a run."""
-    settings = config.preference or PreferenceConfig()
+    return with_loss(task, config.preference or PreferenceConfig())
+
+
+def with_loss(task: Task, settings: PreferenceConfig) -> Task:
+    """The task with the loss of these settings, and the rewards that follow from it."""
     return replace(
         task, step_loss=step_loss(settings), measure=partial(measure, settings), replies=partial(replies, settings)
     )
@@ -100,7 +104,7 @@ def replies(
     """The answer that the model prefers in each pair."""
     numbers = rows.tokens.column("row").tolist()
     chosen, rejected = rewards(settings, found)
-    for (entry, better), worse in zip(zip(found, chosen.tolist(), strict=True), rejected.tolist(), strict=True):
+    for entry, better, worse in zip(found, chosen.tolist(), rejected.tolist(), strict=True):
         example = rows.examples[numbers[entry]]
         assert isinstance(example, Ranked)
         right, wrong = example.words[0], example.words[-1]
@@ -112,7 +116,7 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | 
     return "not above chance" if final.get("accuracy", 1.0) <= CHANCE else None
 
 
-PREFERENCE = Task(
+_WITHOUT_LOSS = Task(
     name=TaskType.PREFERENCE,
     adapter_type=TaskType.CAUSAL_LM,
     data=DataSpec(
@@ -134,13 +138,11 @@ PREFERENCE = Task(
     show=show,
     synthetic_row=synthetic_row,
     writes=True,
-    step_loss=step_loss(PreferenceConfig()),
     with_settings=with_settings,
     metrics=(ACCURACY, MARGIN),
-    measure=partial(measure, PreferenceConfig()),
-    replies=partial(replies, PreferenceConfig()),
     quality=ACCURACY,
     verdict=verdict,
     prompt=prompt,
     example_prompt="an instruction",
 )
+PREFERENCE = with_loss(_WITHOUT_LOSS, PreferenceConfig())

@@ -6,6 +6,7 @@ tokens; c', r': those of the base model; m, n: their numbers of tokens. All are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siliang.config import LossName, PreferenceConfig
-
-LOG_HALF = -0.6931471805599453
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def likelihood(pairs: Pairs) -> Tensor:
 def _log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0, exact at both ends (Maechler 2012)."""
     x = x.clamp(max=-1e-7)
-    return torch.where(x > LOG_HALF, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
 
 
 @dataclass(frozen=True)
@@ -157,12 +156,10 @@ class PairLoss:
 
     Attributes:
         loss: Of each pair, (N,).
-        reference: It compares the model with the base model.
         by_tokens: A reward is a mean over tokens, otherwise a sum.
     """
 
     loss: Callable[[Pairs, PreferenceConfig], Tensor]
-    reference: bool = True
     by_tokens: bool = False
 
 
@@ -172,7 +169,7 @@ LOSSES: dict[LossName, PairLoss] = {
     "ipo": PairLoss(ipo, by_tokens=True),
     "robust": PairLoss(robust),
     "sigmoid_norm": PairLoss(sigmoid_norm, by_tokens=True),
-    "orpo": PairLoss(orpo, reference=False, by_tokens=True),
-    "simpo": PairLoss(simpo, reference=False, by_tokens=True),
-    "cpo": PairLoss(cpo, reference=False),
+    "orpo": PairLoss(orpo, by_tokens=True),
+    "simpo": PairLoss(simpo, by_tokens=True),
+    "cpo": PairLoss(cpo),
 }

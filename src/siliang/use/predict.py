@@ -106,6 +106,11 @@ class AskedRow:
     asked: Asked
     task: int | None = None
 
+    @property
+    def is_blank(self) -> bool:
+        """There is nothing to predict."""
+        return isinstance(self.asked, str) and not self.asked.strip()
+
 
 def read_rows(run: OpenedRun, source: str) -> Iterator[AskedRow]:
     """The rows of a file of data, one by one, with the texts, pairs or words of the columns that the run was trained

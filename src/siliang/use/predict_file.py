@@ -113,43 +113,44 @@ def _identity(run: OpenedRun, source: str) -> dict[str, str]:
 
 def _begin(partial: Path, identity: dict[str, str], output: Path) -> int:
     """The number of rows that a stopped run has left, after which a new one begins; a half line at the end goes."""
+    header = f"{json.dumps(identity)}\n".encode()
     if not partial.exists():
         with append(partial) as file:
-            file.write(f"{json.dumps(identity)}\n".encode())
+            file.write(header)
         return 0
     with partial.open("rb+") as file:
-        lines = end = 0
-        first = file.readline()
-        for line in [first] if first.endswith(b"\n") else []:
-            end += len(line)
-        while (line := file.readline()).endswith(b"\n"):
-            lines, end = lines + 1, end + len(line)
-        if first.rstrip(b"\n") != json.dumps(identity).encode():
+        if file.readline() != header:
             raise OutputError(
                 Bilingual(
                     f"{partial} is of another run or of other data: remove it, or choose another name than {output}.",
                     f"{partial} 属于另一次运行或别的数据：请删除它，或换一个不同于 {output} 的名称。",
                 )
             )
+        lines, end = 0, len(header)
+        while (line := file.readline()).endswith(b"\n"):
+            lines, end = lines + 1, end + len(line)
         file.truncate(end)
     return lines
 
 
+def _new_columns(task: Task) -> dict[str, object]:
+    """What a prediction adds to a row without text, by the prediction's own names; the others repeat the texts."""
+    return {name: value for name, value in task.blank.items() if value != ""}
+
+
 def _answers(run: OpenedRun, task: Task, rows: list[AskedRow]) -> Iterator[dict[str, object]]:
-    """The new columns of each row; those of `task.blank` where a row has no text."""
-    blank = {name: value for name, value in task.blank.items() if value != ""}  # the others repeat the row's texts
-    asked = [row for row in rows if not isinstance(row.asked, str) or row.asked.strip()]
+    """The new columns of each row."""
+    blank, asked = _new_columns(task), [row for row in rows if not row.is_blank]
     texts, tasks = [row.asked for row in asked], [row.task for row in asked]
     found = predict_tasks(run, texts, tasks) if any(t is not None for t in tasks) else predict(run, texts)
-    by_row = {id(row): prediction.values() for row, prediction in zip(asked, found, strict=True)}
     for row in rows:
-        values = by_row.get(id(row), blank)
+        values = blank if row.is_blank else next(found).values()
         yield {f"{PREFIX}{name}": values[name] for name in blank}
 
 
 def _check_columns(rows: list[AskedRow], task: Task) -> None:
     """Refuses a file that has a column of the name of a new one."""
-    new = {f"{PREFIX}{name}" for name, value in task.blank.items() if value != ""}
+    new = {f"{PREFIX}{name}" for name in _new_columns(task)}
     if taken := sorted(new & {name for row in rows for name in row.values}):
         raise OutputError(
             Bilingual(
@@ -209,11 +210,11 @@ def _write_parquet(partial: Path, output: Path) -> None:
 
     column = ""
     try:
-        fields: list[pa.Field] = []
-        for column in names:
-            kinds = [pa.schema([pa.field(column, pa.array(part[column]).type)]) for part in parts()]
-            fields += pa.unify_schemas(kinds, promote_options="permissive")
-        schema = pa.schema(fields)
+        schema = pa.schema([])
+        for part in parts():
+            for column, values in part.items():
+                own = pa.schema([pa.field(column, pa.array(values).type)])
+                schema = pa.unify_schemas([schema, own], promote_options="permissive")
         with pq.ParquetWriter(output, schema) as writer:
             for part in parts():
                 writer.write_table(pa.Table.from_pydict(part, schema=schema))

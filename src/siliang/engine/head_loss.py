@@ -1,0 +1,99 @@
+"""The loss of a language model's output layer, without the logits of all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from siliang.engine.padding import trial_error
+from siliang.engine.patches import patched
+from siliang.language import Bilingual
+from siliang.models.introspect import is_encoder_decoder
+from siliang.ops.masked_ce import head_logits, masked_cross_entropy
+
+
+class HeadLoss:
+    """The loss of a language model's output layer, computed without all logits.
+
+    The model's forward skips the output layer, which returns one column instead of its logits. `loss` gets the input of
+    the output layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: nn.Module) -> None:
+        """
+        Args:
+            head: The model's output layer.
+        """
+        config = model.config.get_text_config()
+        self._head = head
+        self._is_encoder_decoder = is_encoder_decoder(model)
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
+        self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
+
+    @contextmanager
+    def skipped(self) -> Iterator[list[Tensor]]:
+        """Within the block, the output layer appends its input to the list, and computes nothing."""
+        seen: list[Tensor] = []
+
+        def skip(states: Tensor) -> Tensor:
+            seen.append(states)
+            return states[..., :1].clone()  # FSDP2 allows no view of a sharded module's output
+
+        with patched([(self._head, skip)]):
+            yield seen
+
+    def loss(self, states: Tensor, rows: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """The loss, summed over the labelled rows.
+
+        Args:
+            states: The input of the output layer, (..., D).
+            rows: (N,), into the flattened states.
+            labels: (N,).
+        """
+        hidden_ND = states.flatten(0, -2).index_select(0, rows)
+        return masked_cross_entropy(
+            hidden_ND,
+            self._head,
+            labels,
+            softcap=self._softcap,
+            scale=self._scale,
+            label_smoothing=label_smoothing,
+        )
+
+    def logits(self, states: Tensor, rows: Tensor) -> Tensor:
+        """The logits of the labelled rows, (N, V), in fp32."""
+        hidden_ND = states.flatten(0, -2).index_select(0, rows)
+        return head_logits(hidden_ND, self._head, softcap=self._softcap, scale=self._scale)
+
+    @torch.no_grad()
+    def differs(self, model: nn.Module, vocabulary: int, **more: object) -> str | None:
+        """Runs a few tokens, and `more`, with and without all logits. Returns why the losses differ, or None."""
+        device = next(model.parameters()).device
+        ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
+        inputs = more | {"input_ids": ids} | ({"decoder_input_ids": ids} if self._is_encoder_decoder else {})
+        training = model.training
+        model.eval()
+        try:
+            logits = model(**inputs, use_cache=False).logits[0, -6:-1].float()
+            expected = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
+            with self.skipped() as seen:
+                model(**inputs, use_cache=False)
+            states = seen[0]
+            rows = torch.arange(states.shape[1] - 6, states.shape[1] - 1, device=device)
+            found = self.loss(states, rows, ids[0, 1:])
+        except Exception as error:  # a model may raise any exception without its logits
+            return trial_error(error, Bilingual("without all its logits", "在不取全部 logits 时运行"))
+        finally:
+            model.train(training)
+        off = float((found - expected).abs() / expected.abs().clamp(min=1e-6))
+        return (
+            None
+            if off < (1e-4 if states.dtype == torch.float32 else 2e-2)
+            else Bilingual("its logits are changed after the output layer", "它的 logits 在输出层之后又有改动")
+        )
