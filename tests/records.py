@@ -74,15 +74,15 @@ def comparison(folder: Path, scores: dict[str, tuple[list[float], int, int]], **
             rows = [
                 Answer(
                     where=f"reviews.csv:{i}",
-                    asked=f"{EVIL} {i}",
-                    right=right,
-                    given=said,
+                    input=f"{EVIL} {i}",
+                    expected=right,
+                    predicted=said,
                     correct=right == said,
                     probability=0.9,
                 )
                 for i, (right, said) in enumerate(zip(["bad", "good", "bad"], given, strict=True))
             ]
-            said = Answers(prompts=[Answer(asked="was it?", given=EVIL)], rows=rows, majority=0.6, classes=2)
+            said = Answers(prompts=[Answer(input="was it?", predicted=EVIL)], rows=rows, majority=0.6, classes=2)
             said.save(run / "answers.json")
             trials.append(
                 Trial(

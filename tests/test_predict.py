@@ -117,8 +117,8 @@ def test_a_text_file_in_the_home_folder(runs: dict[str, Path], tmp_path: Path, m
     (tmp_path / "a.txt").write_text("the film\n\na \u201cstory\u201d\n", encoding="utf-8")
     (tmp_path / "b.txt").write_text("the caf\u00e9\n", encoding="utf-16")
     run = open_run(runs["seq_cls"])
-    assert [row.asked for row in read_rows(run, "~/a.txt")] == ["the film", "", "a \u201cstory\u201d"]
-    assert [row.asked for row in read_rows(run, "~/[b].txt")] == ["the caf\u00e9"]
+    assert [row.input for row in read_rows(run, "~/a.txt")] == ["the film", "", "a \u201cstory\u201d"]
+    assert [row.input for row in read_rows(run, "~/[b].txt")] == ["the caf\u00e9"]
     lines = said("predict", runs["seq_cls"], "~/a.txt").splitlines()
     assert len(lines) == 3 and lines[1] == ""
 

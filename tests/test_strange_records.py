@@ -145,7 +145,7 @@ ANSWERS: list[tuple[str, Any]] = [
     ("classes", -1),
     ("classes", 2.5),
     ("rows", {}),
-    ("rows.0.given", 3),
+    ("rows.0.predicted", 3),
     ("rows.0.correct", "yes"),
     ("rows.0.probability", 7),
     ("prompts", [[]]),

@@ -230,7 +230,7 @@ def test_the_table_says_all(killed_then_finished: tuple[Path, dict[str, str], st
     splits = set()
     for run in (folder / "runs").glob("*/*/answers.json"):
         answers = Answers.open(run)
-        assert [a.asked for a in answers.prompts] == ["the film was good", "the film was dull"]
+        assert [a.input for a in answers.prompts] == ["the film was good", "the film was dull"]
         splits.add(tuple(a.where for a in answers.rows))
     assert len(splits) == 1  # the same held-out rows for every method and seed
     assert (folder / "report.html").stat().st_size > 10_000
@@ -316,13 +316,13 @@ def test_search_sees_validation_rows_alone(
     assert "bitfit: seed 42: SL025" in printed  # Llama has no biases
     base = Answers.open(out / "base" / "answers.json")
     tuned = Answers.open(out / "runs" / "lora" / "seed-42" / "answers.json")
-    assert [a.asked for a in base.rows] == [a.asked for a in tuned.rows] and len(base.rows) == 4
+    assert [a.input for a in base.rows] == [a.input for a in tuned.rows] and len(base.rows) == 4
     assert comparison.base["eval_loss"] > chosen.final["eval_loss"]
     assert f"{comparison.base['eval_loss']:.4f}" in printed
-    question = base.rows[0].asked
+    question = base.rows[0].input
     said = here("chat", out / "runs" / "lora" / "seed-42", "--max-new-tokens", 4, stdin=f"{question}\n")
-    assert f"base: {base.rows[0].given}\n" in said
-    assert f"{out / 'runs' / 'lora' / 'seed-42'}: {tuned.rows[0].given}\n" in said
+    assert f"base: {base.rows[0].predicted}\n" in said
+    assert f"{out / 'runs' / 'lora' / 'seed-42'}: {tuned.rows[0].predicted}\n" in said
     runs = [out / "runs" / name / "seed-42" for name in ("lora", "prompt_tuning")]
     shown = in_terminal("chat", *runs, "--max-new-tokens", 80, typed=f"{question}\n\n", rows=8, columns=60)
     assert shown.count("base") >= 1 and runs[1].name in shown
@@ -347,8 +347,8 @@ def test_answers_in_a_context(model_folders: dict[str, Path], tmp_path: Path, he
     for method in ("full", "bitfit"):
         run = tmp_path / "out" / "runs" / method / "seed-42"
         said = Answers.open(run / "answers.json").rows
-        assert len(said) == 16 and all(a.asked.startswith("say !\n") for a in said)
-        assert any(a.right and " / " in a.right for a in said)
+        assert len(said) == 16 and all(a.input.startswith("say !\n") for a in said)
+        assert any(a.expected and " / " in a.expected for a in said)
         share = sum(bool(a.correct) for a in said) / len(said)
         assert share == pytest.approx(Record.read(run).final["exact_match"])
         assert f"{method}: {sum(not a.correct for a in said)} " in page

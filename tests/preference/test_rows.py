@@ -59,26 +59,26 @@ def test_turns_in_front_of_the_question_belong_to_it() -> None:
     before = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     found = read({"chosen": [*before, *WHOLE[0]], "rejected": [*before, *WHOLE[1]], "system": "three"})
     assert isinstance(found, Ranked)
-    assert [m.role for m in found.asked] == ["system", "user", "assistant", "user"]
+    assert [m.role for m in found.prompt_messages] == ["system", "user", "assistant", "user"]
     assert [m.trained for m in found.conversations[0].messages] == [True, True, False, True, True]
 
 
 def test_nothing_that_is_asked_is_lost() -> None:
     found = read({"prompt": Q, "input": "one", "history": [["two", "three"]], "chosen": GOOD, "rejected": BAD})
     assert isinstance(found, Ranked)
-    assert [m.text for m in found.asked] == ["two", "three", f"{Q}\none"]
+    assert [m.text for m in found.prompt_messages] == ["two", "three", f"{Q}\none"]
     system = {"role": "system", "content": "four"}
     found = read({"prompt": [system, *ASKED], "chosen": WHOLE[0], "rejected": WHOLE[1]})
-    assert isinstance(found, Ranked) and [m.role for m in found.asked] == ["system", "user"]
+    assert isinstance(found, Ranked) and [m.role for m in found.prompt_messages] == ["system", "user"]
     found = read({"prompt": [system, *ASKED], "chosen": [system, *WHOLE[0]], "rejected": [system, *WHOLE[1]]})
-    assert isinstance(found, Ranked) and [m.role for m in found.asked] == ["system", "user"]
+    assert isinstance(found, Ranked) and [m.role for m in found.prompt_messages] == ["system", "user"]
 
 
 def test_speakers_are_named_at_the_beginning_of_a_line() -> None:
     asked = 'write "Human: hi. Assistant: hello"'
     row = {name: f"Human: {asked}\n\nAssistant: {text}" for name, text in (("chosen", GOOD), ("rejected", BAD))}
     found = read(row)
-    assert isinstance(found, Ranked) and [m.text for m in found.asked] == [asked]
+    assert isinstance(found, Ranked) and [m.text for m in found.prompt_messages] == [asked]
 
 
 @pytest.mark.parametrize(

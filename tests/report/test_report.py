@@ -142,7 +142,7 @@ def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:
     stuck = record(0.5, trained=1000, memory=400, seed=3, method="lora")
     (tmp_path / "c").mkdir()
     stuck.write(tmp_path / "c")
-    rows = [Answer(where=f"r:{i}", asked="a", right="b", given="b", correct=True) for i in range(2)]
+    rows = [Answer(where=f"r:{i}", input="a", expected="b", predicted="b", correct=True) for i in range(2)]
     Answers(rows=rows, majority=0.6, classes=2).save(tmp_path / "c" / "answers.json")
     data = gather([tmp_path / "c"])
     assert sentences(recommend(summarize(data), data), data, words("en"))[0] == words("en")["none_alone"]

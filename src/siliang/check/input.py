@@ -206,6 +206,6 @@ def gather_input(config: RunConfig, machine: Machine | None = None, data: Prepar
 
 def _fingerprints(examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
     # with Python's 64-bit hash, different rows have the same hash once in billions of runs
-    inputs = np.fromiter((hash((e.task, e.given)) for e in examples), dtype=np.int64, count=len(examples))
+    inputs = np.fromiter((hash((e.task, e.input_text)) for e in examples), dtype=np.int64, count=len(examples))
     whole = np.fromiter((hash(line) for line in examples.lines()), dtype=np.int64, count=len(examples))
     return inputs, whole

@@ -37,7 +37,7 @@ def contradictory_pairs(s: CheckInput) -> Iterator[Problem]:
     first: dict[tuple[str, str, str], int] = {}
     found: list[int] = []
     for number, example in _ranked(s):
-        asked, chosen, rejected = example.given, example.words[0], example.words[-1]
+        asked, chosen, rejected = example.input_text, example.words[0], example.words[-1]
         first.setdefault((asked, chosen, rejected), number)
         if (asked, rejected, chosen) in first:
             found.append(number)

@@ -21,7 +21,7 @@ from siliang.types import ConfigError
 if TYPE_CHECKING:
     from siliang.run_folder import OpenedRun
     from siliang.tasks import Prediction, Task
-    from siliang.use.predict import Asked
+    from siliang.use.predict import Input
 
 
 def predict(
@@ -109,12 +109,12 @@ def predict(
         print(both(f"saved      {output}: {rows:,} rows", f"已保存     {output}：{rows:,} 行"))
         return
     task = TASKS[opened.config.task]
-    given: list[Asked] = list(input_lines()) if not texts else []
+    given: list[Input] = list(input_lines()) if not texts else []
     tasks: list[int | None] = [None] * len(given)
     if texts:
         given, tasks = _given(opened, [as_text(text, Bilingual("a text", "文本")) for text in texts])
     if context is not None:
-        if "context" not in task.asks:
+        if "context" not in task.inputs:
             raise ConfigError(
                 Bilingual(
                     "--context is only for runs of question_ans, and this run is not one.",
@@ -156,20 +156,20 @@ def _show_progress() -> Callable[[int], None] | None:
     return show
 
 
-def _given(run: OpenedRun, arguments: list[str]) -> tuple[list[Asked], list[int | None]]:
+def _given(run: OpenedRun, arguments: list[str]) -> tuple[list[Input], list[int | None]]:
     """The texts of the arguments, and of the data files among them, each with its task where a file has a column of
     tasks. An argument that looks like a data file must exist."""
     from siliang.data.text_files import FILE_KINDS, kind_of
     from siliang.types import DataError
     from siliang.use.predict import read_rows
 
-    found: list[Asked] = []
+    found: list[Input] = []
     tasks: list[int | None] = []
     for argument in arguments:
         is_file_name = kind_of(Path(argument)) in FILE_KINDS and len(argument.splitlines()) == 1
         if is_file_name and os.path.isfile(os.path.expanduser(argument)):  # noqa: PTH113, PTH111 (not always a path)
             rows = list(read_rows(run, argument))
-            found, tasks = [*found, *(row.asked for row in rows)], [*tasks, *(row.task for row in rows)]
+            found, tasks = [*found, *(row.input for row in rows)], [*tasks, *(row.task for row in rows)]
         elif is_file_name and len(argument.split()) == 1:
             raise DataError(Bilingual(f"There is no data file {argument}.", f"找不到数据文件 {argument}。"))
         else:
@@ -186,5 +186,5 @@ def _show(p: Prediction | None, task: Task, *, as_json: bool) -> None:
     cells = [""]
     if p is not None:
         probability = [] if p.probability is None else [f"{p.probability:.2f}"]
-        cells = [p.given, *probability, *p.asked]
+        cells = [p.predicted, *probability, *p.inputs]
     print("\t".join(map(one_line, cells)))

@@ -83,7 +83,7 @@ class Example(ABC):
 
     @property
     @abstractmethod
-    def given(self) -> str:
+    def input_text(self) -> str:
         """What is given, without what is to be learned; two examples that ask the same have the same text here."""
 
     @property
@@ -133,15 +133,15 @@ class Conversation(Example):
         return [part for m in self.messages for part in (m.content, m.input, m.reasoning) if part]
 
     @property
-    def given(self) -> str:
+    def input_text(self) -> str:
         return json.dumps([[m.role, m.text] for m in self.messages[:-1]], ensure_ascii=False)
 
     def prompt(self, beginning: int) -> PromptAndTarget | None:
-        asked = [m for m in self.messages if m.role == "user"]
+        questions = [m for m in self.messages if m.role == "user"]
         answered = [m for m in self.messages if m.role == "assistant"]
-        if len(asked) != 1 or len(answered) != 1 or answered[0].calls:
+        if len(questions) != 1 or len(answered) != 1 or answered[0].calls:
             return None
-        return PromptAndTarget(asked[0].content, asked[0].input, answered[0].text)
+        return PromptAndTarget(questions[0].content, questions[0].input, answered[0].text)
 
     def values(self) -> dict[str, object]:
         messages = [{**vars(m), "calls": [vars(c) for c in m.calls]} for m in self.messages]
@@ -158,36 +158,36 @@ class Ranked(Example):
     """A question, or a conversation up to it, and answers to it, the best first.
 
     Attributes:
-        asked: The turns that all answers follow, of which nothing is learned.
+        prompt_messages: The turns that all answers follow, of which nothing is learned.
         answers: Each the turns of an answer.
         tools: As a conversation has it.
     """
 
-    asked: tuple[Message, ...]
+    prompt_messages: tuple[Message, ...]
     answers: tuple[tuple[Message, ...], ...]
     tools: str = ""
 
     @property
     def conversations(self) -> list[Conversation]:
         """The conversation with each answer, which alone is learned of it."""
-        asked = tuple(replace(m, trained=m.role != "assistant") for m in self.asked)
-        return [Conversation((*asked, *answer), self.tools) for answer in self.answers]
+        prompt = tuple(replace(m, trained=m.role != "assistant") for m in self.prompt_messages)
+        return [Conversation((*prompt, *answer), self.tools) for answer in self.answers]
 
     def without_oldest_round(self) -> Ranked | None:
         """The same without the first question and its answer; None where there is but one."""
-        users = [i for i, m in enumerate(self.asked) if m.role == "user"]
+        users = [i for i, m in enumerate(self.prompt_messages) if m.role == "user"]
         if len(users) < 2:
             return None
-        system = tuple(m for m in self.asked[: users[0]] if m.role == "system")
-        return replace(self, asked=(*system, *self.asked[users[1] :]))
+        system = tuple(m for m in self.prompt_messages[: users[0]] if m.role == "system")
+        return replace(self, prompt_messages=(*system, *self.prompt_messages[users[1] :]))
 
     @property
     def texts(self) -> list[str]:
         return [text for talk in self.conversations for text in talk.texts]
 
     @property
-    def given(self) -> str:
-        return json.dumps([[m.role, m.text] for m in self.asked], ensure_ascii=False)
+    def input_text(self) -> str:
+        return json.dumps([[m.role, m.text] for m in self.prompt_messages], ensure_ascii=False)
 
     @property
     def words(self) -> list[str]:
@@ -198,16 +198,16 @@ class Ranked(Example):
         return self.conversations[0].prompt(beginning)
 
     def values(self) -> dict[str, object]:
-        asked, *answers = (Conversation(turns).values()["messages"] for turns in (self.asked, *self.answers))
-        return {"asked": asked, "answers": answers, "tools": self.tools}
+        prompt, *answers = (Conversation(turns).values()["messages"] for turns in (self.prompt_messages, *self.answers))
+        return {"prompt": prompt, "answers": answers, "tools": self.tools}
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Ranked:
-        asked, *answers = (
+        prompt, *answers = (
             Conversation.from_values({"messages": turns, "tools": ""}).messages
-            for turns in (values["asked"], *values["answers"])
+            for turns in (values["prompt"], *values["answers"])
         )
-        return cls(asked, tuple(answers), values["tools"])
+        return cls(prompt, tuple(answers), values["tools"])
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Text(Example):
         return [self.text]
 
     @property
-    def given(self) -> str:
+    def input_text(self) -> str:
         return self.text
 
     def prompt(self, beginning: int) -> PromptAndTarget:
@@ -241,7 +241,7 @@ class Labelled(Example):
         return [self.text] + ([self.pair] if self.pair else [])
 
     @property
-    def given(self) -> str:
+    def input_text(self) -> str:
         return f"{self.text}\0{self.pair or ''}"
 
     @property
@@ -264,7 +264,7 @@ class Tagged(Example):
         return [" ".join(self.tokens)]
 
     @property
-    def given(self) -> str:
+    def input_text(self) -> str:
         return "\0".join(self.tokens)
 
     @property
@@ -289,7 +289,7 @@ class Span(Example):
         return [self.question, self.context]
 
     @property
-    def given(self) -> str:
+    def input_text(self) -> str:
         return f"{self.question}\0{self.context}"
 
     @property
@@ -316,7 +316,7 @@ class SourceTarget(Example):
         return [self.source, self.target]
 
     @property
-    def given(self) -> str:
+    def input_text(self) -> str:
         return self.source
 
     def prompt(self, beginning: int) -> PromptAndTarget:
@@ -335,7 +335,7 @@ class Prepared(Example):
         return []
 
     @property
-    def given(self) -> str:
+    def input_text(self) -> str:
         return str([i for i, x in zip(self.input_ids, self.labels, strict=False) if x == IGNORED] or self)
 
 

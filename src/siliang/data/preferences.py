@@ -1,7 +1,7 @@
 """Rows with a better and a worse answer, as published data and other programs write them.
 
 {prompt, chosen, rejected}                      texts, or turns (TRL, UltraFeedback)
-{chosen, rejected}                              whole conversations, of which the common beginning is asked;
+{chosen, rejected}                              whole conversations, of which the common beginning is the prompt;
                                                 or texts with "Human:" and "Assistant:" (HH-RLHF)
 {instruction, input, chosen, rejected}          LLaMA-Factory's alpaca
 {conversations, chosen: {from, value}, rejected: {from, value}}     LLaMA-Factory's sharegpt
@@ -28,8 +28,8 @@ def read_chosen_rejected(values: Values, c: Columns) -> Result:
     """A row with the columns chosen and rejected."""
     refuse_media(values)
     answers = [_answer(values.get(name), name) for name in (c.chosen, c.rejected)]
-    asked = _asked(values, c)
-    return _ranked(values, c, asked, *answers)
+    prompt = _prompt(values, c)
+    return _ranked(values, c, prompt, *answers)
 
 
 def read_messages_rejected(values: Values, c: Columns) -> Result:
@@ -75,13 +75,13 @@ def _of_speakers(text: str) -> list[Message]:
     return [Message("user" if name == "Human" else "assistant", words.strip()) for name, words in roles]
 
 
-def _asked(values: Values, c: Columns) -> list[Message]:
+def _prompt(values: Values, c: Columns) -> list[Message]:
     """The turns in front of both answers, as far as columns of their own hold them."""
-    asked: list[Message] = []
+    prompt: list[Message] = []
     column = next((n for n in (c.prompt, c.instruction, c.messages, "conversations") if given(values.get(n))), None)
     about, history = cell(values, c.input), history_of(values)
     if column is not None and isinstance(listed(values.get(column)), list | tuple):
-        asked = turns_of(values.get(column), column)
+        prompt = turns_of(values.get(column), column)
         if about.strip() or history:
             raise BadRow(
                 Bilingual(
@@ -91,11 +91,13 @@ def _asked(values: Values, c: Columns) -> list[Message]:
             )
     elif column is not None and (text := cell(values, column)).strip():
         before = [m for q, a in history for m in (Message("user", q), Message("assistant", a))]
-        asked = [*before, Message("user", text, about)]
-    return asked
+        prompt = [*before, Message("user", text, about)]
+    return prompt
 
 
-def _ranked(values: Values, c: Columns, asked: list[Message], chosen: list[Message], rejected: list[Message]) -> Result:
+def _ranked(
+    values: Values, c: Columns, prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> Result:
     """The example of two answers, each alone or as a whole conversation."""
     for name, turns in ((c.chosen, chosen), (c.rejected, rejected)):
         if turns[-1].role != "assistant":
@@ -110,31 +112,31 @@ def _ranked(values: Values, c: Columns, asked: list[Message], chosen: list[Messa
         common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(rejected))
         common = min(common, len(chosen) - 1, len(rejected) - 1)
         before = chosen[:common]
-        system_turns = [m for m in asked if m.role == "system" and m not in before]
-        if asked and before and not _same(asked, before) and asked != chosen:
+        system_turns = [m for m in prompt if m.role == "system" and m not in before]
+        if prompt and before and not _same(prompt, before) and prompt != chosen:
             return Bilingual(
-                f"asks one thing in its own column and another in {c.chosen!r}: {_short(asked)} and {_short(before)}",
-                f"自己一列的提问与 {c.chosen!r} 中的不同：{_short(asked)} 与 {_short(before)}",
+                f"asks one thing in its own column and another in {c.chosen!r}: {_short(prompt)} and {_short(before)}",
+                f"自己一列的提问与 {c.chosen!r} 中的不同：{_short(prompt)} 与 {_short(before)}",
             )
-        asked, chosen, rejected = [*system_turns, *before], chosen[common:], rejected[common:]
+        prompt, chosen, rejected = [*system_turns, *before], chosen[common:], rejected[common:]
     if system := cell(values, c.system).strip():
-        asked = [Message("system", system), *asked]
-    if len({m.content for m in asked if m.role == "system"}) > 1:
+        prompt = [Message("system", system), *prompt]
+    if len({m.content for m in prompt if m.role == "system"}) > 1:
         return Bilingual("has two different system messages", "有两条不同的系统消息")
-    asked = list(dict.fromkeys(m for m in asked if m.role == "system")) + [m for m in asked if m.role != "system"]
-    return _checked(Ranked(tuple(asked), (tuple(chosen), tuple(rejected)), tools_of(values, c)), c)
+    prompt = list(dict.fromkeys(m for m in prompt if m.role == "system")) + [m for m in prompt if m.role != "system"]
+    return _checked(Ranked(tuple(prompt), (tuple(chosen), tuple(rejected)), tools_of(values, c)), c)
 
 
-def _same(asked: list[Message], before: list[Message]) -> bool:
+def _same(prompt: list[Message], before: list[Message]) -> bool:
     """Whether a column of its own asks what the conversations ask: all their turns, or the last question of them."""
     alone = [m for m in before if m.role != "system"]
-    texts = [m.text.strip() for m in asked if m.role != "system"]
+    texts = [m.text.strip() for m in prompt if m.role != "system"]
     return texts in ([m.text.strip() for m in part] for part in (alone, alone[-1:], alone[:1]))
 
 
 def _checked(ranked: Ranked, c: Columns) -> Result:
     """The example, or why no answer of it can be learned."""
-    talk = [m for m in ranked.asked if m.role != "system"]
+    talk = [m for m in ranked.prompt_messages if m.role != "system"]
     if not talk:
         return Bilingual(
             f"has no question: name its column with data.columns.prompt, or put it into both {c.chosen!r} and "

@@ -15,12 +15,12 @@ class Answer(Part):
 
     where: str = ""
     """The held-out row, as file and line; empty for a prompt of the settings."""
-    asked: str
-    right: str | None = None
+    input: str
+    expected: str | None = None
     """The reference from the data; None for a prompt of the settings."""
-    given: str
+    predicted: str
     correct: bool | None = None
-    """Whether `given` counts as `right`. None for a written text and for a prompt of the settings."""
+    """Whether `predicted` counts as right. None for a written text and for a prompt of the settings."""
     probability: Share | None = None
     """Of the class; None for text and tags."""
 

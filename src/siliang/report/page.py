@@ -175,7 +175,7 @@ def prompts(data: ReportData) -> list[Question]:
     for answers in zip_longest(base, *of_methods):
         one = next(a for a in answers if a is not None)
         texts: list[tuple[str, bool | None]] = [(_answer_text(a), None) for a in (answers if base else answers[1:])]
-        questions.append(Question(one.where, one.asked, one.right, texts))
+        questions.append(Question(one.where, one.input, one.expected, texts))
     return questions
 
 
@@ -193,7 +193,7 @@ def disagreements(data: ReportData) -> tuple[list[Question], int, list[int]]:
         if True in correct and False in correct:
             one = next(a for a in answers if a is not None)
             texts = [(_answer_text(a), ok) for a, ok in zip(answers, correct, strict=True)]
-            split.append(Question(place, one.asked, one.right, texts))
+            split.append(Question(place, one.input, one.expected, texts))
     # the most evenly divided rows first
     split.sort(key=lambda question: abs(sum(1 if ok else -1 for _, ok in question.answers if ok is not None)))
     return split[:SHOWN_ROWS], len(split), n_wrong
@@ -290,7 +290,7 @@ def _rows(group: Group) -> list[Answer]:
 def _answer_text(answer: Answer | None) -> str:
     if answer is None:
         return "–"
-    return f"{answer.given} ({answer.probability:.2f})" if answer.probability is not None else answer.given
+    return f"{answer.predicted} ({answer.probability:.2f})" if answer.probability is not None else answer.predicted
 
 
 def _clean(value: object) -> object:

@@ -18,7 +18,7 @@ from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.tasks.metrics import perplexity
-from siliang.tasks.task import EVAL_LOSS, Metric, Said, Shown, Task
+from siliang.tasks.task import EVAL_LOSS, HeldOutAnswers, Metric, Shown, Task
 from siliang.types import TaskType
 
 PERPLEXITY = Metric("perplexity", higher=False)
@@ -51,7 +51,7 @@ def of_loss(loss: float) -> dict[str, float]:
     return {"perplexity": perplexity(loss)}
 
 
-def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | None) -> Verdict | None:
+def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
     """The loss is not below that of the base model."""
     if "eval_loss" not in base or "eval_loss" not in final:
         return None

@@ -21,7 +21,7 @@ from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.causal_lm import prompt
 from siliang.tasks.ranked import encoder, show, synthetic_row
-from siliang.tasks.task import EntryValues, Metric, Reply, Said, StepLoss, Task
+from siliang.tasks.task import EntryValues, HeldOutAnswers, Metric, Reply, StepLoss, Task
 from siliang.types import TaskType
 
 if TYPE_CHECKING:  # slow to import
@@ -108,10 +108,13 @@ def replies(
         example = rows.examples[numbers[entry]]
         assert isinstance(example, Ranked)
         right, wrong = example.words[0], example.words[-1]
-        yield numbers[entry], Reply(example.asked[-1].text, right, right if better > worse else wrong, better > worse)
+        yield (
+            numbers[entry],
+            Reply(example.prompt_messages[-1].text, right, right if better > worse else wrong, better > worse),
+        )
 
 
-def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | None) -> Verdict | None:
+def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
     """The chosen answers have not gained on the rejected ones."""
     return "not above chance" if final.get("accuracy", 1.0) <= CHANCE else None
 

@@ -23,7 +23,7 @@ from siliang.secrets import redacted_part, shortened
 from siliang.tasks.context_windows import encoder
 from siliang.tasks.losses import WithEndLogits, cross_entropy_of_ends
 from siliang.tasks.metrics import squad, squad_by_kind
-from siliang.tasks.task import Metric, Reply, Said, Shown, Task, Trained
+from siliang.tasks.task import HeldOutAnswers, Metric, Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
 if TYPE_CHECKING:  # slow to import
@@ -54,12 +54,12 @@ class AnsweredQuestion:
     probability: float
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[str, ...]:
         """The question."""
         return (self.question,)
 
     @property
-    def given(self) -> str:
+    def predicted(self) -> str:
         """The answer, or that there is none."""
         return self.text if self.begin is not None else "(no answer)"
 
@@ -198,11 +198,11 @@ def replies(found: Mapping[int, FoundSpan], rows: EvalRows) -> Iterator[tuple[in
     """The answer to each question that has a window among the entries; one of several answers may be right."""
     answers = best_answers(found, rows)
     for number in sorted(set(rows.tokens.column("row").tolist())):
-        example, given = rows.examples[number], answers[number].text
+        example, predicted = rows.examples[number], answers[number].text
         assert isinstance(example, Span)
-        asked = f"{example.question}\n{_surroundings(example)}"
-        right = " / ".join(dict.fromkeys(example.answers))
-        yield number, Reply(asked, right, given, squad([given], [example.answers])["exact_match"] == 1)
+        question = f"{example.question}\n{_surroundings(example)}"
+        expected = " / ".join(dict.fromkeys(example.answers))
+        yield number, Reply(question, expected, predicted, squad([predicted], [example.answers])["exact_match"] == 1)
 
 
 def _surroundings(example: Span) -> str:
@@ -214,7 +214,7 @@ def _surroundings(example: Span) -> str:
     return f"{'…' if start else ''}{shown}{'…' if end < len(example.context) else ''}"
 
 
-def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | None) -> Verdict | None:
+def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
     """No answer has a word that is right."""
     return "no spans" if final.get("f1") == 0 else None
 
@@ -232,22 +232,22 @@ def predict(run: Trained, questions: Iterable[str | tuple[str, str]]) -> Iterato
     Raises:
         DataError: A question has no context.
     """
-    for examples, tokens, found in run.read(_example(run, asked) for asked in questions):
+    for examples, tokens, found in run.read(_example(run, question) for question in questions):
         rows = EvalRows(tokens, examples, unanswered=run.unanswered)
         for example, a in zip(examples, best_answers(found, rows), strict=True):
             assert isinstance(example, Span)
             yield AnsweredQuestion(example.question, example.context, a.text, a.begin, a.end, a.probability)
 
 
-def _example(run: Trained, asked: str | tuple[str, str]) -> Span:
-    parts = asked.partition("\t")[::2] if isinstance(asked, str) else asked
+def _example(run: Trained, question: str | tuple[str, str]) -> Span:
+    parts = question.partition("\t")[::2] if isinstance(question, str) else question
     if not all(part.strip() for part in parts):
         raise DataError(
             Bilingual(
-                f"{run.name} answers questions on a context, and {shortened(asked, 60)!r} is not both.\nGive the "
+                f"{run.name} answers questions on a context, and {shortened(question, 60)!r} is not both.\nGive the "
                 "question and its context with a tab between them, the context with --context, or a file "
                 "with both columns.",
-                f"{run.name} 要有问题和上下文，而 {shortened(asked, 60)!r} 只有其一。\n"
+                f"{run.name} 要有问题和上下文，而 {shortened(question, 60)!r} 只有其一。\n"
                 "请用制表符隔开问题和上下文、用 --context 给出上下文，或给出含这两列的文件。",
             )
         )
@@ -292,7 +292,7 @@ QUESTION_ANS = Task(
     quality=F1,
     replies=replies,
     verdict=verdict,
-    asks=("question", "context"),
+    inputs=("question", "context"),
     predict=predict,
     blank={"question": "", "context": "", "answer": None, "start": None, "end": None, "probability": None},
 )

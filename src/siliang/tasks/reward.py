@@ -38,12 +38,12 @@ class Reward:
     probability: None = None
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[str, ...]:
         """The prompt and the answer."""
         return (self.prompt, self.answer)
 
     @property
-    def given(self) -> str:
+    def predicted(self) -> str:
         """The reward."""
         return f"{self.reward:.4f}"
 
@@ -100,7 +100,7 @@ def replies(found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[
         example = rows.examples[numbers[entry]]
         assert isinstance(example, Ranked)
         right, wrong, correct = example.words[0], example.words[-1], bool(kept.values[0] > kept.values[1])
-        yield numbers[entry], Reply(example.asked[-1].text, right, right if correct else wrong, correct)
+        yield numbers[entry], Reply(example.prompt_messages[-1].text, right, right if correct else wrong, correct)
 
 
 # ---- use ----
@@ -119,7 +119,7 @@ def predict(run: Trained, pairs: Iterable[str | tuple[str, str] | Conversation])
     for examples, _, found in run.read(_example(run, pair) for pair in pairs):
         for example, kept in zip(examples, found.values(), strict=True):
             assert isinstance(example, Ranked)
-            yield Reward(example.asked[-1].text, example.words[0], float(kept.values[0]))
+            yield Reward(example.prompt_messages[-1].text, example.words[0], float(kept.values[0]))
 
 
 def _example(run: Trained, pair: str | tuple[str, str] | Conversation) -> Ranked:
@@ -169,8 +169,8 @@ REWARD = Task(
     quality=ACCURACY,
     replies=replies,
     verdict=verdict,
-    asks=("prompt", "completion"),
-    asks_as="prompt-completion",
+    inputs=("prompt", "completion"),
+    inputs_layout="prompt-completion",
     predict=predict,
     blank={"prompt": "", "answer": "", "reward": None},
     example_prompt="a prompt<TAB>an answer",

@@ -24,7 +24,7 @@ from siliang.records import Verdict
 from siliang.secrets import shortened
 from siliang.tasks.losses import WithLogits, cross_entropy
 from siliang.tasks.metrics import classification
-from siliang.tasks.task import Metric, Reply, Said, Shown, Task, Trained
+from siliang.tasks.task import HeldOutAnswers, Metric, Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
 if TYPE_CHECKING:  # slow to import
@@ -45,12 +45,12 @@ class PredictedClass:
     pair: str | None = None
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[str, ...]:
         """The text, or the two of a pair."""
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
     @property
-    def given(self) -> str:
+    def predicted(self) -> str:
         """The class."""
         return self.label
 
@@ -119,18 +119,18 @@ def replies(found: Mapping[int, tuple[int, float]], rows: EvalRows) -> Iterator[
     for entry, (number, probability) in found.items():
         example = rows.examples[numbers[entry]]
         assert isinstance(example, Labelled)
-        asked = example.text if example.pair is None else f"{example.text}\n{example.pair}"
-        gold, given = rows.labels[labels[entry]], rows.labels[number]
-        yield numbers[entry], Reply(asked, gold, given, labels[entry] == number, round(probability, 4))
+        text = example.text if example.pair is None else f"{example.text}\n{example.pair}"
+        expected, predicted = rows.labels[labels[entry]], rows.labels[number]
+        yield numbers[entry], Reply(text, expected, predicted, labels[entry] == number, round(probability, 4))
 
 
-def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | None) -> Verdict | None:
+def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
     """One class for all rows, or no more correct than always giving the most frequent one."""
-    if said is None:
+    if answers is None:
         return None
-    if (said.classes or 0) > 1 and len(set(said.right)) > 1 and len(set(said.given)) == 1:
+    if (answers.classes or 0) > 1 and len(set(answers.expected)) > 1 and len(set(answers.predicted)) == 1:
         return "one class"
-    if said.majority is not None and final.get("accuracy", 1.0) <= said.majority + SLACK:
+    if answers.majority is not None and final.get("accuracy", 1.0) <= answers.majority + SLACK:
         return "majority"
     return None
 
@@ -207,7 +207,7 @@ SEQ_CLS = Task(
     replies=replies,
     verdict=verdict,
     judged_by="answers",
-    asks=("text", "text_pair"),
+    inputs=("text", "text_pair"),
     predict=predict,
     blank={"text": "", "label": None, "probability": None},
     example_prompt="a text",

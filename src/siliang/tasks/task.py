@@ -91,18 +91,18 @@ class EntryValues:
 
 
 @dataclass(frozen=True)
-class Said:
+class HeldOutAnswers:
     """What a model says to some held-out rows, for the verdict on it.
 
     Attributes:
-        given: Its answer to each.
-        right: The right one.
+        predicted: Its answer to each.
+        expected: The right one.
         majority: The share of the rows that have the most frequent class; None where there are no classes.
         classes: How many there are; None likewise.
     """
 
-    given: Sequence[str]
-    right: Sequence[str]
+    predicted: Sequence[str]
+    expected: Sequence[str]
     majority: float | None = None
     classes: int | None = None
 
@@ -112,16 +112,16 @@ class Reply:
     """A model's answer to a held-out row, in words.
 
     Attributes:
-        asked: The row's text.
-        right: The right answer.
-        given: The model's.
+        input: The row's text.
+        expected: The right answer.
+        predicted: The model's.
         correct: Whether it counts as right.
         probability: Of the model's answer; None where the answer has several parts.
     """
 
-    asked: str
-    right: str
-    given: str
+    input: str
+    expected: str
+    predicted: str
     correct: bool
     probability: float | None = None
 
@@ -147,12 +147,12 @@ class Prediction(Protocol):
     """A prediction: what was asked, what the model says, and how sure it is."""
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[str, ...]:
         """The text, or the two texts of a pair."""
         ...
 
     @property
-    def given(self) -> str:
+    def predicted(self) -> str:
         """The answer in one line."""
         ...
 
@@ -230,8 +230,8 @@ class Task:
         replies: The answers to held-out rows in words, from what was kept, each with the number of its example.
         majority: The share of the rows that have the most frequent class; None where there are no classes.
 
-        asks: The parts of a row that are given to predict, the optional ones among them.
-        asks_as: The name of the layout by which rows are read that are given to predict, if not by `asks`.
+        inputs: The parts of a row that are given to predict, the optional ones among them.
+        inputs_layout: The name of the layout by which rows are read that are given to predict, if not by `inputs`.
         predict: Predictions for the user's texts; None for a model that writes.
         blank: The values of an empty line among the texts, for JSON.
         prompt: The tokens that a model that writes is given, and those that end its answer; from the tokenizer, the
@@ -247,7 +247,7 @@ class Task:
     show: Callable[[Mapping[str, Any], list[str]], Shown]
     synthetic_row: Callable[[int, int], dict[str, Any]]
     quality: Metric
-    verdict: Callable[[Mapping[str, float], Mapping[str, float], Said | None], Verdict | None]
+    verdict: Callable[[Mapping[str, float], Mapping[str, float], HeldOutAnswers | None], Verdict | None]
     judged_by: Literal["metrics", "answers", "base"] = "metrics"
 
     writes: bool = False
@@ -266,8 +266,8 @@ class Task:
     replies: Callable[[Mapping[int, Any], EvalRows], Iterator[tuple[int, Reply]]] | None = None
     majority: Callable[[EvalRows], float | None] | None = None
 
-    asks: tuple[str, ...] = ()
-    asks_as: str | None = None
+    inputs: tuple[str, ...] = ()
+    inputs_layout: str | None = None
     predict: Callable[[Trained, Iterable[Any]], Iterator[Prediction]] | None = None
     blank: Mapping[str, object] = field(default_factory=dict[str, object])
     prompt: Callable[[Tokenizer, str, str, str, bool], tuple[list[int], list[int]]] | None = None

@@ -26,7 +26,7 @@ from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.tasks.losses import WithLogits, cross_entropy
 from siliang.tasks.metrics import as_iobes, spans_of_tags
-from siliang.tasks.task import Metric, Reply, Said, Shown, Task, Trained
+from siliang.tasks.task import HeldOutAnswers, Metric, Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, TaskType
 
 if TYPE_CHECKING:  # slow to import
@@ -61,12 +61,12 @@ class TaggedWords:
     probability: None = None
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[str, ...]:
         """The text."""
         return (self.text,)
 
     @property
-    def given(self) -> str:
+    def predicted(self) -> str:
         """The spans, each with its tag."""
         return in_words(self.spans)
 
@@ -181,12 +181,12 @@ def replies(found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[i
         assert isinstance(example, Tagged)
         read = rows.tokens.table[entry]["words"]  # without those that were cut off, or of which no token is left
         words = [example.tokens[word] for word in read]
-        given = in_words(spans_of(words, [rows.labels[n] for n in tags], example.tokens))
+        predicted = in_words(spans_of(words, [rows.labels[n] for n in tags], example.tokens))
         reference = in_words(spans_of(words, [example.tags[word] for word in read], example.tokens))
-        yield numbers[entry], Reply(join_words(example.tokens), reference, given, given == reference)
+        yield numbers[entry], Reply(join_words(example.tokens), reference, predicted, predicted == reference)
 
 
-def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | None) -> Verdict | None:
+def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
     """No span is correct."""
     return "no spans" if final.get("f1") == 0 else None
 
@@ -205,9 +205,9 @@ def predict(run: Trained, sentences: Iterable[str | Sequence[str]]) -> Iterator[
     waiting = iter(sentences)
     while some := list(islice(waiting, AT_ONCE)):
         words = [cut_into_words(s) if isinstance(s, str) else tuple(s) for s in some]
-        for asked, sentence, tags in zip(some, words, _tags(run, words), strict=True):
-            text = asked if isinstance(asked, str) else join_words(sentence)
-            yield TaggedWords(text, sentence, tags, spans_of(sentence, tags, asked))
+        for text_or_words, sentence, tags in zip(some, words, _tags(run, words), strict=True):
+            text = text_or_words if isinstance(text_or_words, str) else join_words(sentence)
+            yield TaggedWords(text, sentence, tags, spans_of(sentence, tags, text_or_words))
 
 
 def _tags(run: Trained, sentences: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -301,7 +301,7 @@ TOKEN_CLS = Task(
     quality=F1,
     replies=replies,
     verdict=verdict,
-    asks=("tokens",),
+    inputs=("tokens",),
     predict=predict,
     blank={"text": "", "words": [], "tags": [], "spans": []},
 )

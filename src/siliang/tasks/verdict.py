@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from siliang.records import Answers, Verdict
 from siliang.tasks import TASKS
-from siliang.tasks.task import Said
+from siliang.tasks.task import HeldOutAnswers
 from siliang.types import TaskType
 
 
@@ -20,8 +20,8 @@ def learned_nothing(
         answers: What it says to some of them.
         base: The base model's metrics on them.
     """
-    said = None
+    held_out = None
     if answers is not None:
-        given, right = [a.given for a in answers.rows], [a.right or "" for a in answers.rows]
-        said = Said(given, right, answers.majority, answers.classes)
-    return TASKS[task].verdict(final, base, said)
+        predicted, expected = [a.predicted for a in answers.rows], [a.expected or "" for a in answers.rows]
+        held_out = HeldOutAnswers(predicted, expected, answers.majority, answers.classes)
+    return TASKS[task].verdict(final, base, held_out)

@@ -57,9 +57,9 @@ def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
     rows = [
         Answer(
             where=run.examples.eval.where(number),
-            asked=reply.asked,
-            right=reply.right,
-            given=reply.given,
+            input=reply.input,
+            expected=reply.expected,
+            predicted=reply.predicted,
             correct=reply.correct,
             probability=reply.probability,
         )
@@ -69,7 +69,9 @@ def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
     if task.example_prompt is not None:
         for predicted in predict(opened, prompts):
             probability = None if predicted.probability is None else round(predicted.probability, 4)
-            answers.prompts.append(Answer(asked=predicted.asked[0], given=predicted.given, probability=probability))
+            answers.prompts.append(
+                Answer(input=predicted.inputs[0], predicted=predicted.predicted, probability=probability)
+            )
     if task.majority is not None:
         answers.majority, answers.classes = task.majority(run.eval_rows), len(run.examples.labels or [])
     return answers
@@ -79,7 +81,7 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
     found = Answers()
     for prompt in prompts:
         given = generate(opened, prompt, up_to=max_new_tokens, base=base)
-        found.prompts.append(Answer(asked=prompt, given=given))
+        found.prompts.append(Answer(input=prompt, predicted=given))
     for number in sample(len(run.examples.eval), WRITTEN_ROWS):
         if (question := run.examples.eval[number].prompt(PREFIX)) is None:
             continue
@@ -91,7 +93,7 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
             at = len(instruction)
             shown = redacted_part(instruction + right, 0, at).strip()
             given, right = redacted_part(instruction + given, at), redacted_part(instruction + right, at)
-        found.rows.append(Answer(where=place, asked=shown, right=right, given=given))
+        found.rows.append(Answer(where=place, input=shown, expected=right, predicted=given))
     if task_of(run.config).of_texts is not None:
         tuned = run.model
         with tuned.disable_adapter() if base and isinstance(tuned, PeftModel) else nullcontext():

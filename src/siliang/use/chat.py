@@ -116,7 +116,7 @@ class Chat:
                 )
             predicted = next(predict(run, [prompt]))
         probability = predicted.probability
-        text = predicted.given if probability is None else f"{predicted.given} ({probability:.2f})"
+        text = predicted.predicted if probability is None else f"{predicted.predicted} ({probability:.2f})"
         on_text(text)
         return text
 

@@ -25,15 +25,15 @@ from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
 
 AT_ONCE = 256  # texts that are tokenized together
-Asked = str | tuple[str, str] | tuple[str, ...] | Example  # a text, a pair of texts, words, or an example
+Input = str | tuple[str, str] | tuple[str, ...] | Example  # a text, a pair of texts, words, or an example
 
 
-def predict(run: OpenedRun, asked: Iterable[Any], *, batch_size: int | None = None) -> Iterator[Prediction]:
+def predict(run: OpenedRun, inputs: Iterable[Any], *, batch_size: int | None = None) -> Iterator[Prediction]:
     """A prediction for each text, in order, of the kind of the run's task: `tasks.seq_cls.PredictedClass`,
     `tasks.token_cls.TaggedWords` or `tasks.question_ans.AnsweredQuestion`.
 
     Args:
-        asked: Inputs of the task's own `predict`; read lazily.
+        inputs: Those of the task's own `predict`; read lazily.
         batch_size: Rows that go through the model at once; None for the run's own.
 
     Raises:
@@ -48,17 +48,17 @@ def predict(run: OpenedRun, asked: Iterable[Any], *, batch_size: int | None = No
         return _read(run, examples, batch_size)
 
     record = run.record
-    return make(Trained(str(run.folder), run.labels, record.layout, record.columns, record.unanswered, read), asked)
+    return make(Trained(str(run.folder), run.labels, record.layout, record.columns, record.unanswered, read), inputs)
 
 
-def predict_tasks(run: OpenedRun, asked: Sequence[Any], tasks: Sequence[int | None]) -> Iterator[Prediction]:
+def predict_tasks(run: OpenedRun, inputs: Sequence[Any], tasks: Sequence[int | None]) -> Iterator[Prediction]:
     """As `predict`, each with the task that it is of; None: the run's `task_id`."""
     found: dict[int, Prediction] = {}
     for task in dict.fromkeys(tasks):
         own = run if task is None else replace(run, task_id=task)
         numbers = [i for i, other in enumerate(tasks) if other == task]
-        found |= dict(zip(numbers, predict(own, [asked[i] for i in numbers]), strict=True))
-    return (found[i] for i in range(len(asked)))
+        found |= dict(zip(numbers, predict(own, [inputs[i] for i in numbers]), strict=True))
+    return (found[i] for i in range(len(inputs)))
 
 
 def check_predicts(run: OpenedRun) -> None:
@@ -92,46 +92,46 @@ def _read(
 
 
 @dataclass(frozen=True)
-class AskedRow:
+class InputRow:
     """A row of a file of data that is to be predicted.
 
     Attributes:
         values: Its cells, by column.
-        asked: What the run's task is given; "" where the row has no text.
+        input: What the run's task is given; "" where the row has no text.
         task: The task that it is of, from the column of the run's data.columns.task_id; None where the run's `task_id`
             is given, the method has no tasks, or the file has no columns.
     """
 
     values: dict[str, object]
-    asked: Asked
+    input: Input
     task: int | None = None
 
     @property
     def is_blank(self) -> bool:
         """There is nothing to predict."""
-        return isinstance(self.asked, str) and not self.asked.strip()
+        return isinstance(self.input, str) and not self.input.strip()
 
 
-def read_rows(run: OpenedRun, source: str) -> Iterator[AskedRow]:
+def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
     """The rows of a file of data, one by one, with the texts, pairs or words of the columns that the run was trained
     on.
 
     Raises:
         DataError: It cannot be read, or lacks the columns.
     """
-    data, record, asks = run.config.data, run.record, TASKS[run.config.task].asks
+    data, record, parts = run.config.data, run.record, TASKS[run.config.task].inputs
     reading = Reading(data.header, "auto", data.separator, keeps_empty=True)
     layout = LAYOUTS.get(record.layout)
-    needed = asks if layout is None else (*layout.needs, *layout.optional)
-    names = [record.columns.get(part, part) for part in asks if part in needed]
+    needed = parts if layout is None else (*layout.needs, *layout.optional)
+    names = [record.columns.get(part, part) for part in parts if part in needed]
     of_task = data.columns.task_id if run.tasks is not None and run.task_id is None else None
     if kind_of(Path(source)) == ".txt":
         names, of_task = ["text"], None
     opened = open_source(source, reading)
-    layout_of_asks = TASKS[run.config.task].asks_as
+    inputs_layout = TASKS[run.config.task].inputs_layout
     for row in opened.rows(next(iter(opened.parts)), reading):
-        if layout_of_asks is not None and row.problem is None:
-            yield _read_by_layout(layout_of_asks, row, run)
+        if inputs_layout is not None and row.problem is None:
+            yield _read_by_layout(inputs_layout, row, run)
             continue
         needs = names if of_task is None else [*names, of_task]
         missing = [name for name in needs if name not in row.values]
@@ -149,8 +149,8 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[AskedRow]:
         if isinstance(of, str):
             raise DataError(Bilingual(f"{row.where} {of}.", f"{row.where} {local(of, 'zh')}。"))
         values = [row.values[name] for name in names]
-        if "tokens" in asks and isinstance(values[0], list):
-            yield AskedRow(row.values, tuple(map(str, values[0])), of.task)
+        if "tokens" in parts and isinstance(values[0], list):
+            yield InputRow(row.values, tuple(map(str, values[0])), of.task)
             continue
         try:
             cells = [as_text(value, name) for value, name in zip(values, names, strict=True)]
@@ -159,18 +159,18 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[AskedRow]:
                 Bilingual(f"{row.where} {problem}.", f"{row.where} {local(message_of(problem), 'zh')}。")
             ) from None
         whole = all(map(str.strip, cells))  # half a pair is as little as an empty line
-        asked = "" if not whole else (cells[0], cells[1]) if len(cells) > 1 else cells[0]
-        yield AskedRow(row.values, asked, of.task)
+        input = "" if not whole else (cells[0], cells[1]) if len(cells) > 1 else cells[0]
+        yield InputRow(row.values, input, of.task)
 
 
-def _read_by_layout(name: str, row: DataRow, run: OpenedRun) -> AskedRow:
+def _read_by_layout(name: str, row: DataRow, run: OpenedRun) -> InputRow:
     """A row whose example has the kind of another layout than that of the training."""
     data = run.config.data
     spec = replace(TASKS[run.config.task].data, layouts=(name,))
     layout, columns = find_layout(name, row.values, spec, data.columns.model_copy(update={"task_id": None}), row.where)
     if not all(given(row.values[getattr(columns, need)]) for need in layout.needs):
-        return AskedRow(row.values, "")
+        return InputRow(row.values, "")
     found = layout.example(row.values, columns)
     if isinstance(found, str):
         raise DataError(Bilingual(f"{row.where} {found}.", f"{row.where} {local(found, 'zh')}。"))
-    return AskedRow(row.values, found)
+    return InputRow(row.values, found)

@@ -23,7 +23,7 @@ from siliang.records import RECORD_NAME
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS, Task
 from siliang.types import ConfigError, InterruptedRunError, OutputError, first_line
-from siliang.use.predict import AskedRow, check_predicts, predict, predict_tasks, read_rows
+from siliang.use.predict import InputRow, check_predicts, predict, predict_tasks, read_rows
 
 ROWS = 2048  # that are read, predicted and written at once
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -138,17 +138,17 @@ def _new_columns(task: Task) -> dict[str, object]:
     return {name: value for name, value in task.blank.items() if value != ""}
 
 
-def _answers(run: OpenedRun, task: Task, rows: list[AskedRow]) -> Iterator[dict[str, object]]:
+def _answers(run: OpenedRun, task: Task, rows: list[InputRow]) -> Iterator[dict[str, object]]:
     """The new columns of each row."""
-    blank, asked = _new_columns(task), [row for row in rows if not row.is_blank]
-    texts, tasks = [row.asked for row in asked], [row.task for row in asked]
+    blank, filled = _new_columns(task), [row for row in rows if not row.is_blank]
+    texts, tasks = [row.input for row in filled], [row.task for row in filled]
     found = predict_tasks(run, texts, tasks) if any(t is not None for t in tasks) else predict(run, texts)
     for row in rows:
         values = blank if row.is_blank else next(found).values()
         yield {f"{PREFIX}{name}": values[name] for name in blank}
 
 
-def _check_columns(rows: list[AskedRow], task: Task) -> None:
+def _check_columns(rows: list[InputRow], task: Task) -> None:
     """Refuses a file that has a column of the name of a new one."""
     new = {f"{PREFIX}{name}" for name in _new_columns(task)}
     if taken := sorted(new & {name for row in rows for name in row.values}):
@@ -160,7 +160,7 @@ def _check_columns(rows: list[AskedRow], task: Task) -> None:
         )
 
 
-def _line(row: AskedRow, answer: dict[str, object]) -> str:
+def _line(row: InputRow, answer: dict[str, object]) -> str:
     values = {name: None if value != value else value for name, value in {**row.values, **answer}.items()}  # NaN
     return f"{json.dumps(values, ensure_ascii=False, default=str)}\n"
 
