@@ -72,7 +72,9 @@ def test_a_row_is_whole(task: Task) -> None:
     # one loss, one use
     assert task.writes == (task.prompt is not None) == (task.predict is None)
     assert (task.loss is None) == (task.writes or task.step_loss is not None)
-    assert task.writes or ((task.read or task.step_loss) and task.measure and task.replies and task.inputs and task.blank)
+    assert task.writes or (
+        (task.read or task.step_loss) and task.measure and task.replies and task.inputs and task.blank
+    )
     assert task.judged_by != "answers" or task.majority is not None
     row = task.synthetic_row(16, 8)
     sequences = len(row.get("sequences", [16]))

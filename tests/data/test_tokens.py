@@ -20,8 +20,9 @@ from siliang.config import DataConfig
 from siliang.data import token_key
 from siliang.data import tokens as tokens_module
 from siliang.data.collate import PadCollator
-from siliang.data.conversations import prompt_tokens, windows
+from siliang.data.conversations import prompt_tokens, shared_tokens, windows
 from siliang.data.encode import IGNORED
+from siliang.data.entries import token_labels
 from siliang.data.example_set import ExampleSet
 from siliang.data.examples import (
     Conversation,
@@ -299,17 +300,20 @@ def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
     assert signal.getsignal(signal.SIGTERM) is note
 
 
-@given(n=st.integers(1, 300), limit=st.integers(8, 40))
-@settings(max_examples=60, deadline=None)
-def test_windows_follow_on_and_every_token_is_learned_once(n: int, limit: int) -> None:
+@given(n=st.integers(1, 300), limit=st.integers(8, 40), stride=st.none() | st.integers(0, 60))
+@settings(max_examples=80, deadline=None)
+def test_windows_follow_on_and_every_token_is_learned_once(n: int, limit: int, stride: int | None) -> None:
     ids = list(range(1000, 1000 + n))
-    made = windows(ids, limit) if n > limit else [{"input_ids": ids, "labels": ids}]
-    assert [x for row in made for x in row["labels"] if x != IGNORED] == ids
+    shared = shared_tokens(DataConfig(train="x", max_length=limit, stride=stride))
+    assert 1 <= shared <= limit // 2 and (shared == 1 or shared == stride or stride > limit // 2)
+    made = windows(ids, limit, shared) if n > limit else [{"input_ids": ids, "labels": ids}]
+    assert [x for row in made for x in token_labels(row) if x != IGNORED] == ids
     assert all(1 < len(row["input_ids"]) <= limit for row in made if n > 1)
     for before, row in pairwise(made):
-        # the first token is learned from the last one of the window before
-        assert row["input_ids"][0] == before["input_ids"][-1] and row["labels"][0] == IGNORED
-        assert row["input_ids"][1:] == row["labels"][1:]
+        # the first new token is learned from the last one of the window before
+        assert row["input_ids"][:shared] == before["input_ids"][-shared:]
+        assert token_labels(row)[:shared] == [IGNORED] * shared
+        assert row["input_ids"][shared:] == token_labels(row)[shared:] != []
 
 
 @given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5), limit=st.integers(8, 30))

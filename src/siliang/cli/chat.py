@@ -11,7 +11,7 @@ import typer
 
 from siliang.cli.console import as_text, input_lines, rich_console
 from siliang.cli.options import Temperature
-from siliang.cli.used_run import Base, Force, TaskId, check_folders, show_notes
+from siliang.cli.used_run import Base, Force, TaskId, check_folders, show_hint, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
 from siliang.terminal import StreamedText, clean_standard_streams, one_line, raw_stream
@@ -57,6 +57,8 @@ def chat(
         quiet_loading()
     opened = Chat(list(dict.fromkeys(runs)), find_device(), base=base, force=force, task_id=task_id)
     show_notes(opened.notes)
+    for run, how in opened.how.items():
+        show_hint(run, how)
     side_by_side = sys.stdout.isatty()
     for prompt in _prompts():
         if not sys.stdin.isatty():

@@ -8,7 +8,7 @@ import typer
 
 from siliang.cli.console import as_text, print_product
 from siliang.cli.options import Temperature
-from siliang.cli.used_run import Force, Run, TaskId, check_folders, show_notes
+from siliang.cli.used_run import Force, Run, TaskId, check_folders, show_hint, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
 
@@ -21,11 +21,16 @@ def generate(
     ],
     input: Annotated[str, typer.Option(help=both("The input of the instruction.", "指令的输入内容。"))] = "",
     plain: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--plain", help=both("Continue the text as it is, without a template.", "不用模板，直接续写文本。")
+            "--plain/--template",
+            help=both(
+                "Continue the text as it is, or put it into the run's template. Default: as the run was trained, plain "
+                "on plain texts alone.",
+                "直接续写文本，或放入运行的模板。默认与训练时相同：只用纯文本训练的运行直接续写。",
+            ),
         ),
-    ] = False,
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -60,6 +65,7 @@ def generate(
         from siliang.hardware import find_device
         from siliang.run_folder import open_run
         from siliang.use.generate import generate as write
+        from siliang.use.generate import how_it_is_asked
 
         quiet_loading()
     location = next((name for name in reversed(base or []) if name), None)
@@ -67,6 +73,8 @@ def generate(
     opened = open_run(run, base=location, force=force, device=find_device())
     opened.task_id = task_id
     show_notes(opened.trained.notes if opened.trained else ())
+    if plain is None and (how := how_it_is_asked(opened.record)) is not None:
+        show_hint(run, how)
     for of_base in (True, False) if with_base else (False,):
         if with_base:
             print(both("base:", "基座模型：") if of_base else both("\ntuned:", "\n微调后："))

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from siliang.language import both, local
+from siliang.terminal import one_line
 
 if TYPE_CHECKING:
     from typer._click import Context
@@ -89,6 +90,11 @@ def check_folders(*runs: Path) -> None:
 
     for run in runs:
         find_place(run)
+
+
+def show_hint(run: Path, hint: str) -> None:
+    """Prints how a run is used, where a user may not expect it."""
+    print(f"{one_line(str(run))}{both(': ', '：')}{local(hint)}", file=sys.stderr)
 
 
 def show_notes(notes: Iterable[str]) -> None:

@@ -119,7 +119,7 @@ def _measure_base(config: RunConfig, request: Message, base: CachedBase) -> Mess
     found = collect(run, request["prompts"], request["max_new_tokens"], base=True)
     found.save(run.folder / ANSWERS_NAME)
     base.store(run.model, config)
-    return {"eval_loss": loss, **TASKS[config.task].of_loss(loss), **found.metrics}
+    return {"eval_loss": loss, **TASKS[config.task].of_loss(loss, run.eval_rows), **found.metrics}
 
 
 def _measure_steps(config: RunConfig, request: Message, base: CachedBase) -> Message:

@@ -259,10 +259,13 @@ class DataConfig(Section):
     """The maximum number of tokens of a target, for seq_2_seq_lm.
 
     目标文本的词元数上限，用于 seq_2_seq_lm。"""
-    stride: Annotated[int, Field(ge=0)] = 128
-    """The number of tokens that neighbouring windows of a long context share, for question_ans.
+    stride: Annotated[int, Field(ge=0)] | None = None
+    """The number of tokens that neighbouring windows of a long context (question_ans) or of a long plain text
+    (causal_lm) share; at most half of max_length. The shared tokens of a text are read again, and learned and counted
+    once. None: 128 for a context, 1 for a text, which is also the least there: the first new token is learned from it.
 
-    长段落的相邻窗口重叠的词元数，用于 question_ans。"""
+    长段落（question_ans）或长的纯文本（causal_lm）的相邻窗口重叠的词元数，至多为 max_length 的一半。纯文本中重叠的词元
+    会再读一遍，但只学习和计数一次。None：段落为 128，纯文本为 1；1 也是纯文本的最小值，窗口中第一个新词元由它预测。"""
     too_long: Literal["cut", "drop"] = "cut"
     """What to do with a row longer than max_length: cut or drop it. Cutting removes the oldest rounds of a conversation
     first, then the beginning of the question, then the end of the answer; the end-of-sequence token is kept.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from siliang.config import DataConfig
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.entries import Rows, TokenEntry, dropped
+from siliang.data.entries import Rows, TokenEntry, dropped, token_labels
 from siliang.data.examples import Conversation, Example, Message, Prepared, Text
 from siliang.data.templates import Piece, Template, find_template
 from siliang.language import Bilingual
@@ -52,40 +52,74 @@ def encode(
     """Texts, conversations and prepared rows, each as one entry, or a long text as several; see `tokens.tokenize`."""
     own_spacing = isinstance(write, ChatTemplate)
     written = [e for e in examples if not isinstance(e, Prepared)]
-    encoded = iter(encoder.rows(_write(written, write, data), own_spacing=own_spacing))
+    pieces = _write(written, write, data)
+    encoded = iter(encoder.rows(pieces, own_spacing=own_spacing))
+    sizes = map(encoder.learned_bytes, pieces)
     rows: list[Rows] = []
     for example in examples:
+        nbytes: int | None = None  # of what is learned
         if isinstance(example, Prepared):
             ids, labels = list(example.input_ids), list(example.labels or example.input_ids)
         else:
-            ids, labels = next(encoded)
+            (ids, labels), nbytes = next(encoded), next(sizes)
         whole = isinstance(example, Text) or (isinstance(example, Prepared) and labels == ids)
+        made: list[TokenEntry]
         if len(ids) <= data.max_length:
-            rows.append([{"input_ids": ids, "labels": labels}])
+            made = [{"input_ids": ids, "labels": labels}]
         elif data.too_long == "drop":
             rows.append(dropped(labels=[]))
+            continue
         elif whole and data.long_text == "window":
-            rows.append(windows(ids, data.max_length))
+            made = windows(ids, data.max_length, shared_tokens(data))
         elif isinstance(example, Prepared):
             over, lost = len(ids) - data.max_length, sum(x != IGNORED for x in labels[data.max_length :])
-            ids, labels = ids[: data.max_length], labels[: data.max_length]
-            rows.append([{"input_ids": ids, "labels": labels, "lost": over, "lost_answer": lost}])
+            ids, cut = ids[: data.max_length], labels[: data.max_length]
+            made = [{"input_ids": ids, "labels": cut, "lost": over, "lost_answer": lost}]
         else:
-            rows.append([_shorten(example, ids, labels, encoder, write, data)])
+            made = [_shorten(example, ids, labels, encoder, write, data)]
+        for entry in made:
+            entry["bytes"] = 0
+        made[0]["bytes"] = _predicted_bytes(encoder, nbytes, labels, made)
+        rows.append(made)
     return rows
 
 
-def windows(ids: list[int], limit: int) -> list[TokenEntry]:
+def shared_tokens(data: DataConfig) -> int:
+    """The tokens that neighbouring windows of a text share: one at the least, from which the next is learned."""
+    return min(max(data.stride or 0, 1), data.max_length // 2)
+
+
+def windows(ids: list[int], limit: int, shared: int = 1) -> list[TokenEntry]:
     """A text in windows of at most `limit` tokens, which follow on from each other.
 
-    Each but the first begins with the last token of the one before, without a label there, so that every token is
-    learned once, the first of a window from the one in front of it.
+    Each but the first begins with the last `shared` tokens of the one before, without labels there, so that every token
+    is learned once, the first new one of a window from the one in front of it.
     """
     rows: list[TokenEntry] = [{"input_ids": ids[:limit], "labels": ids[:limit]}]
-    for start in range(limit, len(ids), limit - 1):
-        part = ids[start - 1 : start + limit - 1]
-        rows.append({"input_ids": part, "labels": [IGNORED, *part[1:]]})
+    for start in range(limit, len(ids), limit - shared):
+        part = ids[start - shared : start - shared + limit]
+        rows.append({"input_ids": part, "labels": [IGNORED] * shared + part[shared:]})
     return rows
+
+
+def _predicted_bytes(encoder: Encoder, whole: int | None, labels: list[int], entries: Rows) -> int:
+    """The UTF-8 bytes of the text whose tokens are predicted in these entries of an example: what is learned, without a
+    first token that has nothing in front of it, and without what was cut off.
+
+    Args:
+        whole: The bytes of all that is learned; None for tokens whose text is not known.
+        labels: Of the example before it was cut.
+    """
+    learned = [x for x in labels if x != IGNORED]
+    kept = [x for entry in entries for x in token_labels(entry)[1:] if x != IGNORED]
+    if whole is None:
+        return encoder.decoded_bytes(kept)
+    if len(kept) == len(learned):
+        return whole
+    if len(kept) == len(learned) - 1 and labels[0] != IGNORED:
+        return max(0, whole - encoder.decoded_bytes(labels[:1]))
+    decoded = encoder.decoded_bytes(learned)  # a vocabulary of words has lost the spaces, in both alike
+    return round(whole * encoder.decoded_bytes(kept) / decoded) if decoded else 0
 
 
 def _write(examples: Sequence[Example], write: Template | ChatTemplate, data: DataConfig) -> list[list[Piece]]:

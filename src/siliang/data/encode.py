@@ -30,6 +30,7 @@ class Encoder:
         self.eos = tokenizer.eos_token_id
         if self.eos is None:
             self.eos = getattr(tokenizer, "sep_token_id", None)
+        self._size = len(tokenizer)
         self._markers = _markers(tokenizer)
         self._reserved = _reserved(tokenizer)
         names = sorted(self._markers, key=len, reverse=True)
@@ -98,6 +99,23 @@ class Encoder:
         wanted = list(dict.fromkeys(part for runs in parsed for run in runs for part in run.parts))
         known = dict(zip(wanted, self.text(wanted), strict=True))
         return [self._join(runs, known) for runs in parsed]
+
+    def learned_bytes(self, pieces: Iterable[Piece]) -> int:
+        """The UTF-8 bytes of the text that is learned of a row of pieces, without markers."""
+        texts = (
+            part
+            for piece in pieces
+            if piece.trained and not piece.end
+            for part in ([piece.text] if piece.data else self._split.split(piece.text))
+            if piece.data or self._special(part) is None
+        )
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+    def decoded_bytes(self, ids: Sequence[int]) -> int:
+        """The UTF-8 bytes of the text of these tokens, without special ones."""
+        known = [i for i in ids if i < self._size]
+        text = self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode("utf-8", "surrogatepass"))
 
     def prompt(self, pieces: Sequence[Piece], *, own_spacing: bool = False) -> list[int]:
         """The tokens in front of an answer, which will begin as it began in training."""

@@ -23,6 +23,7 @@ class TokenEntry(TypedDict, total=False):
         token_type_ids: The part of a pair that each token belongs to.
         labels: Of each token, or of the entry.
         sequences: The lengths of the sequences that the entry is.
+        bytes: Of the text that is predicted in all entries of an example, in the first of them.
         row: Below zero where nothing is made of the example.
         lost: Tokens that truncation took.
         lost_answer: Those of them that are learned.
@@ -33,6 +34,7 @@ class TokenEntry(TypedDict, total=False):
     token_type_ids: list[int] | None
     labels: list[int] | int
     sequences: list[int]
+    bytes: int
     row: int
     lost: int
     lost_answer: int
@@ -40,6 +42,13 @@ class TokenEntry(TypedDict, total=False):
 
 
 Rows = Sequence[TokenEntry]  # of one example
+
+
+def token_labels(entry: TokenEntry) -> list[int]:
+    """The labels of an entry whose tokens each have one."""
+    labels = entry.get("labels")
+    assert isinstance(labels, list)
+    return labels
 
 
 def stored(reason: str) -> str:

@@ -131,6 +131,12 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         return np.concatenate(parts or [NO_NUMBERS])
 
     @property
+    def predicted(self) -> int:
+        """Labelled tokens that something is in front of, which a loss over next tokens counts."""
+        alone = sum(int(labels[0] != IGNORED) for labels in self.lists("labels") if len(labels))
+        return int(self.learned.sum()) - alone
+
+    @property
     def truncated(self) -> int:
         """Entries that were cut to max_length."""
         return int((self.column("lost") > 0).sum())

@@ -177,6 +177,7 @@ ROWS: tuple[Row, ...] = (
             "drop": "data.too_long=drop",
             "right": "data.too_long=cut",
             "truncate": "data.too_long=cut",
+            "split": "data.long_text=window",
             "true": "data.too_long=cut",
         },
         any_value=False,
@@ -184,10 +185,6 @@ ROWS: tuple[Row, ...] = (
             "left": Bilingual(
                 "siliang does not have it: data.too_long=cut takes the end of an answer off, not its beginning.",
                 "siliang 没有它：data.too_long=cut 截掉答案的末尾，而不是开头。",
-            ),
-            "split": Bilingual(
-                "siliang does not have it: a row is cut or dropped, by data.too_long.",
-                "siliang 没有它：样本按 data.too_long 截断或丢弃。",
             ),
             "raise": Bilingual(
                 "siliang does not have it: `siliang check` tells of rows that are too long.",

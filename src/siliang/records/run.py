@@ -190,6 +190,8 @@ class Record(Saved):
     """How the rows were laid out: a name that data.layout knows."""
     columns: dict[Name, Name] = Field(default_factory=dict)
     """The data's column of each part of the layout: {text: review, label: label}."""
+    more_layouts: dict[Name, dict[Name, Name]] = Field(default_factory=dict)
+    """The same of sources that were laid out in another way: their layouts, with the columns of each."""
     unanswered: bool = False
     """Some training questions have no answer in their context: the run's answer may be that there is none."""
     parameters: Counts
@@ -233,13 +235,14 @@ class Record(Saved):
             RunConfig.recorded(_with(self.config, name, asked))
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ConfigError(Bilingual("labels holds a name twice.", "labels 中有重复的名称。"))
-        if self.layout and self.layout not in LAYOUT_NAMES:
-            raise ConfigError(
-                Bilingual(
-                    f"layout = {shortened(self.layout, SHOWN)!r}: must be one of {', '.join(LAYOUT_NAMES)}.",
-                    f"layout = {shortened(self.layout, SHOWN)!r}：只能是 {'、'.join(LAYOUT_NAMES)} 之一。",
+        for name in (self.layout, *self.more_layouts):
+            if name and name not in LAYOUT_NAMES:
+                raise ConfigError(
+                    Bilingual(
+                        f"layout = {shortened(name, SHOWN)!r}: must be one of {', '.join(LAYOUT_NAMES)}.",
+                        f"layout = {shortened(name, SHOWN)!r}：只能是 {'、'.join(LAYOUT_NAMES)} 之一。",
+                    )
                 )
-            )
         if self.parameters.trained > self.parameters.total:
             raise ConfigError(
                 Bilingual(
@@ -253,6 +256,16 @@ class Record(Saved):
                 raise ConfigError(
                     Bilingual(f"{name} must be in order, the first step first.", f"{name} 应按步数从小到大排列。")
                 )
+
+    @property
+    def layouts(self) -> dict[str, dict[str, str]]:
+        """All layouts of the rows, with the columns of each."""
+        return {**({self.layout: self.columns} if self.layout else {}), **self.more_layouts}
+
+    @property
+    def of_texts(self) -> bool:
+        """All rows were plain texts: what the model is given is continued as it is, without a template."""
+        return [*self.layouts] == ["text"]
 
     def asked(self) -> dict[str, Any]:
         """The config as it was asked for, before the run changed anything itself."""

@@ -10,7 +10,17 @@ from siliang.tasks import TASKS
 from siliang.units import show_bytes
 
 STAR, MARK = "★", "⚠"
-METRICS = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l", "perplexity")
+METRICS = (
+    "accuracy",
+    "f1",
+    "precision",
+    "recall",
+    "exact_match",
+    "rouge_l",
+    "perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "f1": ("F1", "F1"),
     "eval_loss": ("loss", "损失"),
     "perplexity": ("perplexity", "困惑度"),
+    "byte_perplexity": ("perplexity per byte", "每字节困惑度"),
+    "bits_per_byte": ("bits per byte", "每字节比特数"),
     "margin": ("margin of rewards", "奖励差"),
     "precision": ("precision", "精确率"),
     "recall": ("recall", "召回率"),

@@ -1,10 +1,12 @@
 """Text from text: the model writes on, as in the answers of a conversation.
 
-Loss: cross-entropy of each learned token from the state of the one in front of it. Metric: perplexity.
+Loss: cross-entropy of each learned token from the state of the one in front of it. Metrics: perplexity, per token
+and per byte of text.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 from siliang.config import DataConfig
 from siliang.data.conversations import encode, prompt_tokens, stop_tokens, writer
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode
+from siliang.data.prepared import EvalRows
+from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
@@ -21,7 +24,8 @@ from siliang.tasks.metrics import perplexity
 from siliang.tasks.task import EVAL_LOSS, HeldOutAnswers, Metric, Shown, Task
 from siliang.types import TaskType
 
-PERPLEXITY = Metric("perplexity", higher=False)
+PERPLEXITY = Metric("perplexity", higher=False, of_loss=True)
+OF_BYTES = (Metric("byte_perplexity", higher=False, of_loss=True), Metric("bits_per_byte", higher=False, of_loss=True))
 SLACK = 1e-9  # of losses that are equal but for rounding
 
 
@@ -46,9 +50,14 @@ def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     return Shown(row["input_ids"], learned=frozenset(i for i, label in enumerate(row["labels"]) if label != IGNORED))
 
 
-def of_loss(loss: float) -> dict[str, float]:
-    """Perplexity."""
-    return {"perplexity": perplexity(loss)}
+def of_loss(loss: float, rows: EvalRows) -> dict[str, float]:
+    """Perplexity per token, which only models with the same tokenizer can be compared by, and per UTF-8 byte of the
+    text that is predicted, with the names of lm-evaluation-harness."""
+    found, nbytes = {"perplexity": perplexity(loss)}, int(rows.tokens.column("bytes").sum())
+    if not nbytes:
+        return found
+    of_byte = loss * rows.tokens.predicted / nbytes
+    return found | {"byte_perplexity": perplexity(of_byte), "bits_per_byte": of_byte / math.log(2)}
 
 
 def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
@@ -77,7 +86,7 @@ CAUSAL_LM = Task(
     data=DataSpec(
         name="causal_lm",
         layouts=("prepared", "messages", "sharegpt", "alpaca", "prompt-completion", "input-output", "text"),
-        columns={"input_ids": NUMBERS, "labels": LABELS},
+        columns={"input_ids": NUMBERS, "labels": LABELS, "bytes": TokenColumn(many=False, hidden=True)},
         encoder=encoder,
         label_per_token=True,
         next_token=True,
@@ -90,7 +99,7 @@ CAUSAL_LM = Task(
     show=show,
     synthetic_row=synthetic_row,
     writes=True,
-    metrics=(PERPLEXITY,),
+    metrics=(PERPLEXITY, *OF_BYTES),
     of_loss=of_loss,
     quality=EVAL_LOSS,
     verdict=verdict,

@@ -14,6 +14,8 @@ from siliang.models.tokenizer import Tokenizer
 from siliang.secrets import shortened
 from siliang.types import DataError
 
+SHARED = 128  # tokens of neighbouring windows, as in BERT's run_squad
+
 
 class WindowEntry(TokenEntry, total=False):
     """One window.
@@ -48,7 +50,7 @@ def encode(tokenizer: Tokenizer, data: DataConfig, examples: Sequence[Span]) -> 
                 "无法使用：这个分词器不给出词元在文本中的位置（不是 fast 分词器）",
             )
         )
-    stride = min(data.stride, data.max_length // 2)
+    stride = min(SHARED if data.stride is None else data.stride, data.max_length // 2)
     rows: list[list[WindowEntry]] = [[] for _ in examples]
     # the tokenizer asks for a room larger than the stride, and not kindly: a long question gets a smaller stride
     groups: dict[int, list[int]] = {}

@@ -10,7 +10,7 @@ from siliang.config import DataConfig
 from siliang.data.chat import ChatTemplate
 from siliang.data.conversations import encode, writer
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.entries import Rows, TokenEntry, dropped
+from siliang.data.entries import Rows, TokenEntry, dropped, token_labels
 from siliang.data.examples import Conversation, Ranked
 from siliang.data.spec import Encode
 from siliang.data.templates import Template
@@ -75,7 +75,7 @@ def _entry(answers: list[TokenEntry], before: int, limit: int, keep: int) -> Tok
     Args:
         before: Tokens of all before anything was cut.
     """
-    parts = [(part["input_ids"], _labels(part)) for part in answers]
+    parts = [(part["input_ids"], token_labels(part)) for part in answers]
     firsts = [next((i for i, x in enumerate(labels) if x != IGNORED), len(labels)) for _, labels in parts]
     longest = max(len(ids) - first for (ids, _), first in zip(parts, firsts, strict=True))
     room = limit - min(longest, limit // 2)
@@ -97,12 +97,6 @@ def _entry(answers: list[TokenEntry], before: int, limit: int, keep: int) -> Tok
         "lost": before - len(input_ids),
         "lost_answer": lost,
     }
-
-
-def _labels(entry: TokenEntry) -> list[int]:
-    labels = entry.get("labels")
-    assert isinstance(labels, list)
-    return labels
 
 
 def show(row: Mapping[str, Any], labels: list[str]) -> Shown:

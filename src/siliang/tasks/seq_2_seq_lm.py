@@ -13,12 +13,13 @@ from siliang.config import DataConfig
 from siliang.data.encode import Encoder
 from siliang.data.entries import Rows, dropped
 from siliang.data.examples import Conversation, Example, SourceTarget
+from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
-from siliang.tasks.causal_lm import PERPLEXITY, of_loss, verdict
-from siliang.tasks.metrics import rouge_l
+from siliang.tasks.causal_lm import PERPLEXITY, verdict
+from siliang.tasks.metrics import perplexity, rouge_l
 from siliang.tasks.task import EVAL_LOSS, Shown, Task
 from siliang.types import TaskType
 
@@ -79,6 +80,11 @@ def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
 def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     """The source, and the target beneath."""
     return Shown(row["input_ids"], target=row["labels"])
+
+
+def of_loss(loss: float, rows: EvalRows) -> dict[str, float]:
+    """Perplexity."""
+    return {"perplexity": perplexity(loss)}
 
 
 def of_texts(written: Sequence[str], reference: Sequence[str]) -> dict[str, float]:

@@ -39,10 +39,12 @@ class Metric:
     Attributes:
         name: Its key among a record's metrics.
         higher: More of it is better.
+        of_loss: It follows from the loss: it is best where the loss is.
     """
 
     name: str
     higher: bool = True
+    of_loss: bool = False
 
     def better(self, new: float, old: float | None) -> bool:
         """Whether a new value is better than the old one, or than none (None); a number is better than NaN."""
@@ -188,7 +190,7 @@ class Trained:
     read: Callable[[Iterable[Example]], Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]]
 
 
-def no_metrics(loss: float) -> dict[str, float]:
+def no_metrics(loss: float, rows: EvalRows) -> dict[str, float]:
     """The metrics of a task that makes none of its loss."""
     return {}
 
@@ -221,7 +223,7 @@ class Task:
             `EntryValues` an entry.
         metrics: Beside the loss, by which a run may choose its best step.
         measure: The metrics of what was kept, by entry.
-        of_loss: Metrics that are made of the mean loss, at the end.
+        of_loss: Metrics that are made of the mean loss and the rows, at the end.
         of_texts: The metrics of written texts beside the right ones; None: texts are not measured.
         quality: The metric that the task is judged by.
         verdict: Why a run has learned nothing, from its metrics, the base model's, and its answers; None where it has,
@@ -261,7 +263,7 @@ class Task:
     read: Reader | None = None
     metrics: tuple[Metric, ...] = ()
     measure: Callable[[Mapping[int, Any], EvalRows], dict[str, float]] | None = None
-    of_loss: Callable[[float], dict[str, float]] = no_metrics
+    of_loss: Callable[[float, EvalRows], dict[str, float]] = no_metrics
     of_texts: Callable[[Sequence[str], Sequence[str]], dict[str, float]] | None = None
     replies: Callable[[Mapping[int, Any], EvalRows], Iterator[tuple[int, Reply]]] | None = None
     majority: Callable[[EvalRows], float | None] | None = None

@@ -15,7 +15,7 @@ from siliang.models.save import save_model
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
-from siliang.tasks import TASKS, Task
+from siliang.tasks import TASKS
 from siliang.train.loop import Training
 from siliang.train.saving import (
     checkpoints,
@@ -32,7 +32,7 @@ def measure(training: Training, memory: PeakMemory) -> None:
     run, started = training.prepared, time.perf_counter()
     record = run.record
     if len(run.eval_set):
-        record.final = _named(_best_metrics(training), TASKS[run.config.task])
+        record.final = _named(_best_metrics(training), run)
         record.seconds.eval = round(time.perf_counter() - started, 3)
     write_peak(record, memory)
     if run.ranks.size > 1:
@@ -74,11 +74,11 @@ def _best_metrics(training: Training) -> dict[str, float]:
     return metrics
 
 
-def _named(metrics: dict[str, float], task: Task) -> dict[str, float]:
+def _named(metrics: dict[str, float], run: Run) -> dict[str, float]:
     """The last evaluation's metrics under the names of the record."""
     others = {name: value for name, value in metrics.items() if name != "loss"}
     final = {"eval_loss": metrics["loss"]} | others
-    return final | task.of_loss(final["eval_loss"])
+    return final | TASKS[run.config.task].of_loss(final["eval_loss"], run.eval_rows)
 
 
 def save(run: Run) -> None:

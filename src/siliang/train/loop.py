@@ -278,7 +278,7 @@ class Training:
         self.log.add_evaluation(self.moment, metrics)
         t = self.prepared.config.train
         name = t.best or ("loss" if t.patience else None)
-        name = "loss" if name == "perplexity" else name  # the same step is the best
+        name = "loss" if name is not None and self.engine.task.metric(name).of_loss else name  # the same step is best
         best = self.best.value if self.best else None
         if name is not None and self.engine.task.metric(name).better(metrics[name], best):
             self.best, self._no_better = Best(self.step, metrics[name]), 0

@@ -16,7 +16,7 @@ from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, find_run, load_base, load_run_tokenizer
 from siliang.tasks import TASKS
 from siliang.types import ConfigError
-from siliang.use.generate import generate
+from siliang.use.generate import generate, how_it_is_asked
 from siliang.use.predict import predict
 
 BASE = "base"
@@ -29,6 +29,7 @@ class Chat:
         names: The models, in order: each base, unless its head would be new, and the runs.
         writes: They generate text; otherwise they predict a class.
         notes: Changes since training that `force` accepted.
+        how: How a run is asked, of those that were trained on plain texts.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Chat:
                     )
                 )
         self.notes = [note for run in self._runs for note in run.trained.notes]
+        asked = {folder: how_it_is_asked(run.record) for folder, run in zip(folders, self._runs, strict=True)}
+        self.how = {folder: how for folder, how in asked.items() if how is not None}
         tasks = {run.config.task for run in self._runs}
         writing = {TASKS[task].writes for task in tasks}
         if len(writing) > 1 or (False in writing and len(tasks) > 1):

@@ -39,7 +39,8 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
 
     Returns:
         rows; loss (mean over rows for classes and answers, over labelled tokens for text and tags); and the task's own
-        metrics: accuracy and f1; f1, precision and recall over spans; perplexity; rouge_l; exact_match and f1.
+        metrics: accuracy and f1; f1, precision and recall over spans; perplexity, byte_perplexity and
+        bits_per_byte; rouge_l; exact_match and f1.
         `dropped`, where data.too_long = "drop" left out rows.
 
     Raises:
@@ -51,7 +52,7 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
     metrics = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
     metrics |= {"dropped": float(rows.tokens.dropped)} if rows.tokens.dropped else {}
     metrics |= metrics_of(task, sums, rows)
-    metrics |= task.of_loss(metrics["loss"])
+    metrics |= task.of_loss(metrics["loss"], rows)
     return metrics | metrics_of_texts(run, rows, batch_size=batch_size)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from siliang.config import RunConfig
 from siliang.language import Bilingual, local
 from siliang.peft_api.model import PeftModel
+from siliang.records import Record
 from siliang.run_folder import OpenedRun
 from siliang.secrets import short_repr
 from siliang.tasks import TASKS
@@ -29,7 +31,7 @@ def generate(
     max_new_tokens: int | None = None,
     up_to: int = NEW_TOKENS,
     temperature: float = 0.0,
-    plain: bool = False,
+    plain: bool | None = None,
     base: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
@@ -38,7 +40,8 @@ def generate(
     Args:
         max_new_tokens: The maximum number of new tokens. None: `up_to`, or fewer if the model has no more positions.
         temperature: 0 for the most probable token each time, higher for more varied text.
-        plain: The instruction is the beginning of a text, to be continued without a template.
+        plain: The instruction is the beginning of a text, to be continued without a template. None: as the run was
+            trained, without one on plain texts alone.
         base: Ask the base model, without the adapter.
         on_text: Called with each piece of the answer while it is generated.
 
@@ -63,6 +66,7 @@ def generate(
         )
     if not base:
         run.check_task()
+    plain = run.record.of_texts if plain is None else plain
     ids, stop = task.prompt(tokenizer, run.config.data.template, instruction, input, plain)
     if not ids:
         raise ConfigError(
@@ -150,6 +154,22 @@ ONE_PLAIN_ANSWER: dict[str, Any] = {
     "disable_compile": True,
     "prefill_chunk_size": None,
 }
+
+
+def how_it_is_asked(record: Record) -> Bilingual | None:
+    """Says that a run on plain texts continues what it is given; None for other runs."""
+    if record.of_texts:
+        return Bilingual(
+            "it was trained on plain texts, and continues the text without a template",
+            "它用纯文本训练，不用模板，直接续写",
+        )
+    if "text" in record.layouts:
+        template = RunConfig.recorded(record.config).data.template
+        return Bilingual(
+            f"it was trained on plain texts and on conversations, and is asked in the template {template}",
+            f"它用纯文本和对话训练，提问使用模板 {template}",
+        )
+    return None
 
 
 def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: bool) -> int:
