@@ -1,4 +1,4 @@
-"""The engine on a model that DistributedDataParallel wraps, whose own `training` flag nothing turns off."""
+"""Models in torch's wrappers: DistributedDataParallel, whose `training` flag nothing turns off, and the first FSDP."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny import VOCABULARY, make, without_dropout
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from siliang import LoraConfig, TaskType, get_peft_model
+from siliang import BOFTConfig, LoraConfig, OFTConfig, TaskType, get_peft_model
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import average_gradients
 from siliang.engine.batches import StepCollator
@@ -74,3 +75,49 @@ def test_gradients_of_several_dtypes_are_sent_in_the_order_of_the_parameters(mon
         sent.clear()
         average_gradients(torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2, dtype=d)) for d in wanted]))
         assert sent == wanted
+
+
+class Computed(nn.Module):
+    """A convolution, and the weights of two experts in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(self.conv(x).mean((2, 3)))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(2, 5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eoi->bo", x, self.down_proj)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:FSDP")
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: BOFTConfig(target_modules=["conv"], boft_block_size=4, init_weights=False),
+        lambda: OFTConfig(target_modules=["conv"], r=9, oft_block_size=0, init_weights=False),
+        lambda: LoraConfig(
+            r=2, target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights=False, lora_dropout=0.0
+        ),
+    ],
+)
+def test_under_torchs_first_fsdp_adapters_compute_too(config: Any) -> None:
+    """Its parameters are plain attributes of the layers."""
+    torch.manual_seed(0)
+    model: Any = get_peft_model(Computed(), config()).eval()
+    x = torch.randn(3, 4, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        with model.disable_adapter():
+            assert not torch.allclose(model(x), expected)
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        assert torch.equal(wrapped(x), expected)

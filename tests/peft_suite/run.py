@@ -33,7 +33,6 @@ LEFT_OUT = (
     *("common_gpu", "gpu_examples", "gptqmodel", "torch_compile", "lora_megatron", "stablediffusion"),
     *(
         "adamss_asa",
-        "arrow",
         "cartridge",
         "deft",
         "frod",

@@ -56,18 +56,37 @@ class WithParameters:
         if is_quantized(layer):  # whose own forward takes nothing but its packed weight
             bias = found.get("bias", layer._parameters.get("bias"))
             return F.linear(x, found["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
-        own = {key: value.to(layer.get_parameter(key).dtype) for key, value in found.items()}
-        return functional_call(layer, own, (x, *args), dict(kwargs))
+        own = {key: value.to(parameter_of(layer, key).dtype) for key, value in found.items()}
+        return call_with(layer, own, x, *args, **kwargs)
 
 
 def computed_parameters(layer: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
     """What `functions` make of the parameters of `layer`, as the layer stores them; in fp32 where those are half."""
     found: dict[str, Tensor] = {}
     for key, function in functions.items():
-        own = layer.get_parameter(key)
+        own = parameter_of(layer, key)
         if key == "weight" and own.dim() == 2:
             weight = float_weight(layer)
             found[key] = as_stored(layer, function(weight.to(torch.promote_types(weight.dtype, torch.float32))))
         else:
             found[key] = function(own.to(torch.promote_types(own.dtype, torch.float32)))
+    return found
+
+
+def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *args: object, **kwargs: object) -> Tensor:
+    """Calls a module with other tensors for its own parameters, which stay as they are."""
+    if not tensors.keys() & vars(module).keys():
+        return functional_call(module, dict(tensors), args, kwargs)
+    # under FSDP1 the parameters are plain attributes too, views that the forward reads and functional_call does not set
+    own = {key: getattr(module, key) for key in tensors}
+    try:
+        vars(module).update(tensors)
+        return module(*args, **kwargs)
+    finally:
+        vars(module).update(own)
+
+
+def parameter_of(module: nn.Module, key: str) -> Tensor:
+    """A parameter of the module, also where FSDP1 has made it a view."""
+    found: Tensor = getattr(module, key)
     return found

@@ -19,9 +19,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from siliang.language import Bilingual
+from siliang.methods.computed import call_with, parameter_of
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter, MakeAdapter, trained_dtype
 from siliang.methods.low_rank import LoraSpec, draw_factors
 from siliang.models.introspect import is_multihead_attention
@@ -102,13 +102,11 @@ class LoraParameters(LayerAdapter):
 def _call(base: nn.Module, adapters: Sequence[LoraParameters], *args: object, **kwargs: object) -> Tensor:
     """Calls a module with the parameters that adapters, one after another, make of its own."""
     found: dict[str, Tensor] = {}
-    for key, W in base.named_parameters(recurse=False):
-        tuned: Tensor = W
+    for key in dict.fromkeys(key for adapter in adapters for key in adapter.parameter_names):
+        found[key] = parameter_of(base, key)
         for adapter in adapters:
-            tuned = adapter.tuned(key, tuned)
-        if tuned is not W:
-            found[key] = tuned
-    return functional_call(base, found, args, kwargs)
+            found[key] = adapter.tuned(key, found[key])
+    return call_with(base, found, *args, **kwargs)
 
 
 def is_transposed(module: nn.Module) -> bool:
