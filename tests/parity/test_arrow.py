@@ -245,4 +245,28 @@ def test_without_adapters(adapters: dict[str, list[str]]) -> None:
         siliang.create_arrow_model(make("llama"), adapters["llama"], siliang.ArrowConfig(use_gks=True))
     with pytest.raises(siliang.SiliangError):
         siliang.create_arrow_model(make("llama"), ["nobody/repository/folder"], siliang.ArrowConfig())
+    with pytest.raises(ValueError, match="must be a list of at least one adapter"):
+        path: Any = adapters["llama"][0]
+        siliang.create_arrow_model(make("llama"), path, siliang.ArrowConfig())
     assert TASK["llama"] == "CAUSAL_LM"
+
+
+def test_general_adapters_without_genknowsub(adapters: dict[str, list[str]]) -> None:
+    paths = adapters["llama"]
+    with pytest.warns(UserWarning, match=r"no effect without ArrowConfig\(use_gks=True\)"):
+        model = siliang.create_arrow_model(make("llama"), paths[:2], siliang.ArrowConfig(), paths[2:] or paths[:1])
+    assert not [name for name in model.peft_config if name.startswith("gks")]
+
+
+def test_what_is_no_model_with_adapters_and_no_config() -> None:
+    model: Any = make("llama")
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no adapters: get_peft_model"):
+        siliang.replace_lora_weights_loftq(model)
+    calls: dict[Any, list[Any]] = {
+        siliang.preprocess_corda: [],
+        siliang.preprocess_loraga: [lambda: None],
+        siliang.get_peft_model: [],
+    }
+    for function, others in calls.items():
+        with pytest.raises(ConfigError, match="str is not a method's config of siliang"):
+            function(model, "lora", *others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,11 @@ def create_arrow_model(
             base model is unchanged then.
         AdapterError: One cannot be loaded; likewise.
     """
-    if not task_specific_adapter_paths:
+    if isinstance(task_specific_adapter_paths, str) or not task_specific_adapter_paths:
         raise ConfigError(
             Bilingual(
-                "task_specific_adapter_paths needs at least one adapter.",
-                "task_specific_adapter_paths 至少需要一个适配器。",
+                "task_specific_adapter_paths must be a list of at least one adapter.",
+                "task_specific_adapter_paths 应为列表，至少含一个适配器。",
             )
         )
     if arrow_config.use_gks and not general_adapter_paths:
@@ -59,6 +60,12 @@ def create_arrow_model(
                 "use_gks 需要 general_adapter_paths，即通用的 LoRA 适配器。",
             )
         )
+    if general_adapter_paths and not arrow_config.use_gks:
+        message = Bilingual(
+            "general_adapter_paths has no effect without ArrowConfig(use_gks=True): the adapters are not loaded.",
+            "没有 ArrowConfig(use_gks=True) 时 general_adapter_paths 不起作用：这些适配器不会加载。",
+        )
+        warnings.warn(message, stacklevel=2)
     experts = {f"{EXPERT}{i}": path for i, path in enumerate(task_specific_adapter_paths)}
     general = {f"{GENERAL}{i}": path for i, path in enumerate(general_adapter_paths or ()) if arrow_config.use_gks}
     (first, path), *rest = (experts | general).items()

@@ -23,6 +23,7 @@ from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_ga import mean_gradients
 from siliang.methods.lora_initialization import Factors, TunedLayers
 from siliang.methods.method import Adapter
+from siliang.peft_api.checks import check_config
 from siliang.peft_api.model import PeftModel
 from siliang.types import ConfigError
 
@@ -245,7 +246,8 @@ def preprocess_corda(
     Raises:
         ConfigError: Neither data nor a file, or the data is not enough.
     """
-    if lora_config.init_lora_weights != "corda":
+    check_config(lora_config)
+    if getattr(lora_config, "init_lora_weights", None) != "corda":
         raise ConfigError(
             Bilingual(
                 "preprocess_corda is for init_lora_weights = 'corda'.",
@@ -279,7 +281,8 @@ def preprocess_loraga(
     Raises:
         ConfigError: The data is not enough.
     """
-    if lora_config.init_lora_weights != "lora_ga":
+    check_config(lora_config)
+    if getattr(lora_config, "init_lora_weights", None) != "lora_ga":
         raise ConfigError(
             Bilingual(
                 "preprocess_loraga is for init_lora_weights = 'lora_ga'.",

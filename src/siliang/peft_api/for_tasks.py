@@ -12,6 +12,7 @@ from torch import nn
 
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
+from siliang.peft_api.checks import check_config
 from siliang.peft_api.model import PeftModel
 from siliang.types import TaskType
 
@@ -91,7 +92,9 @@ def get_peft_model(
 
     Raises:
         TargetError: The method's targets are not in the model. The model has not been changed then.
+        ConfigError: `peft_config` is not a method's config of siliang.
     """
+    check_config(peft_config)
     if revision is not None:
         if peft_config.revision not in (None, revision):
             said = Bilingual(

@@ -25,6 +25,7 @@ from siliang.models.folder import INDEX, MOST_INDEX_BYTES
 from siliang.models.introspect import features
 from siliang.models.quantized import float_weight, is_quantized
 from siliang.peft_api.checks import check_known
+from siliang.peft_api.functions import injection_of
 from siliang.peft_api.model import PeftModel
 from siliang.safety.safe_json import read_json
 from siliang.types import ConfigError, ModelError
@@ -57,7 +58,7 @@ def replace_lora_weights_loftq(
         ConfigError: The adapter is not plain LoRA, or is on no quantized layer.
         ModelError: The weights are not there, are damaged, or are those of another model.
     """
-    check_known(adapter_name, peft_model.peft_config)
+    check_known(adapter_name, injection_of(peft_model).peft_config)
     config = peft_model.peft_config[adapter_name]
     if not isinstance(config, LoraConfig) or config.variant not in (None, "velora_config"):
         what = config.variant if isinstance(config, LoraConfig) else config.peft_type
