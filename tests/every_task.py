@@ -12,7 +12,17 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from siliang.config import RunConfig
 
-TASKS = ("seq_cls", "token_cls", "question_ans", "causal_lm", "preference", "reward", "seq_2_seq_lm")
+TASKS = (
+    "seq_cls",
+    "token_cls",
+    "question_ans",
+    "causal_lm",
+    "preference",
+    "reward",
+    "seq_2_seq_lm",
+    "embedding",
+    "reranker",
+)
 PROMPTS = {"name": "prompt_tuning", "num_virtual_tokens": 3}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "r": 4},
@@ -69,6 +79,9 @@ def rows_of(task: str, n: int = 23) -> list[dict[str, Any]]:
             case "preference" | "reward":
                 chosen, rejected = (" ".join(part[: 1 + i % 5]) for part in (words, words[::-1]))
                 rows.append({"prompt": text, "chosen": chosen, "rejected": f"{rejected} {words[0]}"})
+            case "embedding" | "reranker":
+                negatives = [" ".join(words[j:][: 2 + j]) for j in range(1, 1 + i % 3)]
+                rows.append({"anchor": text, "positive": " ".join(words[1 + i % 5 :: -1]), "negative": negatives})
             case _:
                 rows.append({"source": text, "target": " ".join(words[: 1 + i % 5])})
     return rows

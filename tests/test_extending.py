@@ -79,16 +79,11 @@ def place(tmp_path: Path, model: Path) -> Callable[[str, str], Place]:
         table = source / "tasks" / "__init__.py"
         line = f"from siliang.tasks.{name} import {name.upper()}\n"
         edit(table, "from siliang.tasks.causal_lm", line + "from siliang.tasks.causal_lm")
-        edit(table, "(CAUSAL_LM, ", f"(CAUSAL_LM, {name.upper()}, ")
+        edit(table, "    for task in (\n", f"    for task in (\n        {name.upper()},\n")
         words = source / "report" / "words.py"
         line = '    "no_metrics": ("failed", "失败"),\n'
         edit(words, line, f'{line}    "{metric}": ("{metric}", "{metric}"),\n')
-        rows = [
-            {"text": row["text"], "label": len(row["text"]) / 10}
-            if name == "regression"
-            else {"source": row["text"], "target": " ".join(reversed(row["text"].split()))}
-            for row in rows_of("seq_cls", 40)
-        ]
+        rows = [{"text": row["text"], "label": len(row["text"]) / 10} for row in rows_of("seq_cls", 40)]
         return Place(tmp_path, model, write_jsonl(tmp_path / "rows.jsonl", rows))
 
     return make
@@ -100,11 +95,9 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("task", "metric", "asked"),
-    [("regression", "mae", "we liked the film"), ("embedding", "recall_at_1", "we liked the film\tthe film was good")],
-)
-def test_a_task_of_the_page(place: Callable[[str, str], Place], task: str, metric: str, asked: str) -> None:
+@pytest.mark.parametrize(("task", "metric"), [("regression", "mae"), ("hazard", "concordance")])
+def test_a_task_of_the_page(place: Callable[[str, str], Place], task: str, metric: str) -> None:
+    asked = "we liked the film"
     here = place(task, metric)
     steps = ("train.batch_size=4", "train.gradient_accumulation=2", "train.save_every=3", "train.eval_every=3")
     settings = here.settings(task, *steps)
@@ -133,7 +126,7 @@ def test_a_task_of_the_page(place: Callable[[str, str], Place], task: str, metri
     assert "->" in check or "rows" in check
     assert "lora" in plan.lower()
     assert metric in evaluated and metric.split("_")[0] in compared.lower()
-    assert asked.split("\t")[0] in json.loads(predicted).values()
+    assert asked in json.loads(predicted).values()
     assert "difference" in merged and (here.folder / "merged" / "config.json").is_file()
     whole, part = here.weights("whole"), here.weights("part")
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)

@@ -57,8 +57,8 @@ class PeftType(StrEnum):
 
 
 class TaskType(StrEnum):
-    """The task that the base model is trained for. The values are PEFT's, except for PREFERENCE and REWARD, which are
-    CAUSAL_LM and SEQ_CLS in an adapter's config."""
+    """The task that the base model is trained for. The values are PEFT's, except for the last four: an adapter's config
+    has CAUSAL_LM for PREFERENCE, SEQ_CLS for REWARD and RERANKER, and FEATURE_EXTRACTION for EMBEDDING."""
 
     CAUSAL_LM = "CAUSAL_LM"
     SEQ_CLS = "SEQ_CLS"
@@ -68,6 +68,8 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
     PREFERENCE = "PREFERENCE"
     REWARD = "REWARD"
+    EMBEDDING = "EMBEDDING"
+    RERANKER = "RERANKER"
 
 
 # Task types of adapter configs that siliang does not train; tasks/ has a row for each other one.

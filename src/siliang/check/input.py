@@ -27,7 +27,7 @@ from siliang.models.load import find_invented, model_from_config
 from siliang.models.positions import Positions
 from siliang.peft_api.for_tasks import get_peft_model
 from siliang.peft_api.model import PeftModel
-from siliang.tasks import TASKS
+from siliang.tasks import task_of
 from siliang.tasks.adapter_config import adapter_config
 from siliang.tasks.prepare import prepare_data
 from siliang.types import ModelError, first_line
@@ -43,7 +43,7 @@ class CheckInput:
 
     def __init__(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> None:
         self.config, self.machine, self.prepared = config, machine, prepared
-        self.data, self.task = config.data, TASKS[config.task]
+        self.data, self.task = config.data, task_of(config)
 
     @property
     def tokenizer(self) -> Any:

@@ -282,7 +282,7 @@ class Display:
             error = one_line(local(trial.error or ""))
             print(both(f"{name}  failed: {error}", f"{name}  失败：{error}"), flush=True)
             return
-        quality = TASKS[TaskType(record.config["task"])].quality.name
+        quality = TASKS[TaskType(record.config["task"])].on(record.layout).quality.name
         took = duration(time.perf_counter() - started)
         print(f"{name}  {quality} {record.final[quality]:.4f}  {took}", flush=True)
 

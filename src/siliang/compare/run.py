@@ -229,19 +229,22 @@ class _ComparisonRun:
             self.record.chosen = {}
             return
         self._run_trials(trials)
-        quality = TASKS[self.task].quality
         self.record.chosen = {}
         best: dict[str, float] = {}
+        measured = ""
         for trial in (t for t in self.record.trials if t.purpose == "search" and t.status == "completed"):
-            found = read_record(self.folder / trial.folder).final[quality.name]
+            record = read_record(self.folder / trial.folder)
+            quality = TASKS[self.task].on(record.layout).quality
+            found = record.final[quality.name]
             if trial.method not in best or quality.better(found, best[trial.method]):
                 best[trial.method], self.record.chosen[trial.method] = found, trial.settings
+            measured = quality.name
         for label, settings in self.record.chosen.items():
             shown = ", ".join(f"{key} {value}" for key, value in settings.items())
             self.listener.say(
                 both(
-                    f"chosen     {label}: {shown} ({quality.name} {best[label]:.4f} on validation rows)",
-                    f"选定       {label}：{shown}（验证集上 {quality.name} {best[label]:.4f}）",
+                    f"chosen     {label}: {shown} ({measured} {best[label]:.4f} on validation rows)",
+                    f"选定       {label}：{shown}（验证集上 {measured} {best[label]:.4f}）",
                 )
             )
         self._save()

@@ -6,6 +6,7 @@ Settings are parsed once, strictly. After parsing, a number is a number, a size 
 from siliang.config.data import LAYOUT_NAMES, Columns, DataConfig, LayoutName, Source
 from siliang.config.describing import Setting, describe
 from siliang.config.distributed import DistributedConfig
+from siliang.config.embedding import EmbeddingConfig, EmbeddingLoss, RerankerConfig
 from siliang.config.names import OWN_FIELDS, assign, differences, name_hint
 from siliang.config.preference import LossName, PreferenceConfig
 from siliang.config.run import MethodConfig, QuantizationConfig, RunConfig
@@ -19,11 +20,14 @@ __all__ = [
     "Columns",
     "DataConfig",
     "DistributedConfig",
+    "EmbeddingConfig",
+    "EmbeddingLoss",
     "LayoutName",
     "LossName",
     "MethodConfig",
     "PreferenceConfig",
     "QuantizationConfig",
+    "RerankerConfig",
     "RunConfig",
     "Seconds",
     "Section",

@@ -26,6 +26,8 @@ LayoutName = Literal[
     "tokens-tags",
     "squad",
     "source-target",
+    "anchor-positive",
+    "scored-pair",
     "prepared",
 ]
 LAYOUT_NAMES: tuple[LayoutName, ...] = get_args(LayoutName)  # data/layouts.py reads each
@@ -146,6 +148,23 @@ class Columns(Section):
     """The text to generate from the source.
 
     应当由源文本生成的文本。"""
+    anchor: str = "anchor"
+    """A text, such as a query, for embedding and reranker.
+
+    用于 embedding 和 reranker 的首段文本，如查询。"""
+    positive: str = "positive"
+    """The text, or the list of texts, that the anchor belongs to.
+
+    与首段文本相关的文本，或其列表。"""
+    negative: str = "negative"
+    """A text, or a list of texts, that the anchor does not belong to; may be absent. negative_1, negative_2 ... are
+    read, too.
+
+    与首段文本不相关的文本，或其列表；可以没有。negative_1、negative_2 等列也会读取。"""
+    score: str = "score"
+    """How near the two texts of a pair are, as a number.
+
+    一对文本的相似程度，是一个数。"""
     context: str = "context"
     """The passage that holds the answer, for question_ans.
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from siliang.config.data import DataConfig
 from siliang.config.distributed import DistributedConfig
+from siliang.config.embedding import EmbeddingConfig, RerankerConfig
 from siliang.config.explaining import explain, undecodable
 from siliang.config.names import OWN_FIELDS, name_hint
 from siliang.config.preference import PreferenceConfig
@@ -155,10 +156,12 @@ class RunConfig(Settings):
     task: Annotated[TaskType, BeforeValidator(as_task)]
     """The task: causal_lm (generate text), preference (generate the better of two texts), reward (tell which of two
     texts is better), seq_cls (classify a text), token_cls (tag each word), seq_2_seq_lm (generate text with an encoder
-    and a decoder) or question_ans (find the answer in a context).
+    and a decoder), question_ans (find the answer in a context), embedding (a vector for a text) or reranker (tell how
+    well a text fits a query).
 
     任务：causal_lm（生成文本）、preference（学习较好的回答）、reward（给回答打分）、seq_cls（文本分类）、token_cls（给每个词
-    打标签）、seq_2_seq_lm（由编码器和解码器生成文本），或 question_ans（在段落中找出答案）。"""
+    打标签）、seq_2_seq_lm（由编码器和解码器生成文本）、question_ans（在段落中找出答案）、embedding（文本的向量），或
+    reranker（给查询与文本的相关程度打分）。"""
     method: Annotated[MethodConfig, BeforeValidator(as_method)] = Field(default_factory=MethodConfig)
     """The fine-tuning method: a name of `siliang methods`, or {name: lora, r: 16, ...}.
 
@@ -182,6 +185,14 @@ class RunConfig(Settings):
     """The loss of the task preference, {loss: simpo}. None: DPO's, with beta = 0.1.
 
     preference 任务的损失函数，如 {loss: simpo}。None：DPO 的损失，beta = 0.1。"""
+    embedding: EmbeddingConfig | None = None
+    """The vector and the loss of the task embedding, {pooling: cls}. None: the defaults.
+
+    embedding 任务的向量和损失函数，如 {pooling: cls}。None：默认值。"""
+    reranker: RerankerConfig | None = None
+    """The loss of the task reranker, {loss: mse}. None: the defaults.
+
+    reranker 任务的损失函数，如 {loss: mse}。None：默认值。"""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training.
 
@@ -215,14 +226,15 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _of_the_task(self) -> RunConfig:
-        if self.preference is not None and self.task.lower() != "preference":
-            task = self.task.lower()
-            raise ConfigError(
-                Bilingual(
-                    f"preference is a section of the task preference, and task = {task}: leave it out.",
-                    f"preference 这一组只用于任务 preference，而 task = {task}：请去掉。",
+        task = self.task.lower()
+        for section in ("preference", "embedding", "reranker"):
+            if getattr(self, section) is not None and task != section:
+                raise ConfigError(
+                    Bilingual(
+                        f"{section} is a section of the task {section}, and task = {task}: leave it out.",
+                        f"{section} 这一组只用于任务 {section}，而 task = {task}：请去掉。",
+                    )
                 )
-            )
         settings = self.preference or PreferenceConfig()
         if self.adapter is not None and self.task.lower() == "preference" and settings.compares:
             raise ConfigError(

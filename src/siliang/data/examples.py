@@ -1,4 +1,5 @@
-"""What a row means: a conversation, answers in their order, a text, a class, tagged words, a question on a context."""
+"""What a row means: a conversation, answers in their order, a text, a class, tagged words, a question on a context,
+texts that belong together."""
 
 from __future__ import annotations
 
@@ -324,6 +325,40 @@ class SourceTarget(Example):
 
 
 @dataclass(frozen=True)
+class Related(Example):
+    """A text, such as a query, texts that belong to it, and texts that do not."""
+
+    anchor: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.anchor, *self.positives, *self.negatives]
+
+    @property
+    def input_text(self) -> str:
+        return self.anchor
+
+
+@dataclass(frozen=True)
+class Scored(Example):
+    """Two texts, and how near they are."""
+
+    text: str
+    pair: str
+    score: float
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.text, self.pair]
+
+    @property
+    def input_text(self) -> str:
+        return f"{self.text}\0{self.pair}"
+
+
+@dataclass(frozen=True)
 class Prepared(Example):
     """Tokens that were made elsewhere, and their labels; without any, every token is learned."""
 
@@ -340,7 +375,8 @@ class Prepared(Example):
 
 
 KINDS: dict[str, type[Example]] = {
-    kind.__name__: kind for kind in (Conversation, Ranked, Text, Labelled, Tagged, Span, SourceTarget, Prepared)
+    kind.__name__: kind
+    for kind in (Conversation, Ranked, Text, Labelled, Tagged, Span, SourceTarget, Related, Scored, Prepared)
 }
 
 

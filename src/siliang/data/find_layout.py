@@ -19,17 +19,24 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "tags": ("ner_tags", "pos_tags", "labels"),
     "source": ("document", "article"),
     "target": ("summary", "title", "highlights"),
+    "anchor": ("query", "question"),
+    "positive": ("positives", "pos", "positive_passages", "passages", "document", "passage", "answer", "response"),
+    "score": ("similarity", "similarity_score", "relevance", "label"),
 }
 # of columns that a layout has a use for and does not need
 OPTIONAL_ALIASES: dict[str, tuple[str, ...]] = {
     "system": ("system_prompt",),
     "input": ("context",),
     "prompt": ("question", "query"),
+    "negative": ("negatives", "neg", "negative_passages", "hard_negatives", "hard_negative"),
 }
 FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
 SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")
 # whose names say that they are one: what is asked, and a text that answers it or not
 QUESTIONS, ANSWERED = ("question", "query"), ("sentence", "text")
+# likewise, where the pair has a score
+SCORED_FIRST, SCORED_SECOND = ("query", "question", "anchor"), ("document", "passage", "answer", "response", "positive")
+PAIRS = ("sentence-pair", "scored-pair")  # layouts of two texts
 # other names of the text column of a classification: used if exactly one of them is there
 TEXTS = ("review", "sentence", "content", "comment", "tweet", "utterance", "document", "评论", "内容", "文本")
 # other names of the label column: proposed in the error, not used
@@ -84,7 +91,7 @@ def _resolve(layout: RowLayout, found: Collection[str], columns: Columns) -> Col
     if any(name not in found for name in layout.fixed):
         return None
     changes: dict[str, str] = {}
-    if layout.name == "sentence-pair" and (pair := _question_and_text(found, columns)):
+    if layout.name in PAIRS and (pair := _question_and_text(found, columns)):
         changes = dict(zip(("text", "text_pair"), pair, strict=True))
     for need in (n for n in layout.needs if n not in changes):
         name = getattr(columns, need)
@@ -126,8 +133,9 @@ def _question_and_text(found: Collection[str], columns: Columns) -> tuple[str, s
 
 
 def _aliases(layout: RowLayout, need: str) -> tuple[str, ...]:
-    if layout.name == "sentence-pair":
-        return {"text": FIRST_OF_PAIR, "text_pair": SECOND_OF_PAIR}.get(need, ())
+    if layout.name in PAIRS and need in ("text", "text_pair"):
+        first, second = (SCORED_FIRST, SCORED_SECOND) if layout.name == "scored-pair" else ((), ())
+        return {"text": (*FIRST_OF_PAIR, *first), "text_pair": (*SECOND_OF_PAIR, *second)}[need]
     return ALIASES.get(need, ())
 
 

@@ -11,6 +11,7 @@ from siliang.data.cells import BLANKS, SEVERAL, BadRow, Result, Values, as_text,
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Labelled, Prepared, SourceTarget, Span, Tagged, Text
 from siliang.data.preferences import read_chosen_rejected, read_messages_rejected
+from siliang.data.related import NEGATIVE_COLUMNS, read_related, read_scored
 from siliang.data.turns import read_messages, read_pair
 from siliang.language import Bilingual, local
 
@@ -190,6 +191,14 @@ LAYOUTS: dict[str, RowLayout] = {
         _asked("prompt-completion", "prompt", "completion"),
         _asked("input-output", "input", "output"),
         RowLayout("source-target", ("source", "target"), _source_target),
+        RowLayout("scored-pair", ("text", "text_pair", "score"), read_scored),
+        RowLayout(
+            "anchor-positive",
+            ("anchor", "positive"),
+            read_related,
+            optional=("negative",),
+            fixed_optional=NEGATIVE_COLUMNS,
+        ),
         RowLayout("sentence-pair", ("text", "text_pair", "label"), _sentence_pair),
         RowLayout("text-label", ("text", "label"), _labelled),
         RowLayout("tokens-tags", ("tokens", "tags"), _tagged),

@@ -48,7 +48,8 @@ class DataSpec:
         columns: Of the table of tokens, `input_ids` among them. `row`, `lost`, `lost_answer`, and, where an entry is
             several sequences, `sequences` come by themselves.
         encoder: Makes, from (tokenizer, settings, names of the labels), the function that turns examples into entries.
-            It is a function of a module, by whose file tokens that were kept are known to be of this code.
+            It is a function or an object of a module, by whose file tokens that were kept are known to be of this code.
+        encoded_with: What the encoder takes besides these, in words: tokens that were kept are known by it, too.
         named: The part of a row that holds the names of classes: one `label`, or `tags`. None: labels have no names.
         label_per_token: Each token has a label, or none (-100), in `labels`; otherwise each entry has one label.
         next_token: A label is the token itself, and is learned from the tokens in front of it.
@@ -70,6 +71,7 @@ class DataSpec:
     sequences: bool = False
     one_layout: bool = False
     adapt: Callable[[Example], Example | str] | None = None
+    encoded_with: str = ""
 
     @property
     def table(self) -> dict[str, TokenColumn]:

@@ -26,6 +26,7 @@ def key_of(
     settings = [
         *map(code_hash, code_folders(spec)),
         spec.name,
+        spec.encoded_with,
         labels,
         judged,
         repr(template),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -129,7 +130,7 @@ def model_from_config(config: PreTrainedConfig, spec: ModelSpec, **settings: obj
     auto = _auto_class(spec)
     if (code := code_of(config)) is not None:
         return code.find_class(auto.__name__)._from_config(config, **settings)
-    return auto.from_config(config, trust_remote_code=False, **settings)
+    return auto.from_config(config, trust_remote_code=False, **settings, **_without_pooler(auto, spec, config))
 
 
 def kept_whole(spec: ModelSpec) -> list[str]:
@@ -140,6 +141,15 @@ def kept_whole(spec: ModelSpec) -> list[str]:
 def _auto_class(spec: ModelSpec) -> type[_BaseAutoModelClass]:
     """The class of transformers that loads a model for the task."""
     return getattr(transformers, spec.auto_class)
+
+
+def _without_pooler(auto: type[_BaseAutoModelClass], spec: ModelSpec, config: PreTrainedConfig) -> dict[str, object]:
+    """The argument that leaves out the pooler, for a class that takes it."""
+    mapping = auto._model_mapping
+    kind = None if spec.pooler or mapping is None else mapping.get(type(config), None)
+    classes = kind if isinstance(kind, list | tuple) else [kind]
+    takes = all(c is not None and "add_pooling_layer" in signature(c.__init__).parameters for c in classes)
+    return {"add_pooling_layer": False} if takes else {}
 
 
 def _from_pretrained(
@@ -154,6 +164,8 @@ def _from_pretrained(
             auto = code.find_class(auto.__name__)
             settings |= {"use_safetensors": True}
             revision = revision if Path(name).is_dir() else code.folder.name
+        else:
+            settings |= _without_pooler(auto, spec, config)
         model, info = auto.from_pretrained(
             name,
             config=config,

@@ -38,6 +38,12 @@ def save_model(
     _hide_secrets(folder)
 
 
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes only a tokenizer."""
+    tokenizer.save_pretrained(folder)
+    _hide_secrets(folder)
+
+
 def save_config(folder: Path, config: PreTrainedConfig) -> None:
     """Writes only the config of a model."""
     config.save_pretrained(folder)

@@ -17,6 +17,7 @@ class ModelSpec:
             quantized.
         outputs: Columns of the head, if it does not have one column per label.
         needs_padding_token: The model reads the last token before the padding, so it must know the padding token.
+        pooler: The model keeps the pooler of its class, if it has one. False where nothing reads its output.
     """
 
     task: str
@@ -24,6 +25,7 @@ class ModelSpec:
     heads: tuple[str, ...] = ()
     outputs: int | None = None
     needs_padding_token: bool = False
+    pooler: bool = True
 
     def columns(self, labels: Sequence[str] | None) -> int | None:
         """The number of columns of the head with these labels; None: that of the model's config."""

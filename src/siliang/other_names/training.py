@@ -14,6 +14,7 @@ OTHER_FORMAT = Bilingual(
 MEASURED = (
     *("loss", "accuracy", "f1", "precision", "recall", "exact_match"),
     *("perplexity", "byte_perplexity", "bits_per_byte", "margin"),
+    *("ndcg_at_10", "recall_at_1", "recall_at_10", "mrr_at_10", "spearman"),
 )
 
 ROWS: tuple[Row, ...] = (

@@ -10,7 +10,18 @@ from pydantic import AfterValidator, Field
 from siliang.language import Bilingual
 from siliang.records.saved import Name, Number
 
-SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l")  # metrics from 0 to 1
+SHARES = (
+    "accuracy",
+    "f1",
+    "precision",
+    "recall",
+    "exact_match",
+    "rouge_l",
+    "ndcg_at_10",
+    "recall_at_1",
+    "recall_at_10",
+    "mrr_at_10",
+)  # metrics from 0 to 1
 LARGEST_LOSS = 1e30
 SLACK = 1e-6  # of rounding
 

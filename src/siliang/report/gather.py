@@ -82,6 +82,11 @@ class ReportData:
         return [run.record for group in self.groups for run in group.finished if run.record is not None]
 
     @property
+    def layout(self) -> str:
+        """Of the runs' rows; "" where no run has finished."""
+        return next((record.layout for record in self.records), "")
+
+    @property
     def majority(self) -> float | None:
         """Share of the most frequent class; None if the task has no classes."""
         shares = [run.answers.majority for group in self.groups for run in group.runs if run.answers is not None]

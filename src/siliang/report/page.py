@@ -122,7 +122,7 @@ def write_page(data: ReportData, path: Path, *, language: str = "en") -> None:
 
 def figures(methods: list[MethodSummary], data: ReportData, w: dict[str, str]) -> list[Figure]:
     """The plots whose metrics the records have."""
-    quality = TASKS[data.task].quality
+    quality = TASKS[data.task].on(data.layout).quality
     metric, way = w.get(quality.name, quality.name), w["up" if quality.higher else "down"]
     costs: list[tuple[str, str, Callable[[MethodSummary], Mean | None], bool]] = []
     peaks = [method.peak.value for method in methods if method.peak]

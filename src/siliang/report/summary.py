@@ -99,7 +99,7 @@ class Recommendation:
 
 def summarize(data: ReportData) -> list[MethodSummary]:
     """One summary per method, in the order of the comparison."""
-    quality = TASKS[data.task].quality
+    quality = TASKS[data.task].on(data.layout).quality
     methods = [_summarize(group, quality) for group in data.groups]
     best = pareto(methods, quality, lambda method: method.peak) if len(methods) > 1 else []
     front = {method.label for method in best}
@@ -127,7 +127,7 @@ def pareto(
 
 def recommend(methods: list[MethodSummary], data: ReportData) -> Recommendation:
     """The best method, the methods tied with it, and the smallest method that is nearly as good."""
-    quality = TASKS[data.task].quality
+    quality = TASKS[data.task].on(data.layout).quality
     usable = [method for method in methods if method.learned]
     if not usable:
         return Recommendation(None, [])

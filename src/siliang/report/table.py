@@ -20,6 +20,9 @@ METRICS = (
     "perplexity",
     "byte_perplexity",
     "bits_per_byte",
+    "recall_at_1",
+    "recall_at_10",
+    "mrr_at_10",
 )
 
 
@@ -52,7 +55,7 @@ class Column:
 
 def table(methods: list[MethodSummary], data: ReportData, w: dict[str, str]) -> tuple[list[Column], list[list[Cell]]]:
     """The columns, and one row of cells per method."""
-    task = TASKS[data.task]
+    task = TASKS[data.task].on(data.layout)
     quality = task.quality
     names = {name for method in methods for name in method.others} - {quality.name}
     extra = [name for name in METRICS if name in names] + sorted(names.difference(METRICS))
@@ -164,7 +167,7 @@ def _mean_cell(mean: Mean | None, digits: int) -> Cell:
 
 def sentences(answer: Recommendation, data: ReportData, w: dict[str, str]) -> list[str]:
     """The answer in two sentences, then the baselines: the most frequent class and the base model."""
-    quality = TASKS[data.task].quality
+    quality = TASKS[data.task].on(data.layout).quality
     best, texts = answer.best, []
     alone = len(data.groups) == 1
     if best is None or best.score is None or best.minutes is None or best.peak is None:

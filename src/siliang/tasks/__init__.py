@@ -6,8 +6,10 @@ metrics, the verdict, what the plan and the display of tokens take, and how a tr
 
 from siliang.config import RunConfig
 from siliang.tasks.causal_lm import CAUSAL_LM
+from siliang.tasks.embedding import EMBEDDING
 from siliang.tasks.preference import PREFERENCE
 from siliang.tasks.question_ans import QUESTION_ANS
+from siliang.tasks.reranker import RERANKER
 from siliang.tasks.reward import REWARD
 from siliang.tasks.seq_2_seq_lm import SEQ_2_SEQ_LM
 from siliang.tasks.seq_cls import SEQ_CLS
@@ -27,20 +29,41 @@ from siliang.tasks.token_cls import TOKEN_CLS
 from siliang.types import TaskType
 
 TASKS: dict[TaskType, Task] = {
-    task.name: task for task in (CAUSAL_LM, PREFERENCE, REWARD, SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS)
+    task.name: task
+    for task in (
+        CAUSAL_LM,
+        PREFERENCE,
+        REWARD,
+        SEQ_CLS,
+        TOKEN_CLS,
+        SEQ_2_SEQ_LM,
+        QUESTION_ANS,
+        EMBEDDING,
+        RERANKER,
+    )
 }
 
 
-def task_of(config: RunConfig) -> Task:
-    """The task of a run, with what its settings choose."""
+def task_of(config: RunConfig, layout: str = "") -> Task:
+    """The task of a run, with what its settings choose.
+
+    Args:
+        layout: Of its rows, where they are known.
+
+    Raises:
+        ConfigError: The settings do not fit the model or the rows.
+    """
     task = TASKS[config.task]
-    return task if task.with_settings is None else task.with_settings(task, config)
+    task = task if task.with_settings is None else task.with_settings(task, config)
+    return task.on(layout) if layout else task
 
 
 __all__ = [
     "CAUSAL_LM",
+    "EMBEDDING",
     "PREFERENCE",
     "QUESTION_ANS",
+    "RERANKER",
     "REWARD",
     "SEQ_2_SEQ_LM",
     "SEQ_CLS",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from siliang.config import RunConfig
 from siliang.data.prepared import PreparedData
-from siliang.tasks import TASKS
+from siliang.tasks import task_of
 
 
 def prepare_data(config: RunConfig) -> PreparedData:
@@ -13,7 +13,7 @@ def prepare_data(config: RunConfig) -> PreparedData:
     Raises:
         ConfigError: The task cannot follow a setting of training.
     """
-    task = TASKS[config.task]
+    task = task_of(config)
     task.check_settings(config.train)
     spec, seed = task.data, config.train.seed
     return PreparedData(config.data, spec, model=config.model, revision=config.revision, seed=seed)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from siliang.config import RunConfig, TrainConfig
@@ -24,6 +25,7 @@ from siliang.types import ConfigError, TaskType
 
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from siliang.data.batch import Batch
     from siliang.data.tokens import TokenSet
@@ -216,6 +218,7 @@ class Task:
         step_loss: The loss of a whole step, in the place of any other, where rows are compared with each other. It
             does not take `label_smoothing`.
         with_settings: The task with what the settings of a run choose; None where they choose nothing.
+        with_layout: The task for rows of a layout, where its loss and metrics depend on that; called by `on`.
         counts_rows: The loss is a mean over rows that do not depend on each other: a step's rows may be chosen by
             length.
 
@@ -233,12 +236,16 @@ class Task:
         majority: The share of the rows that have the most frequent class; None where there are no classes.
 
         inputs: The parts of a row that are given to predict, the optional ones among them.
-        inputs_layout: The name of the layout by which rows are read that are given to predict, if not by `inputs`.
+        inputs_layouts: The names of the layouts by which rows are read that are given to predict, if not by `inputs`;
+            the first that fits is used.
         predict: Predictions for the user's texts; None for a model that writes.
         blank: The values of an empty line among the texts, for JSON.
         prompt: The tokens that a model that writes is given, and those that end its answer; from the tokenizer, the
             name of the template, an instruction and its input, and whether the text is to be continued as it is.
         example_prompt: What a user may ask in one line, in words; None where that is not possible.
+
+        extra_files: Writes what another library needs, besides the adapter or the model that are saved in a folder, to
+            open it there; from the folder, the model, and the tokenizer.
     """
 
     name: TaskType
@@ -258,6 +265,7 @@ class Task:
     smooths_labels: bool = False
     step_loss: StepLoss | None = None
     with_settings: Callable[[Task, RunConfig], Task] | None = None
+    with_layout: Callable[[Task, str], Task] | None = None
     counts_rows: bool = False
 
     read: Reader | None = None
@@ -269,11 +277,12 @@ class Task:
     majority: Callable[[EvalRows], float | None] | None = None
 
     inputs: tuple[str, ...] = ()
-    inputs_layout: str | None = None
+    inputs_layouts: tuple[str, ...] = ()
     predict: Callable[[Trained, Iterable[Any]], Iterator[Prediction]] | None = None
     blank: Mapping[str, object] = field(default_factory=dict[str, object])
     prompt: Callable[[Tokenizer, str, str, str, bool], tuple[list[int], list[int]]] | None = None
     example_prompt: str | None = None
+    extra_files: Callable[[Path, PreTrainedModel, Tokenizer], None] | None = None
 
     @property
     def title(self) -> str:
@@ -284,6 +293,14 @@ class Task:
     def decoder_only(self) -> bool:
         """The model writes on from what it reads, without an encoder."""
         return self.writes and not self.has_encoder
+
+    def on(self, layout: str) -> Task:
+        """The task for rows of a layout, a name of `layouts.LAYOUTS`; "" where there are no rows.
+
+        Raises:
+            ConfigError: Its settings do not fit such rows.
+        """
+        return self if self.with_layout is None else self.with_layout(self, layout)
 
     def metric(self, name: str) -> Metric:
         """The metric of that name. Of one that no run is chosen by, more is better."""

@@ -17,7 +17,7 @@ from siliang.methods.config import PeftConfig
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.task_ids import TaskIds, no_such_task
 from siliang.peft_api.model import PeftModel
-from siliang.tasks import TASKS
+from siliang.tasks import Task
 from siliang.train.optimizer import rate_factors
 from siliang.types import ConfigError, OutputError, nearest
 
@@ -33,9 +33,9 @@ def check_quantization(config: RunConfig, method: Method) -> None:
         )
 
 
-def check_best(config: RunConfig) -> None:
+def check_best(config: RunConfig, task: Task) -> None:
     """Raises ConfigError where the metric of train.best is never measured."""
-    t, task = config.train, TASKS[config.task]
+    t = config.train
     allowed = ("loss", *(metric.name for metric in task.metrics))
     if t.best is not None and t.best not in allowed:
         raise ConfigError(

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from siliang.data.jinja import with_chat_template
 from siliang.files import find_damage, replacing_folder
@@ -15,7 +16,7 @@ from siliang.models.save import save_model
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
-from siliang.tasks import TASKS
+from siliang.tasks import TASKS, task_of
 from siliang.train.loop import Training
 from siliang.train.saving import (
     checkpoints,
@@ -106,9 +107,14 @@ def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
         if isinstance(run.model, PeftModel):
             run.model.save_pretrained(temporary, model_card=False)
             run.model.create_or_update_model_card(temporary, _facts(run))
+            base = run.model.get_base_model()
         else:
             tokenizer, data = run.tokenizer, run.config.data
             if TASKS[run.config.task].decoder_only:  # what serves it writes conversations as training did
                 tokenizer, _ = with_chat_template(tokenizer, data.template, run.examples.layout)
             save_model(temporary, run.model, tokenizer, state_dict=weights)
+            base = run.model
+        if (more := task_of(run.config).extra_files) is not None:
+            assert isinstance(base, PreTrainedModel)
+            more(temporary, base, run.tokenizer)
     return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")

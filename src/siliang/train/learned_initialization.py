@@ -188,7 +188,7 @@ class Learner:
         torch.nn.Module.to(model, self.device)
         engine = Engine(
             model,
-            task_of(self.config),
+            task_of(self.config, self.data.examples.layout),
             packing=False,
             memory_budget=t.memory_budget,
             checkpointing=t.gradient_checkpointing,

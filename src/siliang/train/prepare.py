@@ -32,6 +32,7 @@ from siliang.methods.config import PeftConfig
 from siliang.models.own_code import code_of
 from siliang.records import Counts, Device, Predicted, Record, Rows, Seconds
 from siliang.run_folder import changed_base, hashes, load_base, sources_of, weight_dtype
+from siliang.tasks import task_of
 from siliang.tasks.prepare import prepare_data
 from siliang.train.checks import (
     check_best,
@@ -79,7 +80,7 @@ def prepare(
     check_trackers(config.train.trackers)
     given, config = config, _with_accelerate_strategy(config, ranks, listener)
     set_seed(config.train.seed)
-    check_best(config)
+    check_best(config, task_of(config))
     method = find_method(config.method.name)
     check_quantization(config, method)
     precision = choose_precision(config.train.precision, device)
@@ -87,6 +88,7 @@ def prepare(
         require_deepspeed(device, half=precision.autocast)
     subject = _check_data(config, ranks, listener)
     data = subject.prepared
+    check_best(config, task_of(config, data.examples.layout))
     start = _start_folder(config, method, resumed, force=force)
     say_data(data, listener.say)
     config.check_evaluations(held_out=len(data.eval) > 0)

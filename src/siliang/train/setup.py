@@ -30,7 +30,7 @@ def make_engine(run: Run) -> Engine:
     _move(run.model, run.device)
     engine = Engine(
         run.model,
-        task_of(run.config),
+        task_of(run.config, run.examples.layout),
         packing=t.packing,
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
@@ -54,7 +54,7 @@ def make_collator(run: Run, engine: Engine) -> StepCollator:
     t = run.config.train
     return StepCollator(
         PadCollator(run.tokenizer.pad_token_id),
-        task_of(run.config),
+        task_of(run.config, run.examples.layout),
         t.batch_size,
         most_tokens(t.tokens_at_once, run.device.type, run.precision.dtype),
         packed=engine.padding is not None,

@@ -46,7 +46,7 @@ def sample(n: int, size: int) -> list[int]:
 
 def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
     """Predictions for some of the held-out rows, each with all its entries, and for the prompts."""
-    task, numbers = task_of(run.config), run.eval_set.column("row")
+    task, numbers = task_of(run.config, run.examples.layout), run.eval_set.column("row")
     if task.replies is None:
         return Answers()
     examples = np.unique(numbers)

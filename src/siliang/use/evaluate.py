@@ -46,7 +46,7 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
     Raises:
         DataError: There is no row to measure, or none has a label.
     """
-    task, rows = task_of(run.config), eval_rows(run, data)
+    task, rows = task_of(run.config, run.record.layout), eval_rows(run, data)
     with engine_of(run) as engine:
         sums = sums_of(run, engine, rows.tokens, task.read, batch_size)
     metrics = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
@@ -60,7 +60,7 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
 def engine_of(run: OpenedRun) -> Iterator[Engine]:
     """The engine that measured the run in training; removed from the model at the end of the block."""
     # outside of autocast, as in training: what it tries has to come to the same decisions
-    engine = Engine(run.model, task_of(run.config), packing=run.config.train.packing)
+    engine = Engine(run.model, task_of(run.config, run.record.layout), packing=run.config.train.packing)
     try:
         with run.of_task():
             yield engine

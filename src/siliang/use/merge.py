@@ -72,7 +72,10 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
             )
         assert isinstance(merged, PreTrainedModel)  # as it was loaded
         with creating_folder(output) as temporary:
-            save_model(temporary, merged, served_tokenizer(run)[0])
+            tokenizer = served_tokenizer(run)[0]
+            save_model(temporary, merged, tokenizer)
+            if (more := task_of(run.config).extra_files) is not None:
+                more(temporary, merged, tokenizer)
     except BaseException:
         if new:
             with suppress(OSError):

@@ -19,7 +19,7 @@ from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, tokenize
 from siliang.language import Bilingual, local
 from siliang.run_folder import OpenedRun
-from siliang.tasks import TASKS, Prediction, Trained
+from siliang.tasks import TASKS, Prediction, Trained, task_of
 from siliang.types import ConfigError, DataError, message_of
 from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
@@ -41,7 +41,7 @@ def predict(run: OpenedRun, inputs: Iterable[Any], *, batch_size: int | None = N
         DataError: A text lacks a part that the task needs, or is longer than the model can read.
     """
     check_predicts(run)
-    make = TASKS[run.config.task].predict
+    make = task_of(run.config).predict
     assert make is not None
 
     def read(examples: Iterable[Example]) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
@@ -80,7 +80,7 @@ def _read(
 ) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
     """(examples, their tokens, the model's output for each entry), some examples at a time."""
     run.check_task()
-    task, data = TASKS[run.config.task], run.config.data
+    task, data = task_of(run.config), run.config.data
     columns = data.columns.model_copy(update={"task_id": None})  # all are of the run's task_id
     data = data.model_copy(update={"too_long": "cut", "skip_bad_rows": False, "columns": columns})
     waiting = iter(examples)
@@ -128,10 +128,10 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
     if kind_of(Path(source)) == ".txt":
         names, of_task = ["text"], None
     opened = open_source(source, reading)
-    inputs_layout = TASKS[run.config.task].inputs_layout
+    layouts = TASKS[run.config.task].inputs_layouts
     for row in opened.rows(next(iter(opened.parts)), reading):
-        if inputs_layout is not None and row.problem is None:
-            yield _read_by_layout(inputs_layout, row, run)
+        if layouts and row.problem is None:
+            yield _read_by_layout(layouts, row, run)
             continue
         needs = names if of_task is None else [*names, of_task]
         missing = [name for name in needs if name not in row.values]
@@ -163,10 +163,11 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
         yield InputRow(row.values, input, of.task)
 
 
-def _read_by_layout(name: str, row: DataRow, run: OpenedRun) -> InputRow:
-    """A row whose example has the kind of another layout than that of the training."""
+def _read_by_layout(layouts: tuple[str, ...], row: DataRow, run: OpenedRun) -> InputRow:
+    """A row whose example has the kind of another layout than that of the training: of the first that fits."""
     data = run.config.data
-    spec = replace(TASKS[run.config.task].data, layouts=(name,))
+    spec = replace(TASKS[run.config.task].data, layouts=layouts)
+    name = layouts[0] if len(layouts) == 1 else "auto"
     layout, columns = find_layout(name, row.values, spec, data.columns.model_copy(update={"task_id": None}), row.where)
     if not all(given(row.values[getattr(columns, need)]) for need in layout.needs):
         return InputRow(row.values, "")

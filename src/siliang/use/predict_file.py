@@ -145,7 +145,7 @@ def _answers(run: OpenedRun, task: Task, rows: list[InputRow]) -> Iterator[dict[
     found = predict_tasks(run, texts, tasks) if any(t is not None for t in tasks) else predict(run, texts)
     for row in rows:
         values = blank if row.is_blank else next(found).values()
-        yield {f"{PREFIX}{name}": values[name] for name in blank}
+        yield {f"{PREFIX}{name}": values[name] for name in blank if name in values}
 
 
 def _check_columns(rows: list[InputRow], task: Task) -> None:

@@ -1,0 +1,29 @@
+"""What the tasks share that learn from texts that belong together."""
+
+from __future__ import annotations
+
+from siliang.data.examples import Related
+from siliang.language import Bilingual
+from siliang.secrets import shortened
+from siliang.tasks.task import Metric
+from siliang.types import DataError
+
+SPEARMAN = Metric("spearman")
+
+
+def only_pair(example: Related) -> Related:
+    """The two texts of a row that is to be predicted; negatives are left out.
+
+    Raises:
+        DataError: It has several positives.
+    """
+    if len(example.positives) > 1:
+        shown = shortened(example.anchor, 60)
+        n = len(example.positives)
+        raise DataError(
+            Bilingual(
+                f"{shown!r} has {n} texts beside it: give one in each row.",
+                f"{shown!r} 对应 {n} 段文本：每行请只给一段。",
+            )
+        )
+    return Related(example.anchor, example.positives)

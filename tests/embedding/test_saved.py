@@ -1,0 +1,101 @@
+"""sentence-transformers opens what siliang saves: an adapter, a merged model and a tuned one give the same vectors and
+scores as `siliang predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from every_task import configured, make_models
+from sentence_transformers import CrossEncoder, SentenceTransformer
+
+from siliang.config import RunConfig
+from siliang.run_folder import open_run
+from siliang.train.run import train
+from siliang.use.merge import merge
+from siliang.use.predict import predict
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*SWIG.*:DeprecationWarning"),
+]
+TEXTS = ["the film was good", "we liked it , not the actor", "a", "bright story " * 20]
+PROMPTS = {"query_prompt": "we liked : ", "document_prompt": "the film : "}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def trained(
+    task: str, model: Path, models: dict[str, Path], folder: Path, method: str = "lora", **more: Any
+) -> RunConfig:
+    """A run of a few steps that change much."""
+    config = configured(task, models, folder, method, learning_rate=2e-2, max_steps=4)
+    config = RunConfig.build(config.model_dump(mode="json") | {"model": str(model)} | more)
+    train(config)
+    return config
+
+
+def vectors(run: Path, texts: list[str]) -> np.ndarray:
+    return np.array([found.values()["vector"] for found in predict(open_run(run), texts)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "embedding"),
+    [
+        ("seq_cls", {}),
+        ("seq_cls", {"pooling": "cls", "normalize": False} | PROMPTS),
+        ("causal_lm", PROMPTS),
+        ("causal_lm", {"pooling": "mean"}),
+    ],
+    ids=["mean", "cls", "last", "decoder-mean"],
+)
+def test_vectors(kind: str, embedding: dict[str, Any], models: dict[str, Path], tmp_path: Path) -> None:
+    trained("embedding", models[kind], models, tmp_path, embedding=embedding)
+    run = open_run(tmp_path / "run")
+    expected = vectors(tmp_path / "run", TEXTS)
+    merge(run, tmp_path / "merged")
+    base = SentenceTransformer(str(models[kind]), device="cpu").encode(TEXTS)
+    for folder in (tmp_path / "run" / "adapter", tmp_path / "merged"):
+        opened = SentenceTransformer(str(folder), device="cpu")
+        assert np.abs(opened.encode(TEXTS) - expected).max() < 1e-5, folder
+        assert np.abs(opened.encode_document(TEXTS) - expected).max() < 1e-5
+        assert base.shape == expected.shape and np.abs(base - expected).max() > 0.01  # the adapter counts
+        query, document = opened.encode_query([TEXTS[0]]), opened.encode_document([TEXTS[1]])
+        (pair,) = predict(run, [(TEXTS[0], TEXTS[1])])
+        assert float(opened.similarity(query, document)) == pytest.approx(pair.values()["similarity"], abs=1e-5)
+        assert opened.max_seq_length == 24
+
+
+def test_a_model_that_was_tuned_whole(models: dict[str, Path], tmp_path: Path) -> None:
+    trained("embedding", models["seq_cls"], models, tmp_path, "full")
+    opened = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
+    assert np.abs(opened.encode(TEXTS) - vectors(tmp_path / "run", TEXTS)).max() < 1e-5
+
+
+def test_a_model_of_sentence_transformers(models: dict[str, Path], tmp_path: Path) -> None:
+    """Its pooling and its prompts are kept."""
+    own: Any = SentenceTransformer(str(models["seq_cls"]), device="cpu", prompts={"query": "we : ", "document": "a : "})
+    own[1].pooling_mode = "cls"
+    own.save_pretrained(str(tmp_path / "own"))
+    trained("embedding", tmp_path / "own", models, tmp_path)
+    opened = SentenceTransformer(str(tmp_path / "run" / "adapter"), device="cpu")
+    assert opened.prompts == {"query": "we : ", "document": "a : "} and opened[1].pooling_mode == "cls"
+    assert np.abs(opened.encode(TEXTS) - vectors(tmp_path / "run", TEXTS)).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["seq_cls", "causal_lm"])
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "mse"])
+def test_scores(kind: str, loss: str, models: dict[str, Path], tmp_path: Path) -> None:
+    trained("reranker", models[kind], models, tmp_path, reranker={"loss": loss})
+    run = open_run(tmp_path / "run")
+    pairs = [(TEXTS[0], text) for text in TEXTS[1:]]
+    expected = np.array([found.values()["score"] for found in predict(run, pairs)])
+    merge(run, tmp_path / "merged")
+    for folder in (tmp_path / "run" / "adapter", tmp_path / "merged"):
+        opened = CrossEncoder(str(folder), device="cpu")
+        assert np.abs(opened.predict(pairs) - expected).max() < 1e-5, folder
