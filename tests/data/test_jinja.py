@@ -95,7 +95,7 @@ def test_tools_and_calls(template: str) -> None:
 @pytest.mark.parametrize("template", list(TEMPLATES))
 def test_the_prompts_tokens_are_those_of_training(name: str, template: str) -> None:
     """Where the space in front of an answer is the answer's, the served prompt ends before it."""
-    served, said = with_chat_template(tokenizer(name), template, "alpaca")
+    served, said = with_chat_template(tokenizer(name), template, ["alpaca"])
     asked = [{"role": "user", "content": "hello"}]
     ids = served.apply_chat_template(asked, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert said.startswith(template)
@@ -105,9 +105,9 @@ def test_the_prompts_tokens_are_those_of_training(name: str, template: str) -> N
 
 def test_what_was_not_written_in_a_template_gets_none(tmp_path: Path) -> None:
     tok = word_tokenizer()
-    assert with_chat_template(tok, "alpaca", "text") == (tok, "")
-    assert with_chat_template(tok, "chat", "messages")[0] is tok
+    assert with_chat_template(tok, "alpaca", ["text"]) == (tok, "")
+    assert with_chat_template(tok, "chat", ["messages"])[0] is tok
     mine = tmp_path / "mine.yaml"
     mine.write_text('user: "Q: {content}\\n"\nassistant: "A: "\n')
-    served, _ = with_chat_template(tok, str(mine), "messages")
+    served, _ = with_chat_template(tok, str(mine), ["text", "messages"])
     assert served.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "Q: a\n"

@@ -17,7 +17,7 @@ from siliang.data.cache import prune, used
 from siliang.data.example_set import ExampleSet
 from siliang.data.examples import Labelled, Text
 from siliang.data.labels import alike, joined, strange
-from siliang.data.load import Examples, RunLayout, load_examples, load_rows
+from siliang.data.load import Examples, load_examples, load_rows
 from siliang.data.numbers import as_number, is_whole
 from siliang.data.spec import DataSpec
 from siliang.tasks import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TASKS
@@ -275,14 +275,14 @@ def test_pairs_among_single_texts(tmp_path: Path) -> None:
 
 
 def test_other_data_is_read_as_the_runs_own(tmp_path: Path) -> None:
-    like = RunLayout("sentence-pair", {"text": "sentence1", "text_pair": "sentence2", "label": "label"})
+    like = {"sentence-pair": {"text": "sentence1", "text_pair": "sentence2", "label": "label"}}
     data = DataConfig(train="gone", labels=["x", "y"])
     pair = write_jsonl(tmp_path / "p.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "x"}])
     assert list(load_rows(data, CLASSES, str(pair), like).eval) == [Labelled("a", "x", "b")]
     one = write_jsonl(tmp_path / "o.jsonl", [{"sentence1": "a", "label": "y"}])
     with pytest.raises(DataError, match=r"o.jsonl has no column 'sentence2', which the run was trained on"):
         load_rows(data, CLASSES, str(one), like)
-    like = RunLayout("text-label", {"text": "review", "label": "label"})
+    like = {"text-label": {"text": "review", "label": "label"}}
     both = write_jsonl(tmp_path / "b.jsonl", [{"text": "a", "review": "b", "label": "y"}])
     assert list(load_rows(data, CLASSES, str(both), like).eval) == [Labelled("b", "y")]
 

@@ -16,6 +16,7 @@ def count(s: CheckInput) -> dict[str, JsonValue]:
     counts: dict[str, JsonValue] = {
         "layout": s.examples.layout,
         "columns": {**s.examples.columns},
+        "more_layouts": {n: {**c} for n, c in s.examples.layouts.items() if n != s.examples.layout},
         "not_used": [*s.examples.unused],
         "notes": [*s.examples.notes],
         "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.skipped)},

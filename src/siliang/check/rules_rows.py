@@ -54,7 +54,7 @@ def duplicates(s: CheckInput) -> Iterator[Problem]:
     _, whole = s.fingerprints["train"]
     _, first, counts = np.unique(whole, return_index=True, return_counts=True)
     extra = len(whole) - len(first)
-    weighted = any(source.weight > 1 for source in s.data.train_sources)
+    weighted = s.data.mix_temperature is not None or any(source.weight > 1 for source in s.data.train_sources)
     if extra and not weighted:
         copies = np.setdiff1d(np.arange(len(whole)), first)
         most = int(counts.max())
@@ -151,7 +151,7 @@ def texts_not_used(s: CheckInput) -> Iterator[Problem]:
 
     办法：用 data.columns 指定它的用途；如果本来就不该用于学习，用 accept: [SL036] 接受此项。
     """
-    if s.examples.layout in ("prepared", "tokens-tags"):  # which have no place for any text
+    if all(name in ("prepared", "tokens-tags") for name in s.examples.layouts):  # which have no place for any text
         return
     for column in s.examples.unused_texts:
         yield Problem(

@@ -34,7 +34,7 @@ def template_misfit(s: CheckInput) -> Iterator[Problem]:
     办法：分词器带有对话模板时用 data.template=chat；否则选择角色标记为单个词元的模板，或使用普通文字的模板（
     human-assistant、alpaca、vicuna）。
     """
-    if not s.task.data.next_token or s.rows_are_tokens or s.examples.layout == "text":
+    if not s.task.data.next_token or all(name in ("prepared", "text") for name in s.examples.layouts):
         return
     template = find_template(s.data.template)
     own = getattr(s.tokenizer, "chat_template", None)

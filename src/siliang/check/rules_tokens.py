@@ -10,7 +10,7 @@ from siliang.check.finding import PARTS, Problem, not_usable
 from siliang.check.input import CheckInput
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
-from siliang.data.examples import Prepared
+from siliang.data.examples import Prepared, Text
 from siliang.language import Bilingual
 
 
@@ -243,12 +243,12 @@ def prompt_learned(s: CheckInput) -> Iterator[Problem]:
 
     办法：用 -100 屏蔽问题部分；如果是纯文本而不是问答，去掉 labels 列。
     """
-    if not s.task.data.next_token or s.examples.layout == "text":
+    if not s.task.data.next_token or [*s.examples.layouts] == ["text"]:
         return
     whole = s.train.learned == s.train.lengths
-    if s.rows_are_tokens:
-        labelled = np.array([isinstance(e, Prepared) and len(e.labels) > 0 for e in s.examples.train])
-        whole = whole & labelled[s.train.column("row")]
+    if any(name in ("prepared", "text") for name in s.examples.layouts):
+        plain = (isinstance(e, Text) or (isinstance(e, Prepared) and not e.labels) for e in s.examples.train)
+        whole = whole & ~np.fromiter(plain, bool, len(s.examples.train))[s.train.column("row")]
     rows = np.flatnonzero(whole & (s.train.lengths > 1))
     if len(rows):
         message = Bilingual(

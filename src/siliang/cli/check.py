@@ -130,7 +130,7 @@ def _show(subject: CheckInput, findings: list[Finding], counts: dict[str, JsonVa
     show_examples(console, subject, examples)
     lines = [(both("columns", "列"), local(subject.examples.says_columns))]
     lines += [(both("note", "说明"), local(line)) for line in subject.examples.notes]
-    hidden = ("layout", "columns", "not_used", "notes")
+    hidden = ("layout", "columns", "more_layouts", "not_used", "notes")
     lines += [(_word(name), _plain(value)) for name, value in counts.items() if name not in hidden]
     for name, text in lines:
         console.print(f"{padded(name, 18)}{text}", markup=False)

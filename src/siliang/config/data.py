@@ -196,6 +196,10 @@ class Source(Section):
     """How often each row is used in an epoch: 2 for twice, 0.5 for a random half. Held-out rows have no weight.
 
     每条样本在一轮中使用的次数：2 是两次，0.5 是随机的一半。对验证集无效。"""
+    layout: LayoutName | None = None
+    """The layout of this source's rows. None: data.layout.
+
+    此来源的样本格式。None：data.layout。"""
 
 
 class DataConfig(Section):
@@ -209,6 +213,13 @@ class DataConfig(Section):
     训练数据：文件（.json、.jsonl、.csv、.tsv、.parquet、.arrow、.txt、.bmes、.bio、.conll）、文件的通配模式、文件夹（由
     Dataset.save_to_disk 保存，或装有上述文件）、Hub 上的名称（owner/name、owner/name:config），或它们的列表，每项是名称
     或 {path, weight}。"""
+    mix_temperature: Annotated[float, Field(ge=1.0)] | None = None
+    """Mix several sources by temperature T: a source of n rows and weight w has the share w n^(1/T) of an epoch, which
+    keeps its number of rows. 1 mixes by size; the larger, the more often small sources are used. None: each row as
+    often as its source's weight says.
+
+    按温度 T 混合多个来源：有 n 条样本、权重为 w 的来源在一轮中占 w n^(1/T) 的份额，一轮的样本数不变。1 按大小混合；越
+    大，小的来源用得越多。None：每条样本按其来源的权重使用。"""
     eval: Annotated[str | list[str | Source] | None, BeforeValidator(as_name)] = None
     """The held-out data, in the same forms. None: the share test_size of the training rows is held out.
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from siliang.config import Columns
 from siliang.data.cells import REGRESSION, SEVERAL, is_number
 from siliang.data.layouts import LAYOUTS, RowLayout
+from siliang.data.layouts_in_words import in_words
 from siliang.data.spec import DataSpec
 from siliang.language import Bilingual, local, together
 from siliang.types import DataError, near
@@ -61,10 +62,12 @@ def find_layout(
         wanted = LAYOUTS[name]
         if wanted not in suited:
             allowed = ", ".join(f.name for f in suited)
+            holds, tasks = in_words(name)
             raise DataError(
                 Bilingual(
-                    f"data.layout = {name!r} is not for {spec.name}; allowed: {allowed}.",
-                    f"data.layout = {name!r} 不适用于 {spec.name}；可用：{allowed}。",
+                    f"data.layout = {name!r} is not for {spec.name}; allowed: {allowed}. "
+                    f"It holds {holds}, for {tasks}.",
+                    f"data.layout = {name!r} 不适用于 {spec.name}；可用：{allowed}。它是{holds.zh}，用于 {tasks.zh}。",
                 )
             )
         suited = [wanted]
@@ -73,7 +76,7 @@ def find_layout(
         if named is not None:
             _check_task(found, columns, source)
             return layout, named
-    raise DataError(_no_layout(suited, found, columns, source))
+    raise DataError(_other_task(suited, found, spec, columns, source) or _no_layout(suited, found, columns, source))
 
 
 def _check_task(found: Collection[str], columns: Columns, source: str) -> None:
@@ -149,6 +152,34 @@ def _text_column(found: Collection[str], columns: Columns) -> str | None:
         return None
     value = found[rest[0]] if isinstance(found, Mapping) else ""
     return None if is_number(value) else rest[0]
+
+
+def _other_task(
+    suited: list[RowLayout], found: Collection[str], spec: DataSpec, columns: Columns, source: str
+) -> Bilingual | None:
+    """Says which task learns from these columns; None where no layout of another task fits more of them."""
+    if LAYOUTS["tokens-tags"] in suited and isinstance(found, Mapping) and any(map(_are_spans, found.values())):
+        return None
+
+    def there(layout: RowLayout, named: Columns) -> list[str]:
+        return [name for name in (*layout.fixed, *(getattr(named, n) for n in layout.needs)) if name in found]
+
+    best, names = None, [""] * max(len(there(layout, columns)) for layout in suited)
+    for layout in (other for other in LAYOUTS.values() if other not in suited):
+        named = _resolve(layout, found, columns)
+        if named is None or (isinstance(found, Mapping) and isinstance(layout.example(dict(found), named), str)):
+            continue
+        if len(own := there(layout, named)) > len(names):
+            best, names = layout, own
+    if best is None or best.name == "chosen-rejected":  # whose error is its own
+        return None
+    shown, reads = ", ".join(map(repr, names)), ", ".join(layout.name for layout in suited)
+    holds, tasks = in_words(best.name)
+    return Bilingual(
+        f"{source} has the columns {shown} ({best.name}: {holds}), which {tasks} learns from; "
+        f"task={spec.name} reads {reads}.",
+        f"{source} 的列是 {shown}（{best.name}：{holds.zh}），适合 {tasks.zh}；task={spec.name} 读取 {reads}。",
+    )
 
 
 def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns, source: str) -> Bilingual:

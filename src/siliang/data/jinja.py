@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 from siliang.data.encode import Encoder
 from siliang.data.templates import Template, find_template
@@ -12,19 +13,19 @@ from siliang.models.tokenizer import Tokenizer
 SERVED_LAYOUTS = ("text", "prepared")  # these were not written in a template
 
 
-def with_chat_template(tokenizer: Tokenizer, template: str, layout: str) -> tuple[Tokenizer, str]:
+def with_chat_template(tokenizer: Tokenizer, template: str, layouts: Collection[str]) -> tuple[Tokenizer, str]:
     """The tokenizer to serve a model with that was trained in a template.
 
     Args:
         template: `data.template` of the training.
-        layout: Of its rows.
+        layouts: Of its rows.
 
     Returns:
         A tokenizer whose chat template writes what training wrote, the one given where it does so already; and in a
         sentence what it is, and what differs.
     """
     named = find_template(template)
-    if layout in SERVED_LAYOUTS:
+    if all(layout in SERVED_LAYOUTS for layout in layouts):
         return tokenizer, ""
     if named is None:
         return tokenizer, Bilingual("the tokenizer's own, with which it was trained", "分词器自己的模板，与训练时相同")

@@ -113,8 +113,8 @@ class PreparedData:
 
     @property
     def in_windows(self) -> bool:
-        """Rows are texts of which a longer one becomes several entries."""
-        return self.examples.layout == "text" and self.settings.long_text == "window"
+        """There are texts of which a longer one becomes several entries."""
+        return "text" in self.examples.layouts and self.settings.long_text == "window"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from siliang.language import Bilingual
@@ -48,12 +49,16 @@ class Reading:
             self.notes.append(line)
 
 
-def columns_in_words(layout: str, columns: dict[str, str], unused: list[str]) -> Bilingual:
-    """Which columns were taken, by the part of the layout that each became, and which were not."""
-    taken = [repr(part) if part == name else f"{part} from {name!r}" for part, name in columns.items()]
-    taken_zh = [repr(part) if part == name else f"{part} 取自 {name!r}" for part, name in columns.items()]
+def columns_in_words(layouts: Mapping[str, Mapping[str, str]], unused: list[str]) -> Bilingual:
+    """Which columns were taken, by the part of its layout that each became, and which were not."""
+    taken, taken_zh = [], []
+    for layout, columns in layouts.items():
+        parts = [repr(part) if part == name else f"{part} from {name!r}" for part, name in columns.items()]
+        parts_zh = [repr(part) if part == name else f"{part} 取自 {name!r}" for part, name in columns.items()]
+        taken.append(f"{layout}: {', '.join(parts)}")
+        taken_zh.append(f"{layout}：{'、'.join(parts_zh)}")
     rest, rest_zh = "", ""
     if unused:
         names = ", ".join(map(repr, unused))
         rest, rest_zh = f"; not used: {names}", f"；未使用：{names}"
-    return Bilingual(f"{layout}: {', '.join(taken)}{rest}", f"{layout}：{'、'.join(taken_zh)}{rest_zh}")
+    return Bilingual(f"{'; '.join(taken)}{rest}", f"{'；'.join(taken_zh)}{rest_zh}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 from siliang.language import Bilingual
 from siliang.types import DataError
@@ -36,6 +37,22 @@ def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) 
             )
         ) from None
     return parts["train"]["row"][:], parts["test"]["row"][:]
+
+
+def mixed(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
+    """How often each row of each source is used in an epoch that mixes the sources by temperature.
+
+    p_i = w_i n_i^(1/T) / sum_j w_j n_j^(1/T), as in T5 and multilingual BERT: T = 1 mixes by size, and a large T mixes
+    all sources alike. An epoch keeps its sum_j w_j n_j rows.
+
+    Args:
+        sizes: Rows of each source.
+        weights: Of each source.
+    """
+    parts = [w * n ** (1 / temperature) if n else 0.0 for n, w in zip(sizes, weights, strict=True)]
+    rows = sum(n * w for n, w in zip(sizes, weights, strict=True))
+    whole = sum(parts)
+    return [part / whole * rows / n if n else 0.0 for n, part in zip(sizes, parts, strict=True)]
 
 
 def weighted(chosen: list[int], sizes: list[int], weights: list[float], seed: int) -> list[int]:

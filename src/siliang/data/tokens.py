@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +10,12 @@ import numpy as np
 import torch
 
 from siliang.config import DataConfig
-from siliang.data.cache import cache_folder, prune, used
 from siliang.data.encode import IGNORED
 from siliang.data.entries import BAD, Rows, bad_row, is_bad, number_of_bad, reason_of, stored
 from siliang.data.example_set import ExampleSet, bad_rows_message
 from siliang.data.examples import Example, from_json
 from siliang.data.judge import Judge
+from siliang.data.map_examples import BATCH, map_examples
 from siliang.data.small_table import SmallTable, TokenColumns
 from siliang.data.spec import DataSpec, Encode
 from siliang.data.task_column import TASK_IDS
@@ -37,11 +32,8 @@ if TYPE_CHECKING:  # slow to import
     Table = Dataset | SmallTable
 
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
-PARALLEL_ROWS = 20_000  # from so many on, several processes tokenize
-BATCH = 500
 SECONDS, CHARACTERS_A_SECOND = 6.0, 5_000  # for tokens, at the least: any tokenizer makes a hundred times as many
 NO_NUMBERS = np.zeros(0, np.int64)
-BatchFunction = Callable[[dict[str, list[str]], list[int]], TokenColumns]  # examples and their numbers to tokens
 OWN = ("lost", "lost_answer")  # columns of every table, which no batch holds
 
 
@@ -214,7 +206,14 @@ def tokenize(
     if isinstance(examples, ExampleSet) and len(examples):
         features = _features(spec, tasks=data.columns.task_id is not None)
         key = key_of(examples, tokenizer, data, spec, labels, judged)
-        table = _map(examples, partial(_batch, work, judge, list(features)), features, key, data)
+        table = map_examples(
+            examples,
+            partial(_batch, work, judge, list(features)),
+            features,
+            key,
+            data,
+            cached=len(examples) >= CACHED_ROWS,
+        )
     else:
         table = _small_table(examples, work, judge, spec, tasks=data.columns.task_id is not None)
 
@@ -339,68 +338,3 @@ def _alone(work: Encode, example: Example) -> Rows:
         return _in_time(work, [example])[0]
     except DataError as error:
         return [{"input_ids": [], BAD: stored(message_of(error))}]
-
-
-def _map(examples: ExampleSet, function: BatchFunction, features: Features, key: str, data: DataConfig) -> Dataset:
-    from datasets import disable_progress_bars, enable_progress_bars
-
-    n = len(examples)
-    file: str | None = None
-    if n >= CACHED_ROWS:
-        folder = cache_folder() / "tokens"
-        folder.mkdir(exist_ok=True)
-        used(folder, key)
-        prune(folder)
-        file = str(folder / f"{key}.arrow")
-    workers = data.workers or (max(1, os.cpu_count() or 1) if n >= PARALLEL_ROWS else 1)
-    workers = min(workers, max(1, n // BATCH))
-    if sys.stderr.isatty() and n >= CACHED_ROWS:
-        enable_progress_bars()
-    else:
-        disable_progress_bars()
-    try:
-        with _terminable() if workers > 1 else nullcontext():
-            return _mapped(examples, function, features, key, workers, file)
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):
-            raise
-        raise DataError(
-            Bilingual(
-                f"one of {workers} processes that tokenize was killed, perhaps because memory was full.\n"
-                "Set data.workers=1, or a smaller number than that.",
-                f"{workers} 个分词进程中有一个被杀死，可能是内存已满。\n请设置 data.workers=1，或更小的数。",
-            )
-        ) from None
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Within the block a process that is forked ends at SIGTERM, by which the pool ends its processes. With this
-    process's own handler, which may only take note, one that waits for a lock of a killed one would wait for ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        if before is not None:  # None: it was set by other than Python's code
-            signal.signal(signal.SIGTERM, before)
-
-
-def _mapped(
-    examples: ExampleSet, function: BatchFunction, features: Features, key: str, workers: int, file: str | None
-) -> Dataset:
-    return examples.table.map(
-        function,
-        with_indices=True,
-        batched=True,
-        batch_size=BATCH,
-        remove_columns=examples.table.column_names,
-        features=features,
-        num_proc=workers if workers > 1 else None,
-        new_fingerprint=key,
-        desc="tokens",
-        cache_file_name=file,
-        keep_in_memory=file is None,
-    )

@@ -160,6 +160,7 @@ ROWS: tuple[Row, ...] = (
         },
         note=Bilingual("`chat` is the tokenizer's own template.", "`chat` 是分词器自己的模板。"),
     ),
+    row("data.mix_temperature", "mixing_temperature sampling_temperature temperature_sampling", "3"),
     row("data.layout", "format dataset_format data_format conversation_format formatting", "sharegpt"),
     row(
         "data.train_on",

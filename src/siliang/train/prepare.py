@@ -301,6 +301,7 @@ def _record(
         labels=examples.labels,
         layout=examples.layout,
         columns=examples.columns,
+        more_layouts={name: columns for name, columns in examples.layouts.items() if name != examples.layout},
         unanswered=data.unanswered,
         parameters=parameters,
         rows=Rows(train=len(data.train), eval=len(data.eval), skipped=data.skipped, truncated=data.train.truncated),

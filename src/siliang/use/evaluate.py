@@ -11,7 +11,7 @@ import numpy as np
 from siliang.data.collate import PadCollator
 from siliang.data.example_set import bad_rows_message
 from siliang.data.examples import SourceTarget
-from siliang.data.load import RunLayout, load_examples, load_rows
+from siliang.data.load import load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.task_column import TASK_IDS
 from siliang.data.tokens import TokenSet, tokenize, usable
@@ -126,8 +126,7 @@ def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, sam
         run.trained.check_data()
     if data is not None:
         settings = settings.model_copy(update={"labels": run.record.labels, "encoding": "auto"})
-        layout = RunLayout(run.record.layout, run.record.columns) if run.record.layout else None
-        rows = load_rows(settings, spec, data, layout).eval
+        rows = load_rows(settings, spec, data, run.record.layouts or None).eval
     else:
         if any(HIDDEN in label for label in run.labels):  # classes that are secrets have no other names there
             settings = settings.model_copy(update={"labels": run.record.labels})
