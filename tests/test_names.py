@@ -15,6 +15,7 @@ from siliang.config import RunConfig, assign, name_hint
 from siliang.config.comparison import CompareConfig
 from siliang.other_names import MEASURED, METHOD_VALUES, NAMES, TABLE, TASK_VALUES, Row
 from siliang.tasks import TASKS
+from siliang.tasks.measures import MEASURES
 from siliang.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +47,7 @@ def test_every_row_of_the_table_holds(tmp_path: Path) -> None:
 
 
 def test_what_is_proposed_for_best_is_measured() -> None:
-    measured = {"loss", *(metric.name for task in TASKS.values() for metric in task.metrics)}
+    measured = {"loss", *(metric.name for task in TASKS.values() for metric in task.metrics)} | set(MEASURES)
     assert set(MEASURED) == measured
     proposed = [ours for row in TABLE if row.setting == "train.best" for ours in row.values.values() if ours]
     assert {ours.removeprefix("train.best=") for ours in proposed} == measured
@@ -100,7 +101,7 @@ def test_tasks_of_other_names(name: str, ours: str) -> None:
         ("eval_batch_size=64", "no metric depends on it; leave it out"),
         ("metric_for_best_model=eval_loss", "`train.best=loss`"),
         ("metric_for_best_model=eval_accuracy", "`train.best=accuracy`"),
-        ("metric_for_best_model=eval_bleu", "train.best, as in `train.best=loss`"),
+        ("metric_for_best_model=eval_mcc", "train.best, as in `train.best=loss`"),
         ("logging_dir=logs", "trackers write into `trackers` in the run's folder"),
         ("report_to=tensorboard", "`train.trackers=tensorboard`"),
         ("report_to=[wandb, mlflow]", "`train.trackers=[wandb, mlflow]`"),

@@ -131,6 +131,8 @@ def test_metrics_by_hand() -> None:
         "precision": 1.0,
         "recall": 0.5,
         "accuracy": 0.8,
+        "f1_A": 1.0,
+        "f1_B": 0.0,
     }
     cut = [["B-A", "E-A", "O", "O", "S-B"]]  # a span that ends too early is none
     assert metrics.spans_of_tags(cut, right)["f1"] == 0.5
@@ -142,8 +144,8 @@ def test_metrics_by_hand() -> None:
 
 def test_rouge_l_counts_chinese_characters() -> None:
     assert metrics.units("飞行器的ABC测试, ok!") == ["飞", "行", "器", "的", "abc", "测", "试", "ok"]
-    assert metrics.rouge_l(["飞行控制"], ["飞行器控制"]) == pytest.approx(2 * 4 / 9)
-    assert metrics.rouge_l(["the cat sat"], ["the dog sat"]) == pytest.approx(2 / 3)
+    assert metrics.rouge("rougeL", ["飞行控制"], ["飞行器控制"]) == pytest.approx(2 * 4 / 9)
+    assert metrics.rouge("rougeL", ["the cat sat"], ["the dog sat"]) == pytest.approx(2 / 3)
 
 
 def test_words_keep_their_signs() -> None:
@@ -151,7 +153,7 @@ def test_words_keep_their_signs() -> None:
     assert metrics.units("ที่นี่") == ["ที่", "นี่"]
     assert metrics.units("می\u200cخواهم \u200fسلام\u200f") == ["میخواهم", "سلام"]
     assert metrics.units("cafe\u0301 İ") == ["caf\u00e9", "i\u0307"]
-    assert metrics.rouge_l(["हिंदी भाषा"], ["हिंदी लिपि"]) == 0.5  # before: of pieces of words
+    assert metrics.rouge("rougeL", ["हिंदी भाषा"], ["हिंदी लिपि"]) == 0.5  # before: of pieces of words
     assert metrics.squad(["हिंदी भाषा"], [["हिंदी लिपि"]]) == {"exact_match": 0.0, "f1": 0.5}
 
 

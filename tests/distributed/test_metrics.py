@@ -57,3 +57,25 @@ def test_metrics_on_several_ranks(
         rounded = name.endswith(("loss", "perplexity", "per_byte", "margin", "reward"))
         close = pytest.approx(value, rel=1e-4, abs=1e-6) if rounded else pytest.approx(value, rel=1e-12)
         assert found[name] == close, name
+
+
+@pytest.mark.parametrize(("task", "strategies"), [("causal_lm", ("ddp", "fsdp")), ("seq_2_seq_lm", ("ddp", "fsdp"))])
+def test_each_rank_writes_its_share_of_the_texts(
+    task: str, strategies: tuple[str, ...], models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A model that writes words: 3 batches of texts, of which one rank has two."""
+    before = configured(task, models, tmp_path, "full", max_steps=30, learning_rate=2e-2)
+    assert run(before).code == 0
+    config = configured(task, {task: tmp_path / "run" / "model"}, tmp_path, max_steps=1, learning_rate=1e-5)
+    values = config.model_dump(mode="json")
+    values["evaluation"] = {"measures": ["rouge_l", "chrf", "exact_match"], "rows": 11}
+    config = RunConfig.build(values | {"output": str(tmp_path / "one")})
+    assert run(config).code == 0
+    expected = Record.read(tmp_path / "one")
+    measured = {name: expected.final[name] for name in expected.signatures}
+    assert measured.keys() == {"rouge_l", "chrf", "exact_match"} and 0 < measured["chrf"] < 100
+    for strategy in strategies:
+        endings = train_on(changed(config, tmp_path / strategy, strategy), 2)
+        assert [e.code for e in endings] == [0, 0], endings[0].output + endings[-1].output
+        found = Record.read(tmp_path / strategy).final
+        assert {name: found[name] for name in measured} == measured, strategy

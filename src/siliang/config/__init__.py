@@ -7,23 +7,28 @@ from siliang.config.data import LAYOUT_NAMES, Columns, DataConfig, LayoutName, S
 from siliang.config.describing import Setting, describe
 from siliang.config.distributed import DistributedConfig
 from siliang.config.embedding import EmbeddingConfig, EmbeddingLoss, RerankerConfig
+from siliang.config.evaluation import BleuTokenizer, EvaluationConfig, MeasureName
 from siliang.config.names import OWN_FIELDS, assign, differences, name_hint
 from siliang.config.preference import LossName, PreferenceConfig
-from siliang.config.run import MethodConfig, QuantizationConfig, RunConfig
+from siliang.config.quantization import QuantizationConfig
+from siliang.config.run import MethodConfig, RunConfig
 from siliang.config.section import Section, Seed, Settings
 from siliang.config.train import Bytes, Seconds, TrainConfig
 
 __all__ = [
     "LAYOUT_NAMES",
     "OWN_FIELDS",
+    "BleuTokenizer",
     "Bytes",
     "Columns",
     "DataConfig",
     "DistributedConfig",
     "EmbeddingConfig",
     "EmbeddingLoss",
+    "EvaluationConfig",
     "LayoutName",
     "LossName",
+    "MeasureName",
     "MethodConfig",
     "PreferenceConfig",
     "QuantizationConfig",

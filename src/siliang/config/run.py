@@ -6,17 +6,19 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from siliang.config.data import DataConfig
 from siliang.config.distributed import DistributedConfig
 from siliang.config.embedding import EmbeddingConfig, RerankerConfig
+from siliang.config.evaluation import EvaluationConfig
 from siliang.config.explaining import explain, undecodable
 from siliang.config.names import OWN_FIELDS, name_hint
 from siliang.config.preference import PreferenceConfig
-from siliang.config.section import RECORDED, THE_SETTINGS, Name, Names, Section, Settings, split_names
+from siliang.config.quantization import QuantizationConfig
+from siliang.config.section import RECORDED, THE_SETTINGS, Name, Names, Settings, split_names
 from siliang.config.top_values import as_adapter, as_method, as_task
 from siliang.config.train import TrainConfig
 from siliang.files import absolute
@@ -120,28 +122,6 @@ def _quantization(value: object) -> object:
     )
 
 
-class QuantizationConfig(Section):
-    """Quantization of the base model's linear layers, as in QLoRA. Needs bitsandbytes."""
-
-    bits: Literal[4, 8] = 4
-    """The bits of a quantized weight: 4 or 8.
-
-    量化后每个权重的位数：4 或 8。"""
-    type: Literal["nf4", "fp4"] = "nf4"
-    """The data type of 4 bits: nf4 suits weights, which are nearly normally distributed.
-
-    4 位的数据类型：nf4 适合权重，因为权重接近正态分布。"""
-    double: bool = True
-    """Quantize the scales, too: saves 0.4 bits per parameter.
-
-    缩放系数也量化：每个参数再省 0.4 位。"""
-    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """The number format in which weights are dequantized and multiplied. auto: bf16 if the hardware supports it, fp16
-    on older GPUs.
-
-    权重反量化并相乘时的数值格式。auto：硬件支持时用 bf16，较旧的 GPU 用 fp16。"""
-
-
 class RunConfig(Settings):
     """One run."""
 
@@ -197,6 +177,10 @@ class RunConfig(Settings):
     """The training.
 
     训练。"""
+    evaluation: EvaluationConfig | None = None
+    """The measures of written texts: {measures: [rouge_l, bleu]}. None: the defaults.
+
+    所写文本的指标，如 {measures: [rouge_l, bleu]}。None：默认值。"""
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     """Training on several devices.
 

@@ -15,6 +15,7 @@ MEASURED = (
     *("loss", "accuracy", "f1", "precision", "recall", "exact_match"),
     *("perplexity", "byte_perplexity", "bits_per_byte", "margin"),
     *("ndcg_at_10", "recall_at_1", "recall_at_10", "mrr_at_10", "spearman"),
+    *("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf"),
 )
 
 ROWS: tuple[Row, ...] = (

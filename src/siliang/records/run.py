@@ -206,6 +206,8 @@ class Record(Saved):
     """Steps that were not made because their loss or gradient was no number (train.on_nan)."""
     best_step: Count | None = None
     """The step whose weights were saved, where train.best chose."""
+    signatures: dict[Name, Name] = Field(default_factory=dict, max_length=100)
+    """How each measure of written texts was computed, such as BLEU's signature of sacrebleu."""
     final: Metrics = Field(default_factory=dict)
     """Metrics at the end: eval_loss, accuracy or perplexity, base_eval_loss where measured."""
 

@@ -11,18 +11,9 @@ from siliang.units import show_bytes
 
 STAR, MARK = "★", "⚠"
 METRICS = (
-    "accuracy",
-    "f1",
-    "precision",
-    "recall",
-    "exact_match",
-    "rouge_l",
-    "perplexity",
-    "byte_perplexity",
-    "bits_per_byte",
-    "recall_at_1",
-    "recall_at_10",
-    "mrr_at_10",
+    *("accuracy", "f1", "precision", "recall", "exact_match", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf"),
+    *("perplexity", "byte_perplexity", "bits_per_byte"),
+    *("recall_at_1", "recall_at_10", "mrr_at_10"),
 )
 
 
@@ -91,7 +82,7 @@ def _cell(key: str, method: MethodSummary, score: str, w: dict[str, str]) -> Cel
     if key == score:
         return _mean_cell(method.score, 4)
     if key in method.others:
-        return _mean_cell(method.others[key], 2 if key == "perplexity" else 4)
+        return _mean_cell(method.others[key], 2 if key in ("perplexity", "bleu", "chrf") else 4)
     match key:
         case "loss":
             return _mean_cell(method.loss, 4)

@@ -1,7 +1,7 @@
 """Text from text: the model writes on, as in the answers of a conversation.
 
 Loss: cross-entropy of each learned token from the state of the one in front of it. Metrics: perplexity, per token
-and per byte of text.
+and per byte of text, and the chosen measures of the texts that the model writes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 from siliang.config import DataConfig
 from siliang.data.conversations import encode, prompt_tokens, stop_tokens, writer
 from siliang.data.encode import IGNORED, Encoder
+from siliang.data.examples import Conversation, Example, Prepared, Text
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
+from siliang.tasks.measures import with_measures
 from siliang.tasks.metrics import perplexity
-from siliang.tasks.task import EVAL_LOSS, HeldOutAnswers, Metric, Shown, Task
+from siliang.tasks.task import EVAL_LOSS, HeldOutAnswers, HeldOutQuestion, Metric, Shown, Task
 from siliang.types import TaskType
 
 PERPLEXITY = Metric("perplexity", higher=False, of_loss=True)
@@ -67,6 +69,25 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: Held
     return "not below the base" if final["eval_loss"] >= base["eval_loss"] - SLACK else None
 
 
+def question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> HeldOutQuestion | None:
+    """What stands in front of the last answer, as the loss reads it, and that answer.
+
+    The right text is that of the answer's tokens, with what the template writes into it, such as an empty thought;
+    where these are not all of it, cut off or unknown to the tokenizer, the answer in the data.
+    """
+    if isinstance(example, Text) or (isinstance(example, Prepared) and example.labels in ((), example.input_ids)):
+        return None  # learned whole; what a window shares with the one before has no label
+    ids, labels = row["input_ids"], row["labels"]
+    last = next((i for i in range(len(ids), 0, -1) if labels[i - 1] != IGNORED), 0)
+    first = next((i for i in range(last, 0, -1) if labels[i - 1] == IGNORED), 0)
+    if first == 0:
+        return None
+    answer = ids[first:last]
+    if isinstance(example, Conversation) and (row["lost_answer"] or tokenizer.unk_token_id in answer):
+        return HeldOutQuestion(ids[:first], example.messages[-1].content)
+    return HeldOutQuestion(ids[:first], tokenizer.decode(answer, skip_special_tokens=True))
+
+
 def prompt(
     tokenizer: Tokenizer, template: str, instruction: str, input: str, plain: bool
 ) -> tuple[list[int], list[int]]:
@@ -101,6 +122,8 @@ CAUSAL_LM = Task(
     writes=True,
     metrics=(PERPLEXITY, *OF_BYTES),
     of_loss=of_loss,
+    question=question,
+    with_settings=with_measures,
     quality=EVAL_LOSS,
     verdict=verdict,
     judged_by="base",

@@ -1,8 +1,9 @@
 """Metrics of predictions against references: for each task, those of its field.
 
-Classes: accuracy and macro F1 (scikit-learn). Tags: precision, recall and F1 over whole spans (seqeval). Text from
-text: ROUGE-L (rouge-score), over characters where a language writes no spaces. Answers in a context: exact match and
-F1, as SQuAD's own script defines them; the libraries that hold it would bring their own framework with them.
+Classes: accuracy and macro F1 (scikit-learn). Tags: precision, recall and F1 over whole spans, and the F1 of each type
+of span (seqeval). Text: ROUGE (rouge-score), over characters where a language writes no spaces; the other measures of
+texts are in measures.py. Answers in a context: exact match and F1, as SQuAD's own script defines them; the libraries
+that hold it would bring their own framework with them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import re
 import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,8 @@ def classification(predicted: Sequence[int], reference: Sequence[int]) -> dict[s
 
 
 def spans_of_tags(predicted: Sequence[Sequence[str]], reference: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 over spans, and the share of correct tags."""
-    from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+    """Precision, recall and F1 over spans, the share of correct tags, and the F1 of each type of span that occurs."""
+    from seqeval.metrics import accuracy_score, classification_report, f1_score, precision_score, recall_score
 
     guess, gold = ([[as_iobes(tag) for tag in row] for row in rows] for rows in (predicted, reference))
     found: dict[str, Any] = {
@@ -53,7 +54,20 @@ def spans_of_tags(predicted: Sequence[Sequence[str]], reference: Sequence[Sequen
         "recall": recall_score(gold, guess, zero_division=ZERO),
         "accuracy": accuracy_score(gold, guess),
     }
+    if types := types_of(tag for rows in (guess, gold) for row in rows for tag in row):
+        report: Any = classification_report(gold, guess, output_dict=True, zero_division=ZERO)
+        found |= {f1_of(kind): report[kind]["f1-score"] for kind in types}
     return {name: float(value) for name, value in found.items()}
+
+
+def f1_of(kind: str) -> str:
+    """The name of the F1 of one type of span."""
+    return f"f1_{kind}"
+
+
+def types_of(tags: Iterable[str]) -> list[str]:
+    """The types of spans that tags such as B-PER name, in the order of the alphabet; none where tags are bare words."""
+    return sorted({tag[2:] for tag in set(tags) if tag[1:2] == "-" and tag[2:]})
 
 
 def as_iobes(tag: str) -> str:
@@ -64,12 +78,16 @@ def as_iobes(tag: str) -> str:
 # ---- text ----
 
 
-def rouge_l(predicted: Sequence[str], reference: Sequence[str]) -> float:
-    """Mean ROUGE-L F1."""
+def rouge(kind: str, predicted: Sequence[str], reference: Sequence[str]) -> float:
+    """Mean ROUGE F1.
+
+    Args:
+        kind: As rouge-score calls it: rouge1, rouge2, rougeL.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_Units())
-    scores = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predicted, reference, strict=True)]
+    scorer = RougeScorer([kind], tokenizer=_Units())
+    scores = [scorer.score(r, p)[kind].fmeasure for p, r in zip(predicted, reference, strict=True)]
     return float(np.mean(scores)) if scores else 0.0
 
 

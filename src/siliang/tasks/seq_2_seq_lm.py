@@ -1,6 +1,7 @@
 """Text from text, by an encoder that reads and a decoder that writes.
 
-Loss: cross-entropy of each token of the target. Metrics: perplexity, and ROUGE-L of the texts that the model writes.
+Loss: cross-entropy of each token of the target. Metrics: perplexity, and measures of the texts that the model writes:
+ROUGE-L, or those that are chosen.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.tasks.causal_lm import PERPLEXITY, verdict
-from siliang.tasks.metrics import perplexity, rouge_l
-from siliang.tasks.task import EVAL_LOSS, Shown, Task
+from siliang.tasks.measures import with_measures
+from siliang.tasks.metrics import perplexity
+from siliang.tasks.task import EVAL_LOSS, HeldOutQuestion, Shown, Task
 from siliang.types import TaskType
 
 
@@ -87,9 +89,9 @@ def of_loss(loss: float, rows: EvalRows) -> dict[str, float]:
     return {"perplexity": perplexity(loss)}
 
 
-def of_texts(written: Sequence[str], reference: Sequence[str]) -> dict[str, float]:
-    """ROUGE-L."""
-    return {"rouge_l": rouge_l(written, reference)}
+def question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> HeldOutQuestion | None:
+    """The source, and its target, whole."""
+    return HeldOutQuestion(row["input_ids"], example.target) if isinstance(example, SourceTarget) else None
 
 
 def prompt(
@@ -122,7 +124,9 @@ SEQ_2_SEQ_LM = Task(
     has_encoder=True,
     metrics=(PERPLEXITY,),
     of_loss=of_loss,
-    of_texts=of_texts,
+    question=question,
+    usual_measures=("rouge_l",),
+    with_settings=with_measures,
     quality=EVAL_LOSS,
     verdict=verdict,
     judged_by="base",

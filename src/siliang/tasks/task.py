@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from siliang.config import RunConfig, TrainConfig
+from siliang.config import MeasureName, RunConfig, TrainConfig
 from siliang.data.examples import Example
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import DataSpec
@@ -131,6 +131,19 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class HeldOutQuestion:
+    """What a model is to write for a held-out row.
+
+    Attributes:
+        prompt: The tokens that it reads.
+        reference: The right text.
+    """
+
+    prompt: Sequence[int]
+    reference: str
+
+
+@dataclass(frozen=True)
 class Shown:
     """An entry of the training tokens, as `siliang check` shows it.
 
@@ -227,7 +240,11 @@ class Task:
         metrics: Beside the loss, by which a run may choose its best step.
         measure: The metrics of what was kept, by entry.
         of_loss: Metrics that are made of the mean loss and the rows, at the end.
-        of_texts: The metrics of written texts beside the right ones; None: texts are not measured.
+        of_labels: The further metrics of a run with these classes or tags.
+        question: What the model is to write for an entry, from its columns, its example and the tokenizer; None for an
+            entry without an answer. A task without this field does not measure texts.
+        measures: Of the texts that the model writes, at each evaluation (tasks/measures.py).
+        usual_measures: Those of `siliang eval` where the settings name none.
         quality: The metric that the task is judged by.
         verdict: Why a run has learned nothing, from its metrics, the base model's, and its answers; None where it has,
             or where that cannot be seen.
@@ -272,7 +289,10 @@ class Task:
     metrics: tuple[Metric, ...] = ()
     measure: Callable[[Mapping[int, Any], EvalRows], dict[str, float]] | None = None
     of_loss: Callable[[float, EvalRows], dict[str, float]] = no_metrics
-    of_texts: Callable[[Sequence[str], Sequence[str]], dict[str, float]] | None = None
+    of_labels: Callable[[Sequence[str]], tuple[Metric, ...]] | None = None
+    question: Callable[[Mapping[str, Any], Example, Tokenizer], HeldOutQuestion | None] | None = None
+    measures: tuple[MeasureName, ...] = ()
+    usual_measures: tuple[MeasureName, ...] = ()
     replies: Callable[[Mapping[int, Any], EvalRows], Iterator[tuple[int, Reply]]] | None = None
     majority: Callable[[EvalRows], float | None] | None = None
 

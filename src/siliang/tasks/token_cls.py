@@ -1,6 +1,7 @@
 """A tag for each word.
 
-Loss: cross-entropy of a head on the first token of each word. Metrics: precision, recall and F1 over whole spans.
+Loss: cross-entropy of a head on the first token of each word. Metrics: precision, recall and F1 over whole
+spans, and the F1 of each type of span.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.tasks.losses import WithLogits, cross_entropy
-from siliang.tasks.metrics import as_iobes, spans_of_tags
+from siliang.tasks.metrics import as_iobes, f1_of, spans_of_tags, types_of
 from siliang.tasks.task import HeldOutAnswers, Metric, Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, TaskType
 
@@ -163,7 +164,7 @@ def read(output: WithLogits, batch: Batch, tokens: TokenSet) -> list[np.ndarray]
 
 
 def measure(found: Mapping[int, np.ndarray], rows: EvalRows) -> dict[str, float]:
-    """Precision, recall and F1 over spans, and the share of correct tags."""
+    """Precision, recall and F1 over spans, the share of correct tags, and the F1 of each type of span."""
 
     def named(numbers: np.ndarray) -> list[str]:
         return [str(rows.labels[n]) for n in numbers]
@@ -171,6 +172,11 @@ def measure(found: Mapping[int, np.ndarray], rows: EvalRows) -> dict[str, float]
     labels = dict(enumerate(rows.tokens.lists("labels")))
     gold = [named(labels[i][labels[i] != IGNORED]) for i in found]
     return spans_of_tags([named(numbers) for numbers in found.values()], gold)
+
+
+def of_labels(labels: Sequence[str]) -> tuple[Metric, ...]:
+    """The F1 of each type of span."""
+    return tuple(Metric(f1_of(kind)) for kind in types_of(labels))
 
 
 def replies(found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
@@ -298,6 +304,7 @@ TOKEN_CLS = Task(
     read=read,
     metrics=(F1, Metric("precision"), Metric("recall"), Metric("accuracy")),
     measure=measure,
+    of_labels=of_labels,
     quality=F1,
     replies=replies,
     verdict=verdict,

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from siliang.adapters.active_rows import active_rows
-from siliang.config import RunConfig, TrainConfig
+from siliang.config import EvaluationConfig, RunConfig, TrainConfig
+from siliang.data.prepared import EvalRows, PreparedData
 from siliang.data.task_column import TASK_IDS
 from siliang.data.tokens import TokenSet
+from siliang.distributed.ranks import Ranks
+from siliang.engine.written import questions
 from siliang.language import Bilingual, local
 from siliang.methods import AnyMethod, Method
 from siliang.methods.config import PeftConfig
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.task_ids import TaskIds, no_such_task
 from siliang.peft_api.model import PeftModel
-from siliang.tasks import Task
+from siliang.tasks import Task, task_of
+from siliang.tasks.measures import MEASURES, check_measures
 from siliang.train.optimizer import rate_factors
+from siliang.train.types import zero_stage
 from siliang.types import ConfigError, OutputError, nearest
 
 
@@ -33,16 +39,55 @@ def check_quantization(config: RunConfig, method: Method) -> None:
         )
 
 
-def check_best(config: RunConfig, task: Task) -> None:
-    """Raises ConfigError where the metric of train.best is never measured."""
-    t = config.train
-    allowed = ("loss", *(metric.name for metric in task.metrics))
-    if t.best is not None and t.best not in allowed:
+def check_evaluation(task: Task, config: RunConfig, ranks: Ranks) -> None:
+    """Raises ConfigError where the metric of train.best, or a measure, cannot be measured."""
+    check_best(config, task)
+    check_measures(task, config)
+    if task.measures and zero_stage(config, ranks) == 3:
         raise ConfigError(
             Bilingual(
-                f"train.best = {t.best!r} is not measured for {task.title}.{nearest(t.best, allowed)} "
+                f"{', '.join(task.measures)}: with distributed.zero_stage = 3 no text can be written in training. Use "
+                "distributed.strategy=fsdp, or a lower zero_stage.",
+                f"{'、'.join(task.measures)}：distributed.zero_stage = 3 时，训练中不能生成文本。"
+                "请用 distributed.strategy=fsdp，或较低的 zero_stage。",
+            )
+        )
+
+
+def check_held_out(config: RunConfig, data: PreparedData) -> int:
+    """The number of held-out rows for which texts are written at each evaluation.
+
+    Raises:
+        ConfigError: The metric of train.best is that of a class or tag that no held-out row has.
+        DataError: Texts are to be measured, and no held-out row has an answer.
+    """
+    task = task_of(config, data.examples.layout)
+    wanted = task.of_labels is not None and config.train.best is not None
+    check_best(config, task, sorted({name for e in data.examples.eval for name in e.classes}) if wanted else None)
+    if not task.measures or not len(data.eval):
+        return 0
+    rows = (config.evaluation or EvaluationConfig()).rows
+    return len(questions(task, data.tokenizer, EvalRows(data.eval, data.examples.eval), rows))
+
+
+def check_best(config: RunConfig, task: Task, labels: Sequence[str] | None = None) -> None:
+    """Raises ConfigError where the metric of train.best is never measured.
+
+    Args:
+        labels: The classes or tags of the held-out rows. None: not known yet, so that the metrics of single ones pass.
+    """
+    best = config.train.best
+    allowed = ["loss", *(metric.name for metric in task.metrics)]
+    if task.of_labels is not None and labels is None:
+        return
+    allowed += [metric.name for metric in task.of_labels(labels or [])] if task.of_labels else []
+    allowed += [name for name in MEASURES if name not in allowed] if task.question else []
+    if best is not None and best not in allowed:
+        raise ConfigError(
+            Bilingual(
+                f"train.best = {best!r} is not measured for {task.title}.{nearest(best, allowed)} "
                 f"Allowed: {', '.join(allowed)}.",
-                f"{task.title} 不测 train.best = {t.best!r}。{nearest(t.best, allowed).zh}可用：{'、'.join(allowed)}。",
+                f"{task.title} 不测 train.best = {best!r}。{nearest(best, allowed).zh}可用：{'、'.join(allowed)}。",
             )
         )
 

@@ -9,6 +9,7 @@ from siliang.data.prepared import PreparedData
 from siliang.hardware import Choice
 from siliang.language import both, local
 from siliang.methods import Method
+from siliang.tasks import task_of
 
 ADAM_EPS = 1e-8  # torch's own
 
@@ -33,6 +34,20 @@ def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
         say(f"           {local(line)}")
     for line in skipped:
         say(both(f"           skipped {line}", f"           跳过 {local(line)}"))
+
+
+def say_texts(config: RunConfig, written: int, rows: int, say: Callable[[str], None]) -> None:
+    """For how many of the held-out rows texts are written, if for any."""
+    if written:
+        names = task_of(config).measures
+        say(
+            both(
+                f"texts      written for {written:,} of {rows:,} held-out rows at each evaluation (evaluation.rows): "
+                f"{', '.join(names)}",
+                f"文本       每次评估为 {rows:,} 条验证样本中的 {written:,} 条生成文本（evaluation.rows）："
+                f"{'、'.join(names)}",
+            )
+        )
 
 
 def say_model(

@@ -26,17 +26,17 @@ from transformers import set_seed
 from siliang.data.batch import Batch
 from siliang.distributed.sharding import full_tensors, is_sharded, reshard
 from siliang.engine.batches import StepBatches
-from siliang.engine.evaluate import Sums, evaluate, metrics_of
 from siliang.engine.method_hooks import after_step
 from siliang.engine.order import Order, WithDummies, shared_steps
 from siliang.engine.random_state import RandomState, random_state, set_random_state
 from siliang.run_folder import CHECKPOINTS
-from siliang.train.backward import Backward, with_dummies
+from siliang.train.backward import Backward
 from siliang.train.due import Best, Due, Wanted
 from siliang.train.errors import bad_step_error
 from siliang.train.guard import Guard
 from siliang.train.lines import no_better
 from siliang.train.log import Log, Moment
+from siliang.train.measuring import measure
 from siliang.train.optimizer import make_optimizer, make_schedule
 from siliang.train.optimizer_state import load_optimizer_state, optimizer_state
 from siliang.train.saving import STATE_FILE, read_state, read_weights, save_checkpoint
@@ -292,32 +292,8 @@ class Training:
         return metrics if step == self.step else self.evaluate()
 
     def measure(self) -> dict[str, float]:
-        """The metrics of the held-out rows; they do not depend on batches and ranks. The random states are restored, so
-        that the training does not change."""
-        run, task = self.prepared, self.engine.task
-        ranks, lengths = run.ranks, run.eval_set.lengths.tolist()
-        steps = shared_steps(range(len(lengths)), lengths, self._order.step, ranks.size)
-        before = random_state()
-        try:
-            own = evaluate(
-                run.model,
-                self.engine,
-                run.eval_set,
-                self.collator,
-                steps=None if ranks.size == 1 else (shares[ranks.rank] for shares in steps),
-                reader=task.read,
-                autocast=lambda: self.accelerator.autocast(),
-                as_many=self._as_many,
-            )
-            return metrics_of(task, Sums.of(ranks.gather(own)), run.eval_rows)
-        finally:
-            set_random_state(before)
-
-    def _as_many(self, batches: list[Batch]) -> list[Batch]:
-        """With dummies, where every rank needs the same number."""
-        if not is_sharded(self.prepared.model) and not self.prepared.zero_stage:
-            return batches
-        return with_dummies(batches, max(n for (n,) in self.prepared.ranks.gather_ints(len(batches))))
+        """The metrics of the held-out rows."""
+        return measure(self.prepared, self.engine, self.collator, self.accelerator)
 
     # ---- save and resume ----
 

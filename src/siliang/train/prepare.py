@@ -35,7 +35,8 @@ from siliang.run_folder import changed_base, hashes, load_base, sources_of, weig
 from siliang.tasks import task_of
 from siliang.tasks.prepare import prepare_data
 from siliang.train.checks import (
-    check_best,
+    check_evaluation,
+    check_held_out,
     check_layerwise,
     check_loraplus,
     check_quantization,
@@ -45,7 +46,7 @@ from siliang.train.checks import (
     check_terms,
 )
 from siliang.train.learned_initialization import Learner, check_whole, learns_initialization
-from siliang.train.lines import say_data, say_model
+from siliang.train.lines import say_data, say_model, say_texts
 from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Resumed
 from siliang.train.start_adapter import find_start_adapter
@@ -80,7 +81,7 @@ def prepare(
     check_trackers(config.train.trackers)
     given, config = config, _with_accelerate_strategy(config, ranks, listener)
     set_seed(config.train.seed)
-    check_best(config, task_of(config))
+    check_evaluation(task_of(config), config, ranks)
     method = find_method(config.method.name)
     check_quantization(config, method)
     precision = choose_precision(config.train.precision, device)
@@ -88,10 +89,10 @@ def prepare(
         require_deepspeed(device, half=precision.autocast)
     subject = _check_data(config, ranks, listener)
     data = subject.prepared
-    check_best(config, task_of(config, data.examples.layout))
     start = _start_folder(config, method, resumed, force=force)
     say_data(data, listener.say)
     config.check_evaluations(held_out=len(data.eval) > 0)
+    say_texts(config, check_held_out(config, data), len(data.eval), listener.say)
     check_loraplus(config, method)
     config, predicted = _plan(planner, config, subject, ranks, listener)
     mesh = rank_mesh(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 
+from siliang.engine.written import sample
 from siliang.peft_api.model import PeftModel
 from siliang.records import Answer, Answers
 from siliang.run_folder import OpenedRun
 from siliang.secrets import redacted_part
 from siliang.tasks import task_of
+from siliang.tasks.measures import measuring
 from siliang.train.types import Run
-from siliang.use.evaluate import engine_of, metrics_of_texts, sums_of
+from siliang.use.evaluate import engine_of, measures_of_texts, sums_of
 from siliang.use.generate import generate
 from siliang.use.predict import predict
 
@@ -37,11 +38,6 @@ def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = F
     if task_of(run.config).writes:
         return _texts(run, opened, prompts, max_new_tokens, base=base)
     return _predictions(run, opened, prompts)
-
-
-def sample(n: int, size: int) -> list[int]:
-    """The indices of `size` of `n` rows, sorted; the same for each call."""
-    return sorted(random.Random(0).sample(range(n), min(size, n)))
 
 
 def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
@@ -94,8 +90,12 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
             shown = redacted_part(instruction + right, 0, at).strip()
             given, right = redacted_part(instruction + given, at), redacted_part(instruction + right, at)
         found.rows.append(Answer(where=place, input=shown, expected=right, predicted=given))
-    if task_of(run.config).of_texts is not None:
+    task = task_of(run.config)
+    if not task.measures:
+        task = measuring(task, task.usual_measures)
+    missing = base or not set(task.measures) <= set(run.record.final)
+    if task.measures and missing:
         tuned = run.model
         with tuned.disable_adapter() if base and isinstance(tuned, PeftModel) else nullcontext():
-            found.metrics |= metrics_of_texts(opened, run.eval_rows)
+            found.metrics |= measures_of_texts(opened, run.eval_rows, task).values
     return found

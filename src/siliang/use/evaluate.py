@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
-
+from siliang.config import RunConfig
 from siliang.data.collate import PadCollator
 from siliang.data.example_set import bad_rows_message
-from siliang.data.examples import SourceTarget
 from siliang.data.load import load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
-from siliang.data.task_column import TASK_IDS
 from siliang.data.tokens import TokenSet, tokenize, usable
-from siliang.engine.batches import StepCollator, in_steps, most_tokens
+from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.evaluate import Sums, metrics_of
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import Engine
+from siliang.engine.written import MeasuredTexts, measure_texts
 from siliang.language import Bilingual, together
-from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, autocast
 from siliang.secrets import HIDDEN
-from siliang.tasks import Reader, task_of
+from siliang.tasks import Reader, Task, task_of
+from siliang.tasks.measures import check_measures, measuring
 from siliang.types import DataError
-from siliang.use.generate import one_plain_answer
 from siliang.use.positions import check_positions
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a run on some rows.
+
+    Attributes:
+        metrics: rows; loss (mean over rows for classes and answers, over labelled tokens for text and tags); and the
+            task's own metrics: accuracy and f1; f1, precision and recall over spans, and f1_TYPE of each type of span;
+            perplexity, byte_perplexity and bits_per_byte; rouge_l; exact_match and f1. `dropped`, where data.too_long =
+            "drop" left out rows; `written`, the number of texts that the measures of texts are computed from.
+        signatures: How each measure of texts was computed.
+    """
+
+    metrics: dict[str, float]
+    signatures: dict[str, str] = field(default_factory=dict[str, str])
+
+
 def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None = None) -> dict[str, float]:
+    """The metrics of `evaluation`."""
+    return evaluation(run, data, batch_size=batch_size).metrics
+
+
+def evaluation(run: OpenedRun, data: str | None = None, *, batch_size: int | None = None) -> Evaluation:
     """Metrics on the run's held-out rows, or on other data, as they are measured in training and in its precision.
 
     Args:
@@ -37,23 +56,38 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
         batch_size: Rows that go through the model at once; metrics depend on it by rounding only. None: the run's
             own.
 
-    Returns:
-        rows; loss (mean over rows for classes and answers, over labelled tokens for text and tags); and the task's own
-        metrics: accuracy and f1; f1, precision and recall over spans; perplexity, byte_perplexity and
-        bits_per_byte; rouge_l; exact_match and f1.
-        `dropped`, where data.too_long = "drop" left out rows.
-
     Raises:
         DataError: There is no row to measure, or none has a label.
+        ConfigError: A measure needs a package that is not installed, or does not suit the run's task.
     """
-    task, rows = task_of(run.config, run.record.layout), eval_rows(run, data)
+    task = task_of(run.config, run.record.layout)
+    if not task.measures:
+        task = measuring(task, task.usual_measures)
+    check_measures(task, run.config)
+    rows = eval_rows(run, data)
     with engine_of(run) as engine:
         sums = sums_of(run, engine, rows.tokens, task.read, batch_size)
     metrics = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
     metrics |= {"dropped": float(rows.tokens.dropped)} if rows.tokens.dropped else {}
     metrics |= metrics_of(task, sums, rows)
     metrics |= task.of_loss(metrics["loss"], rows)
-    return metrics | metrics_of_texts(run, rows, batch_size=batch_size)
+    measured = measures_of_texts(run, rows, task, batch_size=batch_size)
+    metrics |= {"written": float(measured.rows), **measured.values} if measured.rows else {}
+    return Evaluation(metrics, dict(measured.signatures))
+
+
+def with_evaluation(run: OpenedRun, settings: Mapping[str, object]) -> OpenedRun:
+    """The run with other settings of its evaluations.
+
+    Args:
+        settings: Some of the section `evaluation`, by their names.
+
+    Raises:
+        ConfigError: There is no such setting, or it has a value that is not allowed.
+    """
+    values = run.config.model_dump(mode="json")
+    merged = {**(values["evaluation"] or {}), **settings}
+    return replace(run, config=RunConfig.build(values | {"evaluation": merged}))
 
 
 @contextmanager
@@ -84,30 +118,13 @@ def sums_of(
     return measure(run.model, engine, tokens, collator, reader=reader, autocast=computing)
 
 
-def metrics_of_texts(run: OpenedRun, rows: EvalRows, *, batch_size: int | None = None) -> dict[str, float]:
-    """Metrics of the generated texts for the rows' sources, compared with their targets; empty for a task that does not
-    measure texts."""
-    task = task_of(run.config)
-    if task.of_texts is None:
-        return {}
-    collate = PadCollator(run.tokenizer.pad_token_id)
-    written: list[str] = []
-    # rows of similar length together: less padding. The longest come first, so that a lack of memory shows at once
-    order = np.argsort(-rows.tokens.lengths, kind="stable").tolist()
-    with run.computing():
-        for some in in_steps(order, batch_size or run.config.train.batch_size):
-            batch = {k: x.to(run.model.device) for k, x in collate(rows.tokens.__getitems__(list(some))).items()}
-            ids = run.model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                **({TASK_IDS: batch[TASK_IDS]} if TASK_IDS in batch and isinstance(run.model, PeftModel) else {}),
-                max_new_tokens=run.config.data.max_target_length,
-                do_sample=False,
-                **one_plain_answer(run),
-            )
-            written += run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    examples = (rows.examples[number] for number in rows.tokens.column("row")[order].tolist())
-    return task.of_texts(written, [e.target for e in examples if isinstance(e, SourceTarget)])
+def measures_of_texts(run: OpenedRun, rows: EvalRows, task: Task, *, batch_size: int | None = None) -> MeasuredTexts:
+    """The task's measures of the texts that the model writes for the rows, compared with the right ones."""
+    computing = partial(autocast, run.precision, run.model.device)
+    with run.of_task():
+        return measure_texts(
+            run.model, run.tokenizer, run.config, task, rows, batch_size=batch_size, autocast=computing
+        )
 
 
 def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, same: bool = True) -> EvalRows:

@@ -10,17 +10,15 @@ import torch
 from transformers import TextStreamer
 
 from siliang.config import RunConfig
-from siliang.language import Bilingual, local
+from siliang.engine.written import check_beams, one_plain_answer, positions_of, writing
+from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import OpenedRun
-from siliang.secrets import short_repr
 from siliang.tasks import TASKS
-from siliang.types import ConfigError, ModelError, first_line
-from siliang.use.positions import positions_of
+from siliang.types import ConfigError, ModelError
 
 NEW_TOKENS = 128  # the default length of an answer
-MOST_BEAMS = 64
 
 
 def generate(
@@ -86,15 +84,7 @@ def generate(
     }
     if temperature > 0:
         settings["temperature"] = temperature
-    wanted = run.model.generation_config
-    if not isinstance(wanted.num_beams or 1, int) or (wanted.num_beams or 1) > MOST_BEAMS:
-        asked = short_repr(wanted.num_beams)
-        raise ModelError(
-            Bilingual(
-                f"{run.config.model} sets num_beams = {asked}, which is more than {MOST_BEAMS}.",
-                f"{run.config.model} 设置了 num_beams = {asked}：最大为 {MOST_BEAMS}。",
-            )
-        )
+    beams = check_beams(run.model, run.config.model)
     embeddings: Any = run.model.get_input_embeddings()
     if (most := int(embeddings.weight.shape[0])) <= max(ids):
         raise ModelError(
@@ -103,57 +93,19 @@ def generate(
                 f"{run.config.model}：分词器有编号 {max(ids):,} 的词元，而模型只有 {most:,} 个词元。",
             )
         )
-    streams = (wanted.num_beams or 1) == 1  # beams are not known before the end
+    streams = beams == 1  # they are not known before the end
     if on_text is not None and streams:
         settings["streamer"] = _Pieces(tokenizer, on_text)
-    if wanted.stop_strings is not None:
+    if run.model.generation_config.stop_strings is not None:
         settings["tokenizer"] = tokenizer
-    settings |= one_plain_answer(run)
-    try:
-        with run.computing(), run.model.disable_adapter() if base else nullcontext():
-            written = run.model.generate(input_ids=input_ids, **settings)
-    except ConfigError:  # the adapter's own
-        raise
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # limits for untrusted values
-        raise ModelError(
-            Bilingual(
-                f"{run.config.model} cannot write: {first_line(error)}\n"
-                "See its generation_config.json: it sets how the model generates text.",
-                f"{run.config.model} 无法生成：{local(first_line(error), 'zh')}\n"
-                "请查看它的 generation_config.json：其中规定了模型如何生成文本。",
-            )
-        ) from error
+    settings |= one_plain_answer(run.model)
+    with run.computing(), writing(run.config.model), run.model.disable_adapter() if base else nullcontext():
+        written = run.model.generate(input_ids=input_ids, **settings)
     answer = written[0] if task.has_encoder else written[0, len(ids) :]
     text = tokenizer.decode(answer, skip_special_tokens=True)
     if on_text is not None and not streams:
         on_text(text)
     return text
-
-
-# Options of a base model's generation_config that are overridden: several answers, scores in addition to the text, and
-# search methods that transformers downloads as code from the hub.
-ONE_PLAIN_ANSWER: dict[str, Any] = {
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "output_scores": False,
-    "output_logits": False,
-    "num_beam_groups": None,
-    "diversity_penalty": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "constraints": None,
-    "force_words_ids": None,
-    "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None,
-    # a cache of another kind, which may be of any size, compiled, or need a card
-    "cache_implementation": None,
-    "cache_config": None,
-    "compile_config": None,
-    "disable_compile": True,
-    "prefill_chunk_size": None,
-}
 
 
 def how_it_is_asked(record: Record) -> Bilingual | None:
@@ -182,7 +134,7 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
         raise ConfigError(
             Bilingual(f"max_new_tokens = {wanted:,} must be 1 or more.", f"max_new_tokens = {wanted:,}：至少为 1。")
         )
-    task, positions = TASKS[run.config.task], positions_of(run, base=base)
+    task, positions = TASKS[run.config.task], positions_of(run.model, base=base)
     limit, room = positions.reads, None
     if limit is not None and tokens > limit - task.decoder_only:
         raise ConfigError(
@@ -205,12 +157,6 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
             )
         )
     return wanted if wanted is not None else (up_to if room is None else min(up_to, room))
-
-
-def one_plain_answer(run: OpenedRun) -> dict[str, Any]:
-    """Settings of generate for a single plain answer; they override the model's generation_config."""
-    wanted = run.model.generation_config
-    return {name: value for name, value in ONE_PLAIN_ANSWER.items() if hasattr(wanted, name)}
 
 
 class _Pieces(TextStreamer):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 from siliang.engine.evaluate import mean_loss
+from siliang.engine.written import sample
 from siliang.peft_api.model import PeftModel
 from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS
 from siliang.tasks.verdict import learned_nothing
 from siliang.train.types import Run
-from siliang.use.answers import collect, sample
+from siliang.use.answers import collect
 from siliang.use.evaluate import engine_of, sums_of
 
 ROWS = 32  # held-out rows on which a model that generates text is compared with its base

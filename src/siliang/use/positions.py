@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from siliang.data.tokens import TokenSet
+from siliang.engine.written import positions_of
 from siliang.language import Bilingual, local
-from siliang.models.positions import Positions
-from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS
 from siliang.types import DataError
-
-
-def positions_of(run: OpenedRun, *, base: bool = False) -> Positions:
-    """The positions that the run's model has, with its virtual tokens, or, as the base model, without them."""
-    if not isinstance(run.model, PeftModel):
-        return Positions.of(run.model)
-    prompts = [] if base else [c for c in run.model.peft_config.values() if c.is_prompt_learning]
-    virtual = sum(c.num_virtual_tokens or 0 for c in prompts)  # type: ignore[attr-defined]
-    prefix = any(c.is_prefix for c in prompts)
-    return Positions.of(run.model.get_base_model(), virtual=virtual, prefix=prefix)
 
 
 def check_positions(run: OpenedRun, tokens: TokenSet, what: str) -> None:
@@ -26,7 +15,7 @@ def check_positions(run: OpenedRun, tokens: TokenSet, what: str) -> None:
     Raises:
         DataError: A row is longer than the model can read.
     """
-    limit = (positions := positions_of(run)).reads
+    limit = (positions := positions_of(run.model)).reads
     longest = tokens.longest_sequence
     if limit is not None and longest > limit:
         raise DataError(

@@ -1,0 +1,304 @@
+"""The texts that a model writes for held-out rows, and the measures of them.
+
+The batches depend on neither the number of ranks nor what else is measured: each rank writes the texts of some whole
+batches, so that a text has the same bits on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+from siliang.config import EvaluationConfig, RunConfig
+from siliang.data.prepared import EvalRows
+from siliang.data.task_column import TASK_IDS
+from siliang.data.tokens import TokenSet
+from siliang.distributed.ranks import Ranks
+from siliang.distributed.sharding import is_sharded, reshard
+from siliang.engine.batches import in_steps
+from siliang.engine.whole_step import Context
+from siliang.language import Bilingual, local
+from siliang.models.positions import Positions
+from siliang.models.tokenizer import Tokenizer
+from siliang.peft_api.model import PeftModel
+from siliang.secrets import short_repr
+from siliang.tasks import Task
+from siliang.tasks.measures import score_texts
+from siliang.tasks.task import HeldOutQuestion
+from siliang.types import ConfigError, DataError, ModelError, first_line
+
+MOST_BEAMS = 64
+ALONE = Ranks()
+
+# Options of a base model's generation_config that are overridden: several answers, scores in addition to the text, and
+# search methods that transformers downloads as code from the hub.
+ONE_PLAIN_ANSWER: dict[str, Any] = {
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "num_beam_groups": None,
+    "diversity_penalty": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    # a cache of another kind, which may be of any size, compiled, or need a card
+    "cache_implementation": None,
+    "cache_config": None,
+    "compile_config": None,
+    "disable_compile": True,
+    "prefill_chunk_size": None,
+}
+
+
+@dataclass(frozen=True)
+class MeasuredTexts:
+    """The measures of the texts that a model has written.
+
+    Attributes:
+        values: By the name of the measure.
+        signatures: How each was computed.
+        rows: The number of texts.
+    """
+
+    values: Mapping[str, float]
+    signatures: Mapping[str, str]
+    rows: int
+
+
+NOTHING = MeasuredTexts({}, {}, 0)
+
+
+def measure_texts(
+    model: Any,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    task: Task,
+    rows: EvalRows,
+    *,
+    batch_size: int | None = None,
+    autocast: Context = nullcontext,
+    ranks: Ranks = ALONE,
+) -> MeasuredTexts:
+    """The task's measures of the texts that the model writes for evaluation.rows held-out rows; nothing for a task
+    without measures. Leaves the model in eval mode. Every rank must call this.
+
+    Args:
+        model: The model itself, without the wrapper of a distributed strategy.
+        batch_size: Texts that are written at once. None: train.batch_size.
+        autocast: Returns the context of the computation.
+
+    Raises:
+        DataError: No row has an answer that could be compared.
+        ConfigError: The model has too few positions for a prompt and the new tokens.
+        ModelError: The model's generation_config asks for something that cannot be done.
+    """
+    if not task.measures:
+        return NOTHING
+    settings = config.evaluation or EvaluationConfig()
+    asked = questions(task, tokenizer, rows, settings.rows)
+    new_tokens = room(model, task, asked, config)
+    order = sorted(asked, key=lambda i: -len(asked[i].prompt))  # the longest first: a lack of memory shows at once
+    batches = in_steps(order, batch_size or config.train.batch_size)
+    own = batches[ranks.rank :: ranks.size]
+    sharded = is_sharded(model)
+    if sharded and len(own) < len(batches[:: ranks.size]):
+        own = [*own, batches[0][:1]]  # whose layers the other ranks gather
+    options = _options(model, tokenizer, config, task) | {"max_new_tokens": new_tokens, "synced_gpus": sharded}
+    model.eval()
+    written: dict[int, str] = {}
+    with torch.no_grad(), autocast(), writing(config.model), _gathered(model) if sharded else nullcontext():
+        for some in own:
+            texts = _write(model, tokenizer, task, rows.tokens, asked, some, options)
+            written |= dict(zip(some, texts, strict=True))
+    merged = {entry: text for part in ranks.gather(written) for entry, text in part.items()}
+    numbers = sorted(merged)
+    scores = score_texts(
+        task.measures, [merged[i] for i in numbers], [asked[i].reference for i in numbers], settings.bleu_tokenizer
+    )
+    return MeasuredTexts(
+        {name: score.value for name, score in scores.items()},
+        {name: score.signature for name, score in scores.items()},
+        len(numbers),
+    )
+
+
+def questions(task: Task, tokenizer: Tokenizer, rows: EvalRows, limit: int | None) -> dict[int, HeldOutQuestion]:
+    """What the model is to write, by the number of the entry, for so many entries.
+
+    Raises:
+        DataError: None of them has an answer.
+    """
+    assert task.question is not None
+    chosen = sample(len(rows.tokens), len(rows.tokens) if limit is None else limit)
+    numbers, lost = rows.tokens.column("row"), rows.tokens.column("lost_answer")
+    found: dict[int, HeldOutQuestion] = {}
+    for some in in_steps(chosen, 256):
+        for entry, row in zip(some, rows.tokens.__getitems__(list(some)), strict=True):
+            row["lost_answer"] = int(lost[entry])
+            question = task.question(row, rows.examples[int(numbers[entry])], tokenizer)
+            if question is not None:
+                found[entry] = question
+    if not found:
+        names = ", ".join(task.measures)
+        raise DataError(
+            Bilingual(
+                f"{names} compare an answer with the right one, and the held-out rows have none: they are texts that "
+                "are learned whole. Leave evaluation.measures out, or use rows with a prompt and its answer.",
+                f"{names} 把所写的回答与标准答案比较，而验证样本没有答案：它们是整段学习的文本。"
+                "请去掉 evaluation.measures，或使用带有提示和答案的样本。",
+            )
+        )
+    return found
+
+
+def sample(n: int, size: int) -> list[int]:
+    """The indices of `size` of `n` rows, sorted; the same for each call."""
+    return sorted(random.Random(0).sample(range(n), min(size, n)))
+
+
+def room(model: nn.Module, task: Task, asked: Mapping[int, HeldOutQuestion], config: RunConfig) -> int:
+    """The maximum number of tokens of a text: evaluation.max_new_tokens, or data.max_target_length, or fewer if the
+    model has no more positions behind the longest prompt.
+
+    Raises:
+        ConfigError: It has fewer than evaluation.max_new_tokens asks for, or none.
+    """
+    wanted = (config.evaluation or EvaluationConfig()).max_new_tokens
+    positions = positions_of(model)
+    longest = 0 if task.has_encoder else max(len(question.prompt) for question in asked.values())
+    limit = positions.writes if task.has_encoder else positions.reads
+    if limit is None:
+        return wanted or config.data.max_target_length
+    if longest + (wanted or 1) > limit:
+        words = positions.in_words(limit)
+        raise ConfigError(
+            Bilingual(
+                f"evaluation.max_new_tokens = {wanted or 1:,} behind a prompt of {longest:,} tokens is more than the "
+                f"model's {words}: lower evaluation.max_new_tokens or data.max_length.",
+                f"提示有 {longest:,} 个词元，再加 evaluation.max_new_tokens = {wanted or 1:,} 就超出了模型的"
+                f" {words.zh}：请减小 evaluation.max_new_tokens 或 data.max_length。",
+            )
+        )
+    return wanted or min(config.data.max_target_length, limit - longest)
+
+
+def positions_of(model: nn.Module, *, base: bool = False) -> Positions:
+    """The positions that a model has, with its virtual tokens, or, as the base model, without them."""
+    if not isinstance(model, PeftModel):
+        return Positions.of(model)
+    prompts = [] if base else [c for c in model.peft_config.values() if c.is_prompt_learning]
+    virtual = sum(c.num_virtual_tokens or 0 for c in prompts)  # type: ignore[attr-defined]
+    prefix = any(c.is_prefix for c in prompts)
+    return Positions.of(model.get_base_model(), virtual=virtual, prefix=prefix)
+
+
+def one_plain_answer(model: Any) -> dict[str, Any]:
+    """Settings of generate for a single plain answer; they override the model's generation_config."""
+    return {name: value for name, value in ONE_PLAIN_ANSWER.items() if hasattr(model.generation_config, name)}
+
+
+def check_beams(model: Any, name: str) -> int:
+    """The beams of the model's generation_config.
+
+    Raises:
+        ModelError: They are too many.
+    """
+    beams = model.generation_config.num_beams or 1
+    if not isinstance(beams, int) or beams > MOST_BEAMS:
+        asked = short_repr(beams)
+        raise ModelError(
+            Bilingual(
+                f"{name} sets num_beams = {asked}, which is more than {MOST_BEAMS}.",
+                f"{name} 设置了 num_beams = {asked}：最大为 {MOST_BEAMS}。",
+            )
+        )
+    return beams
+
+
+@contextmanager
+def writing(name: str) -> Iterator[None]:
+    """Within the block, what generate refuses is a ModelError: a generation_config may ask for anything.
+
+    Args:
+        name: Of the base model.
+    """
+    try:
+        yield
+    except (ConfigError, DataError):  # the adapter's own
+        raise
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # limits for untrusted values
+        raise ModelError(
+            Bilingual(
+                f"{name} cannot write: {first_line(error)}\n"
+                "See its generation_config.json: it sets how the model generates text.",
+                f"{name} 无法生成：{local(first_line(error), 'zh')}\n"
+                "请查看它的 generation_config.json：其中规定了模型如何生成文本。",
+            )
+        ) from error
+
+
+def _options(model: Any, tokenizer: Any, config: RunConfig, task: Task) -> dict[str, Any]:
+    """The settings of generate for greedy text."""
+    check_beams(model, config.model)
+    options: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
+    options |= one_plain_answer(model)
+    if task.decoder_only:
+        assert task.prompt is not None
+        _, options["eos_token_id"] = task.prompt(tokenizer, config.data.template, "a", "", False)
+    if model.generation_config.stop_strings is not None:
+        options["tokenizer"] = tokenizer
+    return options
+
+
+def _write(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    tokens: TokenSet,
+    asked: Mapping[int, HeldOutQuestion],
+    entries: Sequence[int],
+    options: Mapping[str, Any],
+) -> list[str]:
+    """The texts for some entries, which are written at once."""
+    prompts = [list(asked[i].prompt) for i in entries]
+    width = max(map(len, prompts))
+    gaps = [width - len(ids) for ids in prompts]
+    pad = tokenizer.pad_token_id
+    if task.decoder_only:  # it writes on from the last column
+        ids = [[pad] * gap + own for own, gap in zip(prompts, gaps, strict=True)]
+        mask = [[0] * gap + [1] * len(own) for own, gap in zip(prompts, gaps, strict=True)]
+    else:
+        ids = [own + [pad] * gap for own, gap in zip(prompts, gaps, strict=True)]
+        mask = [[1] * len(own) + [0] * gap for own, gap in zip(prompts, gaps, strict=True)]
+    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    rows = tokens.__getitems__(list(entries))
+    if TASK_IDS in rows[0] and isinstance(model, PeftModel):
+        batch[TASK_IDS] = torch.tensor([row[TASK_IDS] for row in rows])
+    device = model.device
+    found = model.generate(**{name: x.to(device) for name, x in batch.items()}, **options)
+    return tokenizer.batch_decode(found[:, width:] if task.decoder_only else found, skip_special_tokens=True)
+
+
+@contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    """Within the block, `generate` gathers a sharded model's embeddings and output layer, as its forward does."""
+    assert isinstance(model, FSDPModule)
+    register_fsdp_forward_method(model, "generate")
+    try:
+        yield
+    finally:
+        model.__dict__.pop("generate", None)
+        reshard(model)

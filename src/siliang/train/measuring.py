@@ -1,0 +1,53 @@
+"""The metrics of the held-out rows in training; they depend on neither batches nor ranks."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from accelerate import Accelerator
+
+from siliang.data.batch import Batch
+from siliang.distributed.sharding import is_sharded
+from siliang.engine.batches import StepCollator
+from siliang.engine.evaluate import Sums, evaluate, metrics_of
+from siliang.engine.order import shared_steps
+from siliang.engine.random_state import random_state, set_random_state
+from siliang.engine.step import Engine
+from siliang.engine.written import measure_texts
+from siliang.train.backward import with_dummies
+from siliang.train.types import Run
+
+
+def measure(run: Run, engine: Engine, collator: StepCollator, accelerator: Accelerator) -> dict[str, float]:
+    """The metrics of the held-out rows; every rank must call this. The signatures of measures of texts go into the
+    record. The random states are restored, so that the training does not change."""
+    ranks, lengths, task = run.ranks, run.eval_set.lengths.tolist(), engine.task
+    steps = shared_steps(range(len(lengths)), lengths, run.config.train.rows_per_step, ranks.size)
+
+    def as_many(batches: list[Batch]) -> list[Batch]:
+        """With dummies, where every rank needs the same number."""
+        if not is_sharded(run.model) and not run.zero_stage:
+            return batches
+        return with_dummies(batches, max(n for (n,) in ranks.gather_ints(len(batches))))
+
+    def autocast() -> AbstractContextManager[None]:
+        return accelerator.autocast()
+
+    before = random_state()
+    try:
+        own = evaluate(
+            run.model,
+            engine,
+            run.eval_set,
+            collator,
+            steps=None if ranks.size == 1 else (shares[ranks.rank] for shares in steps),
+            reader=task.read,
+            autocast=autocast,
+            as_many=as_many,
+        )
+        metrics = metrics_of(task, Sums.of(ranks.gather(own)), run.eval_rows)
+        texts = measure_texts(run.model, run.tokenizer, run.config, task, run.eval_rows, autocast=autocast, ranks=ranks)
+    finally:
+        set_random_state(before)
+    run.record.signatures = dict(texts.signatures)
+    return {**metrics, **texts.values}
