@@ -207,13 +207,13 @@ def test_what_cannot_be_measured_is_one_line(
         return text
 
     assert "seq_cls has other metrics" in stopped("seq_cls", ["bleu"])
-    assert "Allowed: loss, perplexity, rouge_1" in stopped("causal_lm", [], best="rouge", eval_every=1)
+    assert "bits_per_byte, rouge_1, rouge_2, rouge_l, bleu" in stopped("causal_lm", [], best="rouge", eval_every=1)
     assert "Allowed: loss, accuracy, f1" in stopped("seq_cls", [], best="rouge_l", eval_every=1)
     with monkeypatch.context() as patch:
         patch.setattr(measures, "find_spec", lambda name: None)
         assert "pip install 'siliang[measures]'" in stopped("causal_lm", ["rouge_l", "bleu"])
         assert "pip install 'siliang[measures]'" in stopped("causal_lm", [], best="chrf", eval_every=1)
-    data = write_jsonl(tmp_path / "t.jsonl", [{"text": " ".join(WORDS[i : i + 4])} for i in range(12)])
+    data = write_jsonl(tmp_path / "t.jsonl", [{"text": " ".join(2 * WORDS[i : i + 20])} for i in range(12)])
     values = configured("causal_lm", models, tmp_path).model_dump(mode="json")
     values["data"]["train"], values["evaluation"] = str(data), {"measures": ["bleu"]}
     with pytest.raises(DataError, match="learned whole"):
