@@ -442,7 +442,12 @@ def mutations(draw: Callable[..., Any], values: Any) -> Any:
 OWN = record(0.5, trained=10, memory=1, seed=0, method="lora").model_dump(mode="json")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+    derandomize=True,
+)
 @given(mutations(OWN))
 def test_any_change_of_a_run_is_refused_or_shown(tmp_path_factory: pytest.TempPathFactory, values: Any) -> None:
     folder = tmp_path_factory.mktemp("run")

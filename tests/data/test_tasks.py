@@ -53,7 +53,8 @@ def run(folder: Path, model: Path, task: str, data: dict[str, Any], **settings: 
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("t5")
     torch.manual_seed(0)
-    config = T5Config(vocab_size=120, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config: Any = T5Config(vocab_size=120, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    config.decoder_start_token_id = 0
     config.eos_token_id = 2
     T5ForConditionalGeneration(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
@@ -176,7 +177,8 @@ def test_what_squads_script_drops(guess: str, right: str, same: bool) -> None:
 
 def windows_of(*spans: Span) -> TokenSet:
     data = DataConfig(train="x", max_length=10, stride=2)
-    return tokenize(list(spans), word_tokenizer(), data, QUESTION_ANS.data)
+    tokenizer: Any = word_tokenizer()
+    return tokenize(list(spans), tokenizer, data, QUESTION_ANS.data)
 
 
 def answered(windows: TokenSet, spans: list[Span], outside: float, *, unanswered: bool) -> list[str]:
@@ -191,7 +193,8 @@ def answered(windows: TokenSet, spans: list[Span], outside: float, *, unanswered
             starts[i, 0] = ends[i, 0] = outside
     lengths = tuple(windows.lengths.tolist())
     batch = Batch({}, lengths, len(lengths), (), entries=tuple(range(len(lengths))))
-    found = read(SimpleNamespace(start_logits=starts, end_logits=ends), batch, windows)
+    output: Any = SimpleNamespace(start_logits=starts, end_logits=ends)
+    found = read(output, batch, windows)
     rows = EvalRows(windows, spans, unanswered=unanswered)
     return [a.text for a in best_answers(dict(enumerate(found)), rows)]
 
@@ -355,9 +358,8 @@ def test_titles_on_csl(shared: Path, tmp_path: Path) -> None:
     """A tiny random T5 learns in a minute how titles sound, not what the abstract says: ROUGE-L rises from nothing."""
     bert, model = shared / "weights" / "zh-mini-bert", tmp_path / "model"
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=21128, d_model=48, d_kv=16, d_ff=96, num_layers=1, num_heads=3, decoder_start_token_id=0
-    )
+    config: Any = T5Config(vocab_size=21128, d_model=48, d_kv=16, d_ff=96, num_layers=1, num_heads=3)
+    config.decoder_start_token_id = 0
     config.eos_token_id = 102
     T5ForConditionalGeneration(config).save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
