@@ -11,7 +11,8 @@ from every_task import make_models, rows_of
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, MSELoss
 from sentence_transformers.sentence_transformer import losses as peers
-from tiny import WORDS, write_jsonl
+from texts import rows
+from tiny import write_jsonl
 
 from siliang.config import RunConfig
 from siliang.data.examples import Labelled, Related, Scored
@@ -29,23 +30,6 @@ STEPS, RATE = 20, 5e-4
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_models(tmp_path_factory.mktemp("models"))
-
-
-def rows(kind: str, n: int = 24) -> list[dict[str, Any]]:
-    """Rows of a layout, whose texts differ."""
-    found: list[dict[str, Any]] = []
-    for i, row in enumerate(rows_of("embedding", n)):
-        first, second = f"{row['anchor']} {WORDS[i % 20]}", f"{row['positive']} {WORDS[(i + 7) % 20]} {WORDS[i % 20]}"
-        match kind:
-            case "pairs":
-                found.append({"anchor": first, "positive": second})
-            case "triplets":
-                found.append({"anchor": first, "positive": second, "negative": f"{WORDS[i % 20]} {second} a"})
-            case "scored":
-                found.append({"sentence1": first, "sentence2": second, "score": (i % 6) / 5})
-            case _:
-                found.append({"text": first, "label": f"class {i % 4}"})
-    return found
 
 
 def begun(task: str, kind: str, model: Path, folder: Path, **more: Any) -> RunConfig:

@@ -7,6 +7,7 @@ from siliang.language import Bilingual
 PAIRS = (Bilingual("better and worse answers", "较好和较差的回答"), ("preference", "reward"))
 TALKS = (Bilingual("conversations", "对话"), ("causal_lm",))
 ANSWERS = (Bilingual("instructions and answers", "指令和回答"), ("causal_lm", "seq_2_seq_lm"))
+RELATED = ("embedding", "reranker")
 IN_WORDS: dict[str, tuple[Bilingual, tuple[str, ...]]] = {
     "chosen-rejected": PAIRS,
     "messages-rejected": PAIRS,
@@ -17,10 +18,12 @@ IN_WORDS: dict[str, tuple[Bilingual, tuple[str, ...]]] = {
     "input-output": ANSWERS,
     "text": (Bilingual("plain texts", "纯文本"), ("causal_lm",)),
     "prepared": (Bilingual("tokens", "词元"), ("causal_lm",)),
-    "text-label": (Bilingual("texts and their classes", "文本和类别"), ("seq_cls",)),
+    "text-label": (Bilingual("texts and their classes", "文本和类别"), ("seq_cls", "embedding")),
     "sentence-pair": (Bilingual("pairs of texts and their classes", "句对和类别"), ("seq_cls",)),
     "tokens-tags": (Bilingual("words and their tags", "词和标注"), ("token_cls",)),
     "squad": (Bilingual("questions on a context", "针对段落的问题"), ("question_ans",)),
+    "scored-pair": (Bilingual("pairs of texts and their scores", "句对和分数"), RELATED),
+    "anchor-positive": (Bilingual("texts that belong together", "相互对应的文本"), RELATED),
     "source-target": (Bilingual("sources and targets", "源文本和目标文本"), ("seq_2_seq_lm",)),
 }
 

@@ -176,9 +176,15 @@ def distinct_tokens(tokens: TokenSet) -> int:
     for start in range(0, len(tokens), COMPARED_AT_ONCE):
         for row in tokens.__getitems__(list(range(start, min(start + COMPARED_AT_ONCE, len(tokens))))):
             parts = sequences_of(row) if "sequences" in row else [row]
-            keys = (_key(part, part.get("labels", ()) if "sequences" in row else ()) for part in parts)
+            keys = (_key(part, _token_labels(part) if "sequences" in row else ()) for part in parts)
             found |= {key: len(part["input_ids"]) for key, part in zip(keys, parts, strict=True)}
     return sum(found.values())
+
+
+def _token_labels(part: Mapping[str, Any]) -> Sequence[int]:
+    """The labels of a sequence's tokens; none where it has a single label."""
+    labels = part.get("labels", ())
+    return labels if isinstance(labels, list) else ()
 
 
 def _key(row: dict[str, Any], labels: Sequence[int] = ()) -> bytes:

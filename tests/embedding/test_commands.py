@@ -1,0 +1,167 @@
+"""Embeddings and rerankers by the commands: check, plan, train, resume, eval, predict, compare; and what does not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from every_task import make_models
+from safetensors.torch import load_file
+from texts import rows
+from tiny import write_jsonl
+
+from faults.commands import run as command
+from siliang.records import Record
+
+STEPS = ("batch_size=4", "gradient_accumulation=2", "save_every=3", "eval_every=3", "precision=fp32")
+STEPS = (*STEPS, "log_every=1", "schedule=constant")
+CASES = {
+    "pairs": ("embedding", "ndcg_at_10"),
+    "triplets": ("embedding", "ndcg_at_10"),
+    "scored": ("embedding", "spearman"),
+    "classes": ("embedding", "accuracy"),
+    "reranked": ("reranker", "ndcg_at_10"),
+    "graded": ("reranker", "spearman"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def settings(case: str, models: dict[str, Path], folder: Path, *more: str, model: str = "seq_cls") -> list[str]:
+    task, _ = CASES[case]
+    data = write_jsonl(folder / f"{case}.jsonl", rows(case, 32))
+    values = ("data.max_length=24", "data.test_size=0.5", *(f"train.{value}" for value in STEPS), *more)
+    words = ["--model", str(models[model]), "--data", str(data), "--task", task]
+    return [*words, *(word for value in values for word in ("--set", value))]
+
+
+def done(*words: object) -> str:
+    ended = command(*words)
+    assert ended.code in (0, None), ended
+    return ended.out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_command(case: str, models: dict[str, Path], tmp_path: Path) -> None:
+    given, (task, quality) = settings(case, models, tmp_path), CASES[case]
+    assert "->" in done("check", *given)
+    done("train", *given, "--set", "train.max_steps=6", "--output", tmp_path / "whole")
+    done("train", *given, "--set", "train.max_steps=3", "--output", tmp_path / "part")
+    done("train", "--resume", tmp_path / "part", "--set", "train.max_steps=6")
+    whole, part = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "part"))
+    assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
+    final = Record.read(tmp_path / "whole").final
+    assert final == Record.read(tmp_path / "part").final and quality in final
+    measured = json.loads(done("eval", tmp_path / "part", "--json"))
+    assert measured[quality] == pytest.approx(final[quality], abs=1e-9)
+    pair = json.loads(done("predict", tmp_path / "part", "the film\twas good", "--json"))
+    assert isinstance(pair["similarity" if task == "embedding" else "score"], float)
+
+
+def test_a_comparison(models: dict[str, Path], tmp_path: Path) -> None:
+    """Its table and page have the metric of the rows."""
+    given = settings("scored", models, tmp_path, "train.max_steps=2")
+    out = done("compare", *given, "--methods", "lora,bitfit", "--seeds", "1", "--output", tmp_path / "all")
+    assert "Spearman" in out and "nDCG" not in out
+    assert "Spearman" in (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
+
+
+def test_files_of_texts(models: dict[str, Path], tmp_path: Path) -> None:
+    done("train", *settings("pairs", models, tmp_path), "--set", "train.max_steps=1", "--output", tmp_path / "run")
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"id": i, "text": f"the film {'was good ' * i}"} for i in range(3)])
+    done("predict", tmp_path / "run", "--data", texts, "--output", tmp_path / "vectors.parquet")
+    table = pq.read_table(tmp_path / "vectors.parquet").to_pylist()
+    assert [len(row["predicted_vector"]) for row in table] == [32] * 3 and "predicted_similarity" not in table[0]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"query": "the film", "document": "was good"}])
+    done("predict", tmp_path / "run", "--data", pairs, "--output", tmp_path / "similar.jsonl")
+    (row,) = map(json.loads, (tmp_path / "similar.jsonl").read_text().splitlines())
+    assert -1.0 <= row["predicted_similarity"] <= 1.0 and "predicted_vector" not in row
+
+
+# ---- what does not fit ----
+
+REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str]] = {
+    "plain text": (
+        "embedding",
+        {"text": "the film"},
+        (),
+        "task=causal_lm learns from; task=embedding reads scored-pair, anchor-positive, text-label",
+    ),
+    "a class of a pair": (
+        "embedding",
+        {"premise": "the film", "hypothesis": "was good", "label": "neutral"},
+        (),
+        "has \"neutral\" in 'label', which is no number.*task=seq_cls",
+    ),
+    "a loss of scores": (
+        "embedding",
+        {"anchor": "the film", "positive": "was good"},
+        ("embedding.loss=cosent",),
+        "cosent learns from scored pairs .*use multiple_negatives, triplet",
+    ),
+    "no negative": (
+        "embedding",
+        {"anchor": "the film", "positive": "was good"},
+        ("embedding.loss=triplet",),
+        "has no negative, which embedding.loss = triplet needs",
+    ),
+    "an empty positive": ("embedding", {"query": "the film", "pos": [""]}, (), "has an empty text in 'pos'"),
+    "no positive": ("embedding", {"query": "the film", "pos": []}, (), "has no text in 'pos'"),
+    "both": (
+        "embedding",
+        {"query": "the film", "pos": ["good"], "neg": ["good"]},
+        (),
+        "has the same text as positive and as negative",
+    ),
+    "too large a score": (
+        "reranker",
+        {"query": "the film", "document": "was good", "score": 4.5},
+        (),
+        "score 4.5, and reranker.loss = binary_cross_entropy takes 0 to 1.*reranker.loss=mse",
+    ),
+    "dimensions": (
+        "embedding",
+        {"anchor": "the film", "positive": "was good"},
+        ("embedding.matryoshka_dims=[64, 32]",),
+        "matryoshka_dims has 64, and the vectors of .* have 32",
+    ),
+    "best": (
+        "embedding",
+        {"anchor": "the film", "positive": "was good"},
+        ("train.best=spearman", "train.eval_every=1"),
+        "train.best = 'spearman' is not measured",
+    ),
+    "a section of another task": ("seq_cls", {"text": "a", "label": "b"}, ("embedding.pooling=cls",), "leave it out"),
+    "pairs for classes": ("seq_cls", {"anchor": "a", "positive": "b"}, (), "task=embedding"),
+    "scores for classes": (
+        "seq_cls",
+        {"sentence1": "the film", "sentence2": "was good", "score": 0.5},
+        (),
+        "task=embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_data_that_does_not_fit(case: str, models: dict[str, Path], tmp_path: Path) -> None:
+    task, row, sets, message = REFUSED[case]
+    data = write_jsonl(tmp_path / "rows.jsonl", [row] * 4)
+    words = ["--model", str(models["seq_cls"]), "--data", data, "--task", task, "--output", tmp_path / "run"]
+    ended = command("train", *words, *(word for value in sets for word in ("--set", value)))
+    assert ended.code == 2 and len(ended.err.strip().splitlines()) <= 3, ended
+    assert re.search(message, ended.err.replace("\n", " ")), ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_decoder(models: dict[str, Path], tmp_path: Path) -> None:
+    given = settings("pairs", models, tmp_path, model="seq_2_seq_lm")
+    ended = command("train", *given, "--output", tmp_path / "run")
+    assert ended.code == 2 and "has an encoder and a decoder" in ended.err
