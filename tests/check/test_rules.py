@@ -32,6 +32,8 @@ TAGGED = [
 BETTER_AND_WORSE: list[dict[str, Any]] = [
     {"prompt": f"say {w}", "chosen": "one", "rejected": "two"} for w in WORDS[:30]
 ]
+TOGETHER = [{"anchor": f"the film {i}", "positive": f"good {i}"} for i in range(30)]
+ON_TEXTS: dict[str, Any] = {"task": "embedding", "model": "bert", "data": {"test_size": 0.0}}
 ON_PAIRS: dict[str, Any] = {"task": "preference", "data": {"test_size": 0.0}}
 
 
@@ -213,6 +215,19 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
         "30 of 30 chosen answers refuse where the rejected one does not",
         lambda c: c([row | {"chosen": "Sorry, I cannot"} for row in BETTER_AND_WORSE], **ON_PAIRS),
     ),
+    "SL050": (
+        "1 training rows have the same text twice",
+        lambda c: c([*TOGETHER, {"anchor": "a film", "positive": "a film "}], **ON_TEXTS),
+    ),
+    "SL051": (
+        "1 training rows have a negative that is a positive of the same anchor elsewhere",
+        lambda c: c([*TOGETHER, TOGETHER[0] | {"positive": "bright", "negative": "good 0"}], **ON_TEXTS),
+    ),
+    "SL052": ("no training row has a negative", lambda c: c(TOGETHER, **(ON_TEXTS | {"task": "reranker"}))),
+    "SL053": (
+        "the scores are 0, 1 and 2",
+        lambda c: c([{"text": f"a {i}", "text_pair": "b", "label": i % 3} for i in range(30)], **ON_TEXTS),
+    ),
     "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),
 }
 
@@ -236,6 +251,20 @@ def test_a_model_whose_files_are_quantized_is_one(case: Case, tmp_path: Path) ->
         found = next(f for f in case(model=folder, method=method) if f.code == "SL039")
         assert f"{folder} is quantized: " in found.message and words in found.message
     assert "SL039" not in codes(case(model=folder))
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "words"),
+    [
+        ([{"text": f"a {i}", "label": f"class {i}"} for i in range(30)], {}, "has 0 pairs of one class"),
+        ([{"sentence1": f"a {i}", "sentence2": "b", "score": 1} for i in range(30)], {}, "have the score 1"),
+        (TOGETHER, {"train": {"batch_size": 1}}, "a step has one row"),
+    ],
+)
+def test_nothing_to_compare(rows: Any, more: dict[str, Any], words: str, case: Case) -> None:
+    (found,) = (f for f in case(rows, **ON_TEXTS, **more) if f.code == "SL052")
+    assert words in found.message and found.severity == "error"
+    assert not {"SL050", "SL051", "SL052", "SL053"} & set(codes(case(TOGETHER, **ON_TEXTS)))
 
 
 @pytest.mark.parametrize(

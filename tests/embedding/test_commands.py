@@ -1,4 +1,4 @@
-"""Embeddings and rerankers by the commands: check, plan, train, resume, eval, predict, compare; and what does not fit."""
+"""Embeddings and rerankers by the commands: check, train, resume, eval, predict, compare; and what does not fit."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str]] = {
         "embedding",
         {"text": "the film"},
         (),
-        "task=causal_lm learns from; task=embedding reads scored-pair, anchor-positive, text-label",
+        "it has 'text'.*anchor-positive .texts that belong together., text-label",
     ),
     "a class of a pair": (
         "embedding",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_task import make_models, rows_of
+from every_task import make_models
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, MSELoss
 from sentence_transformers.sentence_transformer import losses as peers

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from siliang.check import rules_labels as labels
 from siliang.check import rules_model as model
 from siliang.check import rules_preferences as preferences
+from siliang.check import rules_related as related
 from siliang.check import rules_rows as rows
 from siliang.check import rules_run as run
 from siliang.check import rules_tokenizer as tokenizer
@@ -63,6 +64,10 @@ RULES: dict[str, Rule] = {
         Rule("SL044", "warning", preferences.contradictory_pairs, "rows"),
         Rule("SL045", "warning", preferences.length_decides, "rows"),
         Rule("SL046", "warning", preferences.refusals_preferred, "rows"),
+        Rule("SL050", "warning", related.same_texts, "rows"),
+        Rule("SL051", "warning", related.wrong_negatives, "rows"),
+        Rule("SL052", "error", related.nothing_to_compare, "rows"),
+        Rule("SL053", "warning", related.classes_as_scores, "rows"),
     )
 }
 

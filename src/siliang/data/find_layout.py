@@ -243,12 +243,16 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
     how = Bilingual(f"{best.name} needs {lacks}", f"{best.name} 需要 {lacks}")
     if named:
         how = Bilingual(f"Name the columns with {named}", f"请用 {named} 指定各列")
-    layouts = ", ".join(f.name for f in suited)
+    layouts = layouts_zh = ", ".join(f.name for f in suited)
+    if LAYOUTS["anchor-positive"] in suited:  # names of which no other tool knows
+        words = [(f.name, in_words(f.name)[0]) for f in suited]
+        layouts = ", ".join(f"{name} ({holds})" for name, holds in words)
+        layouts_zh = "、".join(f"{name}（{holds.zh}）" for name, holds in words)
     return together(
         wrong,
         Bilingual(
             f"\n{how}; or with data.header where the file has no header line. Layouts for this task: {layouts}.",
-            f"\n{how.zh}；如果文件没有标题行，请用 data.header 给出列名。此任务可用的格式：{layouts}。",
+            f"\n{how.zh}；如果文件没有标题行，请用 data.header 给出列名。此任务可用的格式：{layouts_zh}。",
         ),
     )
 

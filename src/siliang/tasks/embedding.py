@@ -171,6 +171,13 @@ def adapt(settings: EmbeddingConfig, example: Example) -> Example | str:
             "has no negative, which embedding.loss = triplet needs: use multiple_negatives",
             "没有负例，而 embedding.loss = triplet 需要负例：请用 multiple_negatives",
         )
+    if settings.loss == "cosine" and isinstance(example, Scored) and not -1.0 <= example.score <= 1.0:
+        return Bilingual(
+            f"has the score {example.score:g}, and embedding.loss = cosine takes -1 to 1: divide the scores, or use "
+            "cosent, which takes their order alone",
+            f"的分数是 {example.score:g}，而 embedding.loss = cosine 只接受 -1 到 1：请缩放分数，"
+            "或改用只看高低顺序的 cosent",
+        )
     return example
 
 
