@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ BETTER_AND_WORSE: list[dict[str, Any]] = [
 ]
 TOGETHER = [{"anchor": f"the film {i}", "positive": f"good {i}"} for i in range(30)]
 ON_TEXTS: dict[str, Any] = {"task": "embedding", "model": "bert", "data": {"test_size": 0.0}}
+ON_RANKED: dict[str, Any] = {"task": "reranker", "model": "bert"}
 ON_PAIRS: dict[str, Any] = {"task": "preference", "data": {"test_size": 0.0}}
 
 
@@ -223,10 +224,13 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
         "1 training rows have a negative that is a positive of the same anchor elsewhere",
         lambda c: c([*TOGETHER, TOGETHER[0] | {"positive": "bright", "negative": "good 0"}], **ON_TEXTS),
     ),
-    "SL052": ("no training row has a negative", lambda c: c(TOGETHER, **(ON_TEXTS | {"task": "reranker"}))),
+    "SL052": ("no training row has a negative", lambda c: c(TOGETHER, **ON_RANKED)),
     "SL053": (
         "the scores are 0, 1 and 2",
-        lambda c: c([{"text": f"a {i}", "text_pair": "b", "label": i % 3} for i in range(30)], **ON_TEXTS),
+        lambda c: c(
+            [{"text": f"the film {i}", "text_pair": "we liked the actor", "label": i % 3} for i in range(30)],
+            **ON_TEXTS,
+        ),
     ),
     "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),
 }
@@ -257,7 +261,11 @@ def test_a_model_whose_files_are_quantized_is_one(case: Case, tmp_path: Path) ->
     ("rows", "more", "words"),
     [
         ([{"text": f"a {i}", "label": f"class {i}"} for i in range(30)], {}, "has 0 pairs of one class"),
-        ([{"sentence1": f"a {i}", "sentence2": "b", "score": 1} for i in range(30)], {}, "have the score 1"),
+        (
+            [{"sentence1": f"the film {i}", "sentence2": "we liked it", "score": 1} for i in range(30)],
+            {},
+            "have the score 1",
+        ),
         (TOGETHER, {"train": {"batch_size": 1}}, "a step has one row"),
     ],
 )
@@ -333,6 +341,10 @@ def test_prepared_rows(case: Case) -> None:
         ids, _ = right_rows(tok, q, a)
         return ids, [-100] * len(ids)
 
+    def prompt_learned(tok: Any, q: str, a: str) -> tuple[list[int], list[int]]:
+        ids, _ = right_rows(tok, q, a)
+        return ids, ids
+
     def shifted(tok: Any, q: str, a: str) -> tuple[list[int], list[int]]:
         ids, labels = right_rows(tok, f"{q} I", "one two three four five six seven")
         return ids, [*labels[1:], -100]
@@ -343,7 +355,7 @@ def test_prepared_rows(case: Case) -> None:
     masked = next(f for f in case(prepared(end_masked)) if f.code == "SL007")
     assert "in 90 of them it is present, but its label is masked" in masked.message
     assert "SL008" in codes(case(prepared(all_masked)))
-    assert "SL010" in codes(case(prepared(lambda *x: (right_rows(*x)[0],) * 2)))
+    assert "SL010" in codes(case(prepared(prompt_learned)))
     assert "SL011" in codes(case(prepared(shifted)))
     cut = case(prepared(right_rows), data={"max_length": 8, "test_size": 0.0})
     assert "SL009" not in codes(cut)  # four to seven tokens each
@@ -419,7 +431,7 @@ def test_a_missing_pad_token_and_a_wrong_collator(case: Case, monkeypatch: pytes
     class ByNumber(rules_tokens.PadCollator):
         """As DataCollatorForLanguageModeling does: every label that is the pad token is masked, the end with it."""
 
-        def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
             batch = super().__call__(rows)
             batch["labels"][batch["labels"] == 2] = -100
             return batch
@@ -499,7 +511,8 @@ def test_every_rule_has_a_trap() -> None:
 
 def test_counts_of_an_encoder_decoder(tmp_path: Path) -> None:
     folder = tmp_path / "t5"
-    config = T5Config(vocab_size=120, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=120, **sizes, decoder_start_token_id=0)  # pyright: ignore
     T5ForConditionalGeneration(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     rows = [{"source": f"say {w}", "target": w} for w in WORDS[:20]]
