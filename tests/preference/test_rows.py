@@ -14,9 +14,11 @@ from siliang.config import Columns, DataConfig
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Example, Message, Ranked, from_json, to_json
 from siliang.data.find_layout import find_layout
+from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet, tokenize
 from siliang.engine.batches import sequences_of
 from siliang.tasks.preference import PREFERENCE
+from siliang.tasks.ranked import answers_of
 
 Q, GOOD, BAD = "what is one", "one is one", "two"
 ASKED = [{"role": "user", "content": Q}]
@@ -39,6 +41,16 @@ ROWS: dict[str, dict[str, Any]] = {
         "rejected": {"from": "gpt", "value": BAD},
     },
     "ms-swift": {"messages": WHOLE[0], "rejected_response": BAD},
+    "ms-swift, whole conversations": {"messages": WHOLE[0], "rejected_messages": WHOLE[1]},
+    "ms-swift, answers as turns": {"messages": WHOLE[0], "rejected_messages": ANSWERS[1]},
+    "responses": {"prompt": Q, "responses": [BAD, GOOD], "scores": [1, 2.5]},
+    "Nectar": {"prompt": Q, "answers": [{"answer": BAD, "rank": 2}, {"answer": GOOD, "rank": 1}]},
+    "UltraFeedback, completions": {
+        "instruction": Q,
+        "completions": [{"response": BAD, "overall_score": 3.0}, {"response": GOOD, "overall_score": 8.5}],
+    },
+    "Stack Exchange": {"question": Q, "answers": [{"text": GOOD, "pm_score": 4}, {"text": BAD, "pm_score": 0}]},
+    "LLaMA-Factory, the best first": {"instruction": Q, "input": "", "output": [GOOD, BAD]},
 }
 
 
@@ -51,7 +63,8 @@ def read(row: dict[str, Any]) -> Example | str:
 def test_a_pair_in_the_layouts_of_the_field(row: dict[str, Any]) -> None:
     found = read(row)
     assert isinstance(found, Ranked)
-    assert found == Ranked((Message("user", Q),), ((Message("assistant", GOOD),), (Message("assistant", BAD),)))
+    answers = (Message("assistant", GOOD),), (Message("assistant", BAD),)
+    assert (found.prompt_messages, found.answers, found.pairs) == ((Message("user", Q),), answers, [(0, 1)])
     assert from_json(to_json(found)) == found
 
 
@@ -98,6 +111,16 @@ def test_speakers_are_named_at_the_beginning_of_a_line() -> None:
         ),
         ({"prompt": Q, "chosen": GOOD, "rejected": GOOD}, "has the same text in 'chosen' and 'rejected'"),
         ({"messages": ASKED, "rejected_response": BAD}, "has no answer at the end of 'messages'"),
+        ({"prompt": Q, "responses": [GOOD, BAD]}, "has answers in 'responses' and no 'scores'"),
+        ({"prompt": Q, "responses": [GOOD, BAD], "scores": [1]}, "as many numbers in 'scores' as answers"),
+        ({"prompt": Q, "responses": [GOOD, BAD], "scores": [1, "good"]}, "has 'good' in 'scores', not a number"),
+        ({"prompt": Q, "responses": [GOOD, BAD], "scores": [1, 1]}, "has the same score for all answers"),
+        ({"prompt": Q, "responses": [GOOD], "scores": [1]}, "has no list of two answers or more in 'responses'"),
+        ({"responses": [GOOD, BAD], "scores": [1, 2]}, "has no question: name its column with data.columns.prompt"),
+        ({"prompt": Q, "answers": [{"answer": GOOD}, {"answer": BAD, "rank": 2}]}, "of which not each has a score"),
+        ({"prompt": Q, "responses": [WHOLE[0], WHOLE[1]], "scores": [2, 1]}, "has whole conversations in 'responses'"),
+        ({"instruction": Q, "output": GOOD}, "task=causal_lm learns single answers"),
+        ({"instruction": Q, "output": [GOOD]}, "has no list of two answers or more in 'output'"),
         ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "images": ["a.png"]}, "siliang trains on text alone"),
     ],
 )
@@ -131,6 +154,17 @@ def test_a_ranking_becomes_every_pair_of_it() -> None:
         word_tokenizer()(word, add_special_tokens=False)["input_ids"][0] for word in ("one", "two", "three")
     )
     assert ends == [[one, two], [one, three], [two, three]]
+
+
+def test_answers_that_are_equally_good_or_equal_are_not_compared() -> None:
+    found = read({"prompt": Q, "responses": ["one", "two", "three", "one"], "scores": [2, 1, 2, 0]})
+    assert isinstance(found, Ranked)
+    assert found.words == ["one", "three", "two", "one"] and found.pairs == [(0, 2), (1, 2), (1, 3), (2, 3)]
+    assert from_json(to_json(found)) == found
+    rows = tokenized([found, ranked(Q, "two", "four")])
+    assert rows.column("row").tolist() == [0, 0, 0, 0, 1]
+    shown = [texts for _, _, *texts in answers_of(range(5), EvalRows(rows, [found, ranked(Q, "two", "four")], []))]
+    assert shown == [["one", "two"], ["three", "two"], ["three", "one"], ["two", "one"], ["two", "four"]]
 
 
 def test_a_pair_that_is_too_long_keeps_one_prompt() -> None:

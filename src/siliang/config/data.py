@@ -15,6 +15,9 @@ from siliang.types import ConfigError
 LayoutName = Literal[
     "chosen-rejected",
     "messages-rejected",
+    "rejected-messages",
+    "responses",
+    "output-list",
     "messages",
     "sharegpt",
     "alpaca",
@@ -108,6 +111,14 @@ class Columns(Section):
     """The worse of two answers.
 
     两个回答中较差的一个。"""
+    responses: str = "responses"
+    """Several answers to one prompt: a list of texts with `scores`, or of objects that each have a score or a rank.
+
+    同一提问的多个回答：文本的列表（配合 `scores`），或各带分数或名次的对象的列表。"""
+    scores: str = "scores"
+    """The score of each of the responses; the higher, the better.
+
+    每个回答的分数，越大越好。"""
     messages: str = "messages"
     """A conversation: a list of {role, content}, or of ShareGPT's {from, value}.
 

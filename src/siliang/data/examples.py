@@ -162,11 +162,20 @@ class Ranked(Example):
         prompt_messages: The turns that all answers follow, of which nothing is learned.
         answers: Each the turns of an answer.
         tools: As a conversation has it.
+        places: Of each answer, from 0 on, where some are equally good; () where each is better than the next.
     """
 
     prompt_messages: tuple[Message, ...]
     answers: tuple[tuple[Message, ...], ...]
     tools: str = ""
+    places: tuple[int, ...] = ()
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The numbers of two answers, the better one first, for each two that differ in place and in text."""
+        places, numbers = self.places or range(len(self.answers)), range(len(self.answers))
+        texts = [tuple((m.text, m.calls, m.reasoning) for m in answer) for answer in self.answers]
+        return [(i, j) for i in numbers for j in numbers if places[i] < places[j] and texts[i] != texts[j]]
 
     @property
     def conversations(self) -> list[Conversation]:
@@ -200,7 +209,7 @@ class Ranked(Example):
 
     def values(self) -> dict[str, object]:
         prompt, *answers = (Conversation(turns).values()["messages"] for turns in (self.prompt_messages, *self.answers))
-        return {"prompt": prompt, "answers": answers, "tools": self.tools}
+        return {"prompt": prompt, "answers": answers, "tools": self.tools, "places": list(self.places)}
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Ranked:
@@ -208,7 +217,7 @@ class Ranked(Example):
             Conversation.from_values({"messages": turns, "tools": ""}).messages
             for turns in (values["prompt"], *values["answers"])
         )
-        return cls(prompt, tuple(answers), values["tools"])
+        return cls(prompt, tuple(answers), values["tools"], tuple(values["places"]))
 
 
 @dataclass(frozen=True)

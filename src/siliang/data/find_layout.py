@@ -23,6 +23,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "anchor": ("query", "question"),
     "positive": ("positives", "pos", "positive_passages", "passages", "document", "passage", "answer", "response"),
     "score": ("similarity", "similarity_score", "relevance", "label"),
+    "responses": ("answers", "completions", "outputs", "candidates"),
 }
 # of columns that a layout has a use for and does not need
 OPTIONAL_ALIASES: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,7 @@ OPTIONAL_ALIASES: dict[str, tuple[str, ...]] = {
     "input": ("context",),
     "prompt": ("question", "query"),
     "negative": ("negatives", "neg", "negative_passages", "hard_negatives", "hard_negative"),
+    "scores": ("ratings",),
 }
 FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
 SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")

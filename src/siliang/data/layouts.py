@@ -11,6 +11,7 @@ from siliang.data.cells import BLANKS, SEVERAL, BadRow, Result, Values, as_text,
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Labelled, Prepared, SourceTarget, Span, Tagged, Text
 from siliang.data.preferences import read_chosen_rejected, read_messages_rejected
+from siliang.data.rankings import read_output_list, read_ranking
 from siliang.data.related import NEGATIVE_COLUMNS, read_related, read_scored
 from siliang.data.turns import read_messages, read_pair
 from siliang.language import Bilingual, local
@@ -174,9 +175,30 @@ LAYOUTS: dict[str, RowLayout] = {
         RowLayout(
             "messages-rejected",
             ("messages",),
-            read_messages_rejected,
+            read_messages_rejected("rejected_response"),
             fixed=("rejected_response",),
             optional=BESIDE_TURNS,
+        ),
+        RowLayout(
+            "rejected-messages",
+            ("messages",),
+            read_messages_rejected("rejected_messages"),
+            fixed=("rejected_messages",),
+            optional=BESIDE_TURNS,
+        ),
+        RowLayout(
+            "responses",
+            ("responses",),
+            read_ranking,
+            optional=("scores", "prompt", "instruction", "input", "messages", *BESIDE_TURNS),
+            fixed_optional=("conversations", "history"),
+        ),
+        RowLayout(
+            "output-list",
+            ("instruction", "output"),
+            read_output_list,
+            optional=("input", "system"),
+            fixed_optional=("history", "tools"),
         ),
         RowLayout("prepared", (), _prepared, fixed=("input_ids",), fixed_optional=PREPARED_TOO),
         RowLayout("messages", ("messages",), lambda v, c: read_messages(v, c, c.messages), optional=BESIDE_TURNS),

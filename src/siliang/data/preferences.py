@@ -6,12 +6,15 @@
 {instruction, input, chosen, rejected}          LLaMA-Factory's alpaca
 {conversations, chosen: {from, value}, rejected: {from, value}}     LLaMA-Factory's sharegpt
 {messages, rejected_response}                   ms-swift: the last answer of `messages` is the better one
+{messages, rejected_messages}                   ms-swift: two whole conversations
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_text, cell, given
@@ -27,16 +30,20 @@ SPEAKERS = re.compile(r"(?:^|\n)\s*(Human|Assistant): ?")  # of HH-RLHF, at the 
 def read_chosen_rejected(values: Values, c: Columns) -> Result:
     """A row with the columns chosen and rejected."""
     refuse_media(values)
-    answers = [_answer(values.get(name), name) for name in (c.chosen, c.rejected)]
-    prompt = _prompt(values, c)
+    answers = [answer_of(values.get(name), name) for name in (c.chosen, c.rejected)]
+    prompt = prompt_of(values, c)
     return _ranked(values, c, prompt, *answers)
 
 
-def read_messages_rejected(values: Values, c: Columns) -> Result:
-    """A row whose conversation ends with the better answer, with the worse one in a column of its own."""
+def read_messages_rejected(column: str) -> Callable[[Values, Columns], Result]:
+    """Reads a row whose conversation ends with the better answer, with the worse one in this column of its own."""
+    return partial(_messages_rejected, column)
+
+
+def _messages_rejected(column: str, values: Values, c: Columns) -> Result:
     refuse_media(values)
     turns = turns_of(values.get(c.messages), c.messages)
-    rejected = _answer(values.get("rejected_response"), "rejected_response")
+    rejected = answer_of(values.get(column), column)
     if not turns or turns[-1].role != "assistant":
         return Bilingual(
             f"has no answer at the end of {c.messages!r}, which is to be the better one",
@@ -53,7 +60,7 @@ def refuse_media(values: Values) -> None:
             raise BadRow(text_only(name))
 
 
-def _answer(value: object, column: str) -> list[Message]:
+def answer_of(value: object, column: str) -> list[Message]:
     """The turns of an answer, or of a conversation that ends with it."""
     value = listed(value)
     if isinstance(value, dict):  # one turn
@@ -75,7 +82,7 @@ def _of_speakers(text: str) -> list[Message]:
     return [Message("user" if name == "Human" else "assistant", words.strip()) for name, words in roles]
 
 
-def _prompt(values: Values, c: Columns) -> list[Message]:
+def prompt_of(values: Values, c: Columns) -> list[Message]:
     """The turns in front of both answers, as far as columns of their own hold them."""
     prompt: list[Message] = []
     column = next((n for n in (c.prompt, c.instruction, c.messages, "conversations") if given(values.get(n))), None)
@@ -119,12 +126,8 @@ def _ranked(
                 f"自己一列的提问与 {c.chosen!r} 中的不同：{_short(prompt)} 与 {_short(before)}",
             )
         prompt, chosen, rejected = [*system_turns, *before], chosen[common:], rejected[common:]
-    if system := cell(values, c.system).strip():
-        prompt = [Message("system", system), *prompt]
-    if len({m.content for m in prompt if m.role == "system"}) > 1:
-        return Bilingual("has two different system messages", "有两条不同的系统消息")
-    prompt = list(dict.fromkeys(m for m in prompt if m.role == "system")) + [m for m in prompt if m.role != "system"]
-    return _checked(Ranked(tuple(prompt), (tuple(chosen), tuple(rejected)), tools_of(values, c)), c)
+    ranked = Ranked(tuple(prompt), (tuple(chosen), tuple(rejected)), tools_of(values, c))
+    return checked(ranked, values, c, (c.chosen, c.rejected))
 
 
 def _same(prompt: list[Message], before: list[Message]) -> bool:
@@ -134,30 +137,46 @@ def _same(prompt: list[Message], before: list[Message]) -> bool:
     return texts in ([m.text.strip() for m in part] for part in (alone, alone[-1:], alone[:1]))
 
 
-def _checked(ranked: Ranked, c: Columns) -> Result:
-    """The example, or why no answer of it can be learned."""
-    talk = [m for m in ranked.prompt_messages if m.role != "system"]
+def checked(ranked: Ranked, values: Values, c: Columns, columns: Sequence[str]) -> Result:
+    """The example with the row's system message, or why no answer of it can be learned.
+
+    Args:
+        columns: Where each answer is from.
+    """
+    prompt = list(ranked.prompt_messages)
+    if system := cell(values, c.system).strip():
+        prompt = [Message("system", system), *prompt]
+    if len({m.content for m in prompt if m.role == "system"}) > 1:
+        return Bilingual("has two different system messages", "有两条不同的系统消息")
+    talk = [m for m in prompt if m.role != "system"]
+    prompt = [*dict.fromkeys(m for m in prompt if m.role == "system"), *talk]
+    where, where_zh = (" and ".join(map(repr, dict.fromkeys(columns))), " 和 ".join(map(repr, dict.fromkeys(columns))))
     if not talk:
+        way, way_zh = (
+            (f", or put it into both {where}", f"，或把它写进 {where_zh}") if len(set(columns)) > 1 else ("", "")
+        )
         return Bilingual(
-            f"has no question: name its column with data.columns.prompt, or put it into both {c.chosen!r} and "
-            f"{c.rejected!r}",
-            f"没有提问：请用 data.columns.prompt 指定它的列，或把它写进 {c.chosen!r} 和 {c.rejected!r}",
+            f"has no question: name its column with data.columns.prompt{way}",
+            f"没有提问：请用 data.columns.prompt 指定它的列{way_zh}",
         )
     if talk[0].role != "user" or talk[-1].role == "assistant":
-        where, role = ("begins", talk[0].role) if talk[0].role != "user" else ("ends", "assistant")
+        end, role = ("begins", talk[0].role) if talk[0].role != "user" else ("ends", "assistant")
         return Bilingual(
-            f"{where} its question with the {role}: it must begin with the user, and an answer must follow it",
-            f"的提问以 {role} {'开头' if where == 'begins' else '结尾'}：应以 user 开头，并由回答接在后面",
+            f"{end} its question with the {role}: it must begin with the user, and an answer must follow it",
+            f"的提问以 {role} {'开头' if end == 'begins' else '结尾'}：应以 user 开头，并由回答接在后面",
         )
-    for name, answer in zip((c.chosen, c.rejected), ranked.answers, strict=False):
+    for name, answer in zip(columns, ranked.answers, strict=True):
+        if answer[0].role != "assistant":
+            return Bilingual(
+                f"has whole conversations in {name!r}, where answers alone belong",
+                f"的 {name!r} 应只有回答，而不是整段对话",
+            )
         if any(m.role == "assistant" and not m.content.strip() and not m.calls for m in answer):
             return Bilingual(f"has an empty answer in {name!r}", f"的 {name!r} 中有空的回答")
-    if len(set(ranked.words)) < len(ranked.words) and not any(m.calls for a in ranked.answers for m in a):
-        return Bilingual(
-            f"has the same text in {c.chosen!r} and {c.rejected!r}: neither is better",
-            f"的 {c.chosen!r} 和 {c.rejected!r} 文本相同，分不出好坏",
-        )
-    return replace(ranked, answers=tuple(tuple(replace(m, trained=True) for m in a) for a in ranked.answers))
+    if not ranked.pairs:
+        return Bilingual(f"has the same text in {where}: neither is better", f"的 {where_zh} 文本相同，分不出好坏")
+    answers = tuple(tuple(replace(m, trained=True) for m in a) for a in ranked.answers)
+    return replace(ranked, prompt_messages=tuple(prompt), answers=answers)
 
 
 def _short(turns: list[Message]) -> str:

@@ -13,14 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from siliang.config import PreferenceConfig, RunConfig
-from siliang.data.examples import Ranked
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.causal_lm import prompt
-from siliang.tasks.ranked import encoder, show, synthetic_row
+from siliang.tasks.ranked import answers_of, encoder, show, synthetic_row
 from siliang.tasks.task import EntryValues, HeldOutAnswers, Metric, Reply, StepLoss, Task
 from siliang.types import TaskType
 
@@ -102,16 +101,12 @@ def replies(
     settings: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows
 ) -> Iterator[tuple[int, Reply]]:
     """The answer that the model prefers in each pair."""
-    numbers = rows.tokens.column("row").tolist()
     chosen, rejected = rewards(settings, found)
-    for entry, better, worse in zip(found, chosen.tolist(), rejected.tolist(), strict=True):
-        example = rows.examples[numbers[entry]]
-        assert isinstance(example, Ranked)
-        right, wrong = example.words[0], example.words[-1]
-        yield (
-            numbers[entry],
-            Reply(example.prompt_messages[-1].text, right, right if better > worse else wrong, better > worse),
-        )
+    for (number, example, good, bad), better, worse in zip(
+        answers_of(found, rows), chosen.tolist(), rejected.tolist(), strict=True
+    ):
+        correct = better > worse
+        yield number, Reply(example.prompt_messages[-1].text, good, good if correct else bad, correct)
 
 
 def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
@@ -124,7 +119,7 @@ _WITHOUT_LOSS = Task(
     adapter_type=TaskType.CAUSAL_LM,
     data=DataSpec(
         name="preference",
-        layouts=("chosen-rejected", "messages-rejected"),
+        layouts=("chosen-rejected", "messages-rejected", "rejected-messages", "responses", "output-list"),
         columns={"input_ids": NUMBERS, "labels": LABELS},
         encoder=encoder,
         label_per_token=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from siliang.data.conversations import encode, writer
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.entries import Rows, TokenEntry, dropped, token_labels
 from siliang.data.examples import Conversation, Ranked
+from siliang.data.prepared import EvalRows
 from siliang.data.spec import Encode
 from siliang.data.templates import Template
 from siliang.models.tokenizer import Tokenizer
@@ -55,8 +56,7 @@ def encode_ranked(
             if (shorter := shorter.without_oldest_round()) is None:
                 break
             answers = written(shorter.conversations)
-        numbers = range(len(answers))
-        groups = [(i, j) for i in numbers for j in numbers[i + 1 :]] or [(0,)]
+        groups: list[tuple[int, ...]] = [*example.pairs] or [(0,)]
         rows.append(
             [
                 _entry([answers[i] for i in group], sum(before[i] for i in group), data.max_length, len(encoder.start))
@@ -97,6 +97,19 @@ def _entry(answers: list[TokenEntry], before: int, limit: int, keep: int) -> Tok
         "lost": before - len(input_ids),
         "lost_answer": lost,
     }
+
+
+def answers_of(found: Iterable[int], rows: EvalRows) -> Iterator[tuple[int, Ranked, str, str]]:
+    """(number of the example, the example, the better answer, the worse one) of each entry."""
+    numbers: list[int] = rows.tokens.column("row").tolist()
+    first: dict[int, int] = {}
+    for entry, number in enumerate(numbers):
+        first.setdefault(number, entry)
+    for entry in found:
+        example = rows.examples[numbers[entry]]
+        assert isinstance(example, Ranked)
+        better, worse = example.pairs[entry - first[numbers[entry]]]
+        yield numbers[entry], example, example.words[better], example.words[worse]
 
 
 def show(row: Mapping[str, Any], labels: list[str]) -> Shown:

@@ -18,7 +18,7 @@ from siliang.models.spec import ModelSpec
 from siliang.secrets import shortened
 from siliang.tasks.losses import WithLogits
 from siliang.tasks.preference import ACCURACY, MARGIN, verdict
-from siliang.tasks.ranked import encoder
+from siliang.tasks.ranked import answers_of, encoder
 from siliang.tasks.task import EntryValues, Reply, Shown, StepLoss, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
@@ -95,12 +95,9 @@ def measure(found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float
 
 def replies(found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
     """The answer with the higher reward of each pair."""
-    numbers = rows.tokens.column("row").tolist()
-    for entry, kept in found.items():
-        example = rows.examples[numbers[entry]]
-        assert isinstance(example, Ranked)
-        right, wrong, correct = example.words[0], example.words[-1], bool(kept.values[0] > kept.values[1])
-        yield numbers[entry], Reply(example.prompt_messages[-1].text, right, right if correct else wrong, correct)
+    for (number, example, good, bad), kept in zip(answers_of(found, rows), found.values(), strict=True):
+        correct = bool(kept.values[0] > kept.values[1])
+        yield number, Reply(example.prompt_messages[-1].text, good, good if correct else bad, correct)
 
 
 # ---- use ----
@@ -145,7 +142,7 @@ REWARD = Task(
     adapter_type=TaskType.SEQ_CLS,
     data=DataSpec(
         name="reward",
-        layouts=("chosen-rejected", "messages-rejected"),
+        layouts=("chosen-rejected", "messages-rejected", "rejected-messages", "responses", "output-list"),
         columns={"input_ids": NUMBERS},
         encoder=encoder,
         sequences=True,
