@@ -51,7 +51,7 @@ def read_output_list(values: Values, c: Columns) -> Result:
     refuse_media(values)
     if isinstance(listed(values.get(c.output)), str):
         return Bilingual(
-            f"has one answer in {c.output!r}, where a list belongs, the best first; task=causal_lm learns single answers",
+            f"has one answer in {c.output!r}, not a list, the best first; task=causal_lm learns single answers",
             f"的 {c.output!r} 只有一个回答，应为从好到坏的列表；单个回答请用 task=causal_lm 学习",
         )
     answers = _listed(values, c.output)
