@@ -172,7 +172,6 @@ def test_columns_that_are_not_there(header: str, message: str, tmp_path: Path) -
             "id,qid1,qid2,question1,question2,is_duplicate",
             "data.columns.text=question1 data.columns.text_pair=question2 data.columns.label=is_duplicate;",
         ),
-        ("sentence1,sentence2,score", "data.columns.text=sentence1 data.columns.text_pair=sentence2"),
     ],
 )
 def test_both_texts_of_a_pair_are_named(header: str, message: str, tmp_path: Path) -> None:

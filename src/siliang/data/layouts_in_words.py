@@ -5,12 +5,16 @@ from __future__ import annotations
 from siliang.language import Bilingual
 
 PAIRS = (Bilingual("better and worse answers", "较好和较差的回答"), ("preference", "reward"))
+RANKED = (Bilingual("several answers to a prompt, in an order", "同一提问的多个回答及其排序"), ("preference", "reward"))
 TALKS = (Bilingual("conversations", "对话"), ("causal_lm",))
 ANSWERS = (Bilingual("instructions and answers", "指令和回答"), ("causal_lm", "seq_2_seq_lm"))
 RELATED = ("embedding", "reranker")
 IN_WORDS: dict[str, tuple[Bilingual, tuple[str, ...]]] = {
     "chosen-rejected": PAIRS,
     "messages-rejected": PAIRS,
+    "rejected-messages": PAIRS,
+    "responses": RANKED,
+    "output-list": RANKED,
     "messages": TALKS,
     "sharegpt": TALKS,
     "alpaca": ANSWERS,
