@@ -473,7 +473,7 @@ def _chat_template(place: Place) -> Target:
 
     def read(content: bytes) -> None:
         tokenizer.chat_template = content.decode("utf-8", "replace")
-        ChatTemplate(Encoder(tokenizer)).pieces(talk)
+        ChatTemplate(Encoder(tokenizer)).entries([talk])
 
     encoded = (made | slow).map(lambda t: t.encode("utf-8", "surrogatepass"))
     return Target("chat template", [TEMPLATE.encode()], encoded, read)

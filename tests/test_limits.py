@@ -18,7 +18,7 @@ from siliang import IA3Config, LoraConfig, get_peft_model
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
-from siliang.data.jinja import as_chat_template
+from siliang.data.jinja import as_jinja
 from siliang.data.templates import TEMPLATES
 from siliang.language import local
 from siliang.safety import limits
@@ -36,9 +36,9 @@ def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pieces(template: str) -> Any:
-    tokenizer = word_tokenizer()
+    tokenizer: Any = word_tokenizer()
     tokenizer.chat_template = template
-    return ChatTemplate(Encoder(tokenizer)).pieces(TALK)
+    return ChatTemplate(Encoder(tokenizer)).entries([TALK])[0][0].pieces
 
 
 NESTED = (
@@ -86,10 +86,10 @@ def test_a_limit_is_said_in_both_languages() -> None:
 
 
 def test_named_templates_without_one_for_conversations() -> None:
-    tokenizer = word_tokenizer()
+    tokenizer: Any = word_tokenizer()
     tokenizer.chat_template = {"other": "{{ messages }}"}
     with pytest.raises(ModelError, match=r"chat template cannot be used: .*\['other'\]"):
-        ChatTemplate(Encoder(tokenizer)).pieces(TALK)
+        ChatTemplate(Encoder(tokenizer)).entries([TALK])
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,7 @@ TALKS: list[tuple[list[dict[str, Any]], Any]] = [
         [{"type": "function", "function": {"name": "f", "parameters": {"b": "é", "a": {}}}}],
     ),
 ]
+WORDS: Any = word_tokenizer()
 WRITTEN = {
     "all": "{{ messages }} {{ tools }} {{ documents }} {{ bos_token }} {{ add_generation_prompt }}",
     "json": "{{ messages | tojson }} {{ tools | tojson(indent=2) }}"
@@ -155,7 +156,7 @@ WRITTEN = {
     "{{ m.name is defined }}{% endfor %}",
     "words": "{{ 'a b c' | wordwrap(2) }} {{ messages | pprint }} {{ 'x' | center(9) }} {{ [3, 1] | sort }}",
     "year": "{{ strftime_now('%Y-%m') }}",
-    "named": as_chat_template(TEMPLATES["chatml"], Encoder(word_tokenizer())),
+    "named": as_jinja(TEMPLATES["chatml"], Encoder(WORDS)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from siliang.config import RunConfig, differences
+from siliang.data.templates import is_file
 from siliang.language import Bilingual
 from siliang.other_names import written
 from siliang.records import Record, plain
@@ -41,7 +42,7 @@ def as_adjusted(config: RunConfig, record: Record) -> RunConfig:
     values, used = config.model_dump(mode="json"), record.config
     for name, given in record.adjusted.items():
         section, _, last = name.partition(".")
-        if section == "train" and plain(values[section][last]) == given:
+        if section in ("train", "data") and plain(values[section][last]) == given:
             values[section][last] = used[section][last]
     return RunConfig.build(values)
 
@@ -51,7 +52,7 @@ def changed_settings(config: RunConfig, record: Record) -> dict[str, tuple[objec
     do not count."""
     changed = differences(record.config, plain(config.resolved().model_dump(mode="json")))
     changed = {n: pair for n, pair in changed.items() if n not in FILES and not n.startswith("distributed")}
-    if has_template_file(config) and str(record.config["data"]["template"]).endswith((".yaml", ".yml")):
+    if has_template_file(config) and is_file(str(record.config["data"]["template"])):
         changed.pop("data.template", None)
     return changed
 
@@ -65,7 +66,7 @@ def misplaced_settings(config: RunConfig, record: Record) -> dict[str, tuple[obj
 
 def has_template_file(config: RunConfig) -> bool:
     """Whether the template is a file; a template file is recorded with the data."""
-    return config.data.template.endswith((".yaml", ".yml"))
+    return is_file(config.data.template)
 
 
 def in_words(name: str, values: tuple[object, object]) -> Bilingual:

@@ -1,4 +1,4 @@
-"""A named template served as Jinja writes what training wrote."""
+"""A named template served as Jinja writes what training wrote; the families' are in test_named.py."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ import pytest
 from tiny import SHARED, word_tokenizer
 from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer
 
-from siliang.data.conversations import prompt_tokens
+from siliang.data.conversations import prompt_tokens, writer
 from siliang.data.encode import Encoder
 from siliang.data.examples import Call, Conversation, Message
-from siliang.data.jinja import as_chat_template, with_chat_template
-from siliang.data.templates import TEMPLATES, find_template
+from siliang.data.jinja import as_jinja, with_chat_template
+from siliang.data.templates import FIELDS, TEMPLATES
 
 
 def tokenizer(name: str) -> Any:
@@ -26,7 +26,8 @@ def tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-TOOLS = [{"name": "weather", "parameters": {"城": "x"}}]
+OWN = [template.name for template in FIELDS]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"城": "x"}}}]
 TALKS = {
     "one": [("user", "hello {content} 'it' \\n\n"), ("assistant", "yes\n")],
     "system": [("system", 'be\n"brief"'), ("user", "hello"), ("assistant", "yes"), ("user", "a"), ("assistant", "b")],
@@ -36,28 +37,18 @@ TALKS = {
 
 def written(template: str, talk: Conversation, encoder: Encoder, *, prompt: bool = False) -> str:
     """The text of the pieces that training makes tokens of."""
-    tok = encoder.tokenizer
-    eos = tok.convert_ids_to_tokens(encoder.eos)
-    out = ""
-    found = find_template(template)
-    assert found is not None
-    for piece in found.pieces(talk, prompt=prompt):
-        text = piece.text
-        if piece.end:
-            text = text if encoder.marker(text) is not None else eos
-        elif not piece.data:
-            start = "".join(tok.convert_ids_to_tokens(encoder.start))
-            text = text.replace("{start}", start).replace("{bos}", tok.bos_token or "").replace("{eos}", eos)
-        out += text
-    return out
+    write = writer(template, encoder)
+    pieces = write.prompt(talk) if prompt else write.entries([talk])[0][-1].pieces
+    eos = encoder.tokenizer.convert_ids_to_tokens(encoder.need_eos())
+    return "".join(eos if piece.end and encoder.marker(piece.text) is None else piece.text for piece in pieces)
 
 
-@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize("template", OWN)
 @pytest.mark.parametrize("talk", list(TALKS))
 def test_every_named_template(template: str, talk: str) -> None:
-    tok = word_tokenizer()
+    tok: Any = word_tokenizer()
     encoder = Encoder(tok)
-    tok.chat_template = as_chat_template(TEMPLATES[template], encoder)
+    tok.chat_template = as_jinja(TEMPLATES[template], encoder, served=True)
     messages = [{"role": role, "content": text} for role, text in TALKS[talk]]
     conversation = Conversation(tuple(Message(role, text) for role, text in TALKS[talk]))  # type: ignore[arg-type]
     assert tok.apply_chat_template(messages, tokenize=False) == written(template, conversation, encoder)
@@ -66,11 +57,11 @@ def test_every_named_template(template: str, talk: str) -> None:
     assert prompt == written(template, asked, encoder, prompt=True)
 
 
-@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize("template", OWN)
 def test_tools_and_calls(template: str) -> None:
-    tok = word_tokenizer()
+    tok: Any = word_tokenizer()
     encoder = Encoder(tok)
-    tok.chat_template = as_chat_template(TEMPLATES[template], encoder)
+    tok.chat_template = as_jinja(TEMPLATES[template], encoder, served=True)
     call = {"name": "weather", "arguments": {"city": "北京", "n": 1}}
     messages = [
         {"role": "user", "content": "weather?"},
@@ -92,9 +83,10 @@ def test_tools_and_calls(template: str) -> None:
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["minimind", "bert-zh", "llama2"])
-@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize("template", OWN)
 def test_the_prompts_tokens_are_those_of_training(name: str, template: str) -> None:
     """Where the space in front of an answer is the answer's, the served prompt ends before it."""
+    served: Any
     served, said = with_chat_template(tokenizer(name), template, ["alpaca"])
     asked = [{"role": "user", "content": "hello"}]
     ids = served.apply_chat_template(asked, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -104,10 +96,11 @@ def test_the_prompts_tokens_are_those_of_training(name: str, template: str) -> N
 
 
 def test_what_was_not_written_in_a_template_gets_none(tmp_path: Path) -> None:
-    tok = word_tokenizer()
+    tok: Any = word_tokenizer()
     assert with_chat_template(tok, "alpaca", ["text"]) == (tok, "")
     assert with_chat_template(tok, "chat", ["messages"])[0] is tok
     mine = tmp_path / "mine.yaml"
     mine.write_text('user: "Q: {content}\\n"\nassistant: "A: "\n')
+    served: Any
     served, _ = with_chat_template(tok, str(mine), ["text", "messages"])
     assert served.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "Q: a\n"

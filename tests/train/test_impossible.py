@@ -19,8 +19,9 @@ from siliang.check import find, gather_input
 from siliang.cli.main import main
 from siliang.config import RunConfig
 from siliang.data.batch import Batch
+from siliang.data.conversations import writer
+from siliang.data.encode import Encoder
 from siliang.data.examples import conversation
-from siliang.data.templates import TEMPLATES
 from siliang.engine.step import Engine
 from siliang.models.tokenizers import load_tokenizer
 from siliang.run_folder import open_run
@@ -110,7 +111,8 @@ def test_questions_on_contexts_are_packed() -> None:
 
 
 def test_why_packing_is_off_is_a_sentence() -> None:
-    (note,) = Engine(make("deberta"), SEQ_CLS).notes
+    model: Any = make("deberta")
+    (note,) = Engine(model, SEQ_CLS).notes
     assert note.startswith("packing is off: this model cannot run packed rows (")
 
 
@@ -245,8 +247,9 @@ def test_a_merged_model_writes_conversations_as_training_did(model_folders: dict
     train(settings(model_folders["llama"], ASKED, tmp_path / "run", data={"template": "alpaca"}))
     merge(open_run(tmp_path / "run"), tmp_path / "merged")
     tok = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    pieces = TEMPLATES["alpaca"].pieces(conversation("say one", "one two"))
-    wanted = "".join("</s>" if p.end else p.text.replace("{start}", "") for p in pieces)
+    words: Any = word_tokenizer()
+    ((entry,),) = writer("alpaca", Encoder(words)).entries([conversation("say one", "one two")])
+    wanted = "".join(piece.text for piece in entry.pieces)
     talk = [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "one two"}]
     assert tok.apply_chat_template(talk, tokenize=False) == wanted
     train(settings(model_folders["llama"], ASKED, tmp_path / "full", method="full", data={"template": "alpaca"}))

@@ -17,6 +17,7 @@ def count(s: CheckInput) -> dict[str, JsonValue]:
         "layout": s.examples.layout,
         "columns": {**s.examples.columns},
         "more_layouts": {n: {**c} for n, c in s.examples.layouts.items() if n != s.examples.layout},
+        "template": s.prepared.template,
         "not_used": [*s.examples.unused],
         "notes": [*s.examples.notes],
         "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.skipped)},
@@ -26,7 +27,8 @@ def count(s: CheckInput) -> dict[str, JsonValue]:
     if s.task.has_encoder and len(lengths):
         counts["target_length"] = _spread(s.train.learned)
     if not s.task.data.windows and len(lengths) > len(s.examples.train) - s.train.dropped:
-        counts["windows"] = {"all": len(lengths), "of_rows": len(np.unique(s.train.column("row")))}
+        name = "windows" if s.examples.layout == "text" else "entries"
+        counts[name] = {"all": len(lengths), "of_rows": len(np.unique(s.train.column("row")))}
     if s.finds_spans:
         counts["windows"] = {"all": len(lengths), "with_answer": int((s.train.column("end_positions") > 0).sum())}
     if s.task.data.label_per_token and not s.task.has_encoder and tokens:

@@ -86,7 +86,7 @@ class CheckInput:
     @cached_property
     def stops(self) -> list[int]:
         """The tokens that may end an answer."""
-        return stop_tokens(self.tokenizer, template=self.data.template)
+        return stop_tokens(self.tokenizer, template=self.data.template, arguments=self.data.template_arguments)
 
     @cached_property
     def method(self) -> Method:

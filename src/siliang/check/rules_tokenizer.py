@@ -10,8 +10,11 @@ import numpy as np
 
 from siliang.check.finding import Problem, rows_with
 from siliang.check.input import CheckInput
-from siliang.data.templates import CHAT, find_template
+from siliang.data.chat import ChatTemplate
+from siliang.data.examples import Conversation, Message
+from siliang.data.templates import find_template
 from siliang.language import Bilingual
+from siliang.types import DataError
 
 UNKNOWN_SHARE = 0.001
 ROLE_WORD = re.compile(r"<\|?[\w ]+\|?>|\[g?MASK\]|\[(?:CLS|SEP)\]")
@@ -23,7 +26,7 @@ def template_misfit(s: CheckInput) -> Iterator[Problem]:
     Cause: A chat model was trained with one template. Another template, with role words that the tokenizer splits into
     pieces, costs tokens and has to be learned again. For a base model without chat training, any template works.
 
-    Fix: Use data.template=chat if the tokenizer has a chat template. Otherwise use a template whose role words are
+    Fix: Use data.template=auto if the tokenizer has a chat template. Otherwise use a template whose role words are
     single tokens, or plain words (human-assistant, alpaca, vicuna).
 
     模板与模型不符
@@ -31,7 +34,7 @@ def template_misfit(s: CheckInput) -> Iterator[Problem]:
     原因：对话模型是用特定模板训练的。换一种模板，如果角色标记会被分词器拆成几段，既多占词元，又要重新学习。未经对话训练
     的基座模型没有固定模板，用哪种都可以。
 
-    办法：分词器带有对话模板时用 data.template=chat；否则选择角色标记为单个词元的模板，或使用普通文字的模板（
+    办法：分词器带有对话模板时用 data.template=auto；否则选择角色标记为单个词元的模板，或使用普通文字的模板（
     human-assistant、alpaca、vicuna）。
     """
     if not s.task.data.next_token or all(name in ("prepared", "text") for name in s.examples.layouts):
@@ -40,8 +43,7 @@ def template_misfit(s: CheckInput) -> Iterator[Problem]:
     own = getattr(s.tokenizer, "chat_template", None)
     if template is None:
         return
-    fields = (template.begin, template.system, template.user, template.assistant, template.end, template.tool)
-    words = dict.fromkeys(w for f in fields for w in ROLE_WORD.findall(f) if "content" not in w and "tool" not in w)
+    words = dict.fromkeys(ROLE_WORD.findall(_sample(ChatTemplate(s.encoder, template, s.data.template_arguments))))
     split = [w for w in words if s.encoder.marker(w) is None]
     if split:
         n = len(s.encoder.text([split[0]])[0])
@@ -52,13 +54,23 @@ def template_misfit(s: CheckInput) -> Iterator[Problem]:
                 f"{template.name}：这个分词器没有词元 {named}；{split[0]} 会被拆成 {n} 段",
             )
         )
-    elif own and s.data.template != CHAT and not any(w in str(own) for w in words):
+    elif own and not any(w in str(own) for w in words):
         yield Problem(
             Bilingual(
                 f"{template.name} is used, but the tokenizer has its own chat template",
                 f"使用了 {template.name} 模板，而分词器自带对话模板",
             )
         )
+
+
+def _sample(template: ChatTemplate) -> str:
+    """The template's own text in a short conversation, with a system message if it has a place for one."""
+    turns = (Message("user", "a"), Message("assistant", "a"), Message("user", "a"), Message("assistant", "a"))
+    try:
+        entries = template.entries([Conversation((Message("system", "a"), *turns))], split=False)
+    except DataError:
+        entries = template.entries([Conversation(turns)], split=False)
+    return " ".join(piece.text for piece in entries[0][0].pieces if not piece.data)
 
 
 def unknown_tokens(s: CheckInput) -> Iterator[Problem]:

@@ -31,6 +31,7 @@ NAMES = {
     "median": Bilingual("median", "中位数"),
     "longest": Bilingual("longest", "最长"),
     "windows": Bilingual("windows", "窗口"),
+    "entries": Bilingual("entries", "条目"),
     "all": Bilingual("all", "全部"),
     "of_rows": Bilingual("of rows", "来自样本"),
     "with_answer": Bilingual("with answer", "含答案"),
@@ -129,8 +130,10 @@ def _show(subject: CheckInput, findings: list[Finding], counts: dict[str, JsonVa
     console = rich_console(soft_wrap=not sys.stdout.isatty())
     show_examples(console, subject, examples)
     lines = [(both("columns", "列"), local(subject.examples.says_columns))]
+    if (template := subject.prepared.template_in_words) is not None:
+        lines.append((both("template", "模板"), local(template)))
     lines += [(both("note", "说明"), local(line)) for line in subject.examples.notes]
-    hidden = ("layout", "columns", "more_layouts", "not_used", "notes")
+    hidden = ("layout", "columns", "more_layouts", "template", "not_used", "notes")
     lines += [(_word(name), _plain(value)) for name, value in counts.items() if name not in hidden]
     for name, text in lines:
         console.print(f"{padded(name, 18)}{text}", markup=False)

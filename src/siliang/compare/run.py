@@ -166,6 +166,8 @@ class _ComparisonRun:
             )
         )
         self.listener.say(both(f"columns    {columns}", f"列         {columns.zh}"))
+        if (template := subject.prepared.template_in_words) is not None:
+            self.listener.say(both(f"template   {template}", f"模板       {template.zh}"))
         for line in subject.examples.notes:
             self.listener.say(f"           {local(line)}")
         not_pairs = [prompt for prompt in self.config.settings.prompts if len(prompt.split("\t")) != 2]

@@ -37,11 +37,24 @@ LAYOUT_NAMES: tuple[LayoutName, ...] = get_args(LayoutName)  # data/layouts.py r
 
 
 def _template(value: object, info: ValidationInfo) -> object:
-    from siliang.data.templates import find_template
+    from siliang.data.templates import find_template, is_file
 
-    if isinstance(value, str) and not (is_recorded(info) and value.endswith((".yaml", ".yml"))):
+    if isinstance(value, str) and not (is_recorded(info) and is_file(value)):
         value = restore_name(value)
         find_template(value)
+    return value
+
+
+def _arguments(value: object) -> object:
+    taken = ("messages", "tools", "documents", "add_generation_prompt", "loop", "namespace", "bos_token", "eos_token")
+    for name in value if isinstance(value, dict) else ():
+        if not (isinstance(name, str) and name.isidentifier()) or name in taken or name.startswith("_"):
+            raise ConfigError(
+                Bilingual(
+                    f"template_arguments: {name!r} is not a variable that can be set: {', '.join(taken)} cannot.",
+                    f"template_arguments：{name!r} 不是可以设置的变量：不能设置 {'、'.join(taken)}。",
+                )
+            )
     return value
 
 
@@ -278,12 +291,22 @@ class DataConfig(Section):
 
     csv 和 tsv 文件的列分隔符：一个字符，或 tab。auto：逗号（.tsv 用制表符）；表头行明确显示为另一种时用那一种；日志会写
     明用了哪一种。"""
-    template: Annotated[str, BeforeValidator(_template)] = "human-assistant"
-    """The template that turns a conversation into text: human-assistant, alpaca, llama2, chatml, chatglm3, zephyr,
-    vicuna, plain; chat for the chat template of the tokenizer; or your own .yaml file.
+    template: Annotated[str, BeforeValidator(_template)] = "auto"
+    """The template that turns a conversation into text. auto: the tokenizer's own chat template (chat), or
+    human-assistant if it has none; the run says and records which. Others: qwen2, qwen2.5, qwen3, llama3, llama3.1,
+    mistral, mistral-nemo, gemma, gemma3, glm4, deepseek, deepseek-r1, phi3, phi4, yi, internlm, minicpm, alpaca,
+    llama2, chatml, chatglm3, zephyr, vicuna, plain; or your own .yaml or .jinja file.
 
-    把对话变成文本的模板：human-assistant、alpaca、llama2、chatml、chatglm3、zephyr、vicuna、plain；chat 表示用分词器自
-    带的对话模板；也可以是你自己的 .yaml 文件。"""
+    把对话变成文本的模板。auto：使用分词器自带的对话模板（chat），没有时使用 human-assistant；运行会说明并记录用了哪一
+    个。其他：qwen2、qwen2.5、qwen3、llama3、llama3.1、mistral、mistral-nemo、gemma、gemma3、glm4、deepseek、
+    deepseek-r1、phi3、phi4、yi、internlm、minicpm、alpaca、llama2、chatml、chatglm3、zephyr、vicuna、plain；也可以是你
+    自己的 .yaml 或 .jinja 文件。"""
+    template_arguments: Annotated[dict[str, bool | int | float | str], BeforeValidator(_arguments)] = Field(
+        default_factory=dict
+    )
+    """Values of variables of the template, such as {enable_thinking: false}; used in training and afterwards.
+
+    模板变量的值，例如 {enable_thinking: false}；训练和之后的使用都采用。"""
     train_on: Literal["all", "last"] = "all"
     """The assistant's turns to learn: all of them, or the last one.
 

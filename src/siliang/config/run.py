@@ -21,6 +21,7 @@ from siliang.config.quantization import QuantizationConfig
 from siliang.config.section import RECORDED, THE_SETTINGS, Name, Names, Settings, split_names
 from siliang.config.top_values import as_adapter, as_method, as_task
 from siliang.config.train import TrainConfig
+from siliang.data.templates import is_file
 from siliang.files import absolute
 from siliang.language import Bilingual, local, together
 from siliang.safety.safe_yaml import dump_yaml
@@ -367,13 +368,17 @@ class RunConfig(Settings):
                 data[part] = [s | {"path": change(s["path"])} if isinstance(s, dict) else change(s) for s in data[part]]
             elif data[part] is not None:
                 data[part] = change(data[part])
-        if data["template"].endswith((".yaml", ".yml")):
+        if is_file(data["template"]):
             data["template"] = change(data["template"])
         values["method"] = {"name": self.method.name} | self.method.with_files(change)
         values["model"] = change(self.model)
         values["adapter"] = self.adapter and change(self.adapter)
         values["output"] = output
         return RunConfig.build(values)
+
+    def with_template(self, name: str) -> RunConfig:
+        """The same run with a template of this name."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"template": name})})
 
     def to_yaml(self) -> str:
         """The content of run.yaml: all settings, defaults included."""

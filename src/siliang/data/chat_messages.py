@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 
-from siliang.data.examples import Conversation
+from siliang.data.examples import Conversation, Message
+from siliang.language import Bilingual, local
 from siliang.safety.safe_json import JsonError, parse_json
+from siliang.secrets import shortened
+from siliang.types import DataError, message_of
 
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `TalkWithPlaces.words`
 ChatMessage = dict[str, object]  # as transformers has it: role, content, tool_calls ...
@@ -19,7 +23,7 @@ class TalkWithPlaces:
     """A conversation for transformers, once with its texts and once with placeholders.
 
     White space around a text stays outside of its placeholder, and so do the tags of reasoning inside an answer: many
-    templates strip the former and split at the latter.
+    templates strip the former and split at the latter. In tools and calls, only special tokens become placeholders.
 
     Attributes:
         messages: transformers' messages.
@@ -27,6 +31,11 @@ class TalkWithPlaces:
         words: The text for each placeholder.
         numbers: The numbers of each message's placeholders.
         needed: The numbers of texts that the template must write. Many leave out the reasoning of earlier turns.
+        thoughts: By message, the number of its reasoning.
+        tools: What may be called.
+        held_tools: The same, with placeholders.
+        strips: The template may strip texts; otherwise a placeholder stands for a text with its white space.
+        named: What a template that writes tools and calls must write: their names.
     """
 
     messages: list[ChatMessage] = field(default_factory=list)
@@ -34,56 +43,134 @@ class TalkWithPlaces:
     words: list[str] = field(default_factory=list)
     numbers: list[list[int]] = field(default_factory=list)
     needed: list[int] = field(default_factory=list)
+    thoughts: dict[int, int] = field(default_factory=dict)
+    tools: object = None
+    held_tools: object = None
+    strips: bool = True
+    named: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, talk: Conversation, reasoning: str) -> TalkWithPlaces:
+    def of(
+        cls,
+        talk: Conversation,
+        reasoning: str,
+        reserved: re.Pattern[str] | None,
+        *,
+        with_input: bool = False,
+        strips: bool = True,
+    ) -> TalkWithPlaces:
         """
         Args:
             reasoning: The field in which the template looks for it.
+            reserved: Finds the special tokens in a text.
+            strips: The template may strip texts.
+            with_input: The template has a place for the input of an instruction.
+
+        Raises:
+            DataError: Its tools are not JSON.
         """
-        made = cls()
+        tools = tools_of(talk.tools)
+        made = cls(tools=tools, strips=strips)
         for m in talk.messages:
-            made.numbers.append([])
-            message: ChatMessage = {"role": m.role}
-            holder = dict(message)
-            if m.reasoning:
-                message[reasoning], holder[reasoning] = m.reasoning, made._hold(m.reasoning, needed=False)
-            message["content"] = m.text
-            thought = THOUGHT.fullmatch(m.text) if m.role == "assistant" else None
-            if thought is not None:
-                opening, inside, closing, answer = thought.groups()
-                held = made._hold(inside, needed=False)
-                holder["content"] = f"{opening}{held}{closing}{made._hold(answer)}"
-            else:
-                holder["content"] = made._hold(m.text)
-            for name, value in (("name", m.name), ("tool_call_id", m.call_id)):
-                if value:
-                    message[name] = holder[name] = value
-            if m.calls:
-                message["tool_calls"] = holder["tool_calls"] = [
-                    {
-                        "type": "function",
-                        **({"id": c.id} if c.id else {}),
-                        "function": {"name": c.name, "arguments": _arguments(c.arguments)},
-                    }
-                    for c in m.calls
-                ]
-            made.messages.append(message)
-            made.holders.append(holder)
+            made._add(m, reasoning, reserved, with_input=with_input)
+        made.held_tools = made._held(made.tools, reserved)
+        made.named += [str(_function(tool).get("name", "")) for tool in tools or []]
         return made
+
+    def _add(self, m: Message, reasoning: str, reserved: re.Pattern[str] | None, *, with_input: bool) -> None:
+        self.numbers.append([])
+        message: ChatMessage = {"role": m.role}
+        holder = dict(message)
+        if m.reasoning:
+            message[reasoning], holder[reasoning] = m.reasoning, self._hold_thought(m.reasoning)
+        message["content"] = m.text
+        thought = THOUGHT.fullmatch(m.text) if m.role == "assistant" else None
+        if thought is not None:
+            opening, inside, closing, answer = thought.groups()
+            holder["content"] = f"{opening}{self._hold_thought(inside)}{closing}{self._hold(answer)}"
+        elif m.input and with_input:
+            message |= {"instruction": m.content, "input": m.input}
+            holder |= {"instruction": self._hold(m.content), "input": self._hold(m.input)}
+            holder["content"] = f"{holder['instruction']}\n{holder['input']}"
+        else:
+            holder["content"] = self._hold(m.text)
+        for name, value in (("name", m.name), ("tool_call_id", m.call_id)):
+            if value:
+                message[name] = holder[name] = value
+        if m.calls:
+            calls: list[object] = [
+                {
+                    "type": "function",
+                    **({"id": c.id} if c.id else {}),
+                    "function": {"name": c.name, "arguments": _arguments(c.arguments)},
+                }
+                for c in m.calls
+            ]
+            message["tool_calls"], holder["tool_calls"] = calls, self._held(calls, reserved)
+            self.named += [c.name for c in m.calls]
+        self.messages.append(message)
+        self.holders.append(holder)
 
     def _hold(self, text: str, *, needed: bool = True) -> str:
         """The text with a placeholder in its place; white space around it stays."""
-        core = text.strip()
-        if not core:
+        if not text.strip():
             return text
-        number = len(self.words)
-        self.words.append(core)
-        self.numbers[-1].append(number)
+        core = text.strip() if self.strips else text
+        place, start = self._place(core), text.index(core)
+        self.numbers[-1].append(len(self.words) - 1)
         if needed:
-            self.needed.append(number)
-        start = text.index(core)
-        return f"{text[:start]}{OPEN}{number}{CLOSE}{text[start + len(core) :]}"
+            self.needed.append(len(self.words) - 1)
+        return f"{text[:start]}{place}{text[start + len(core) :]}"
+
+    def _place(self, text: str) -> str:
+        self.words.append(text)
+        return f"{OPEN}{len(self.words) - 1}{CLOSE}"
+
+    def _hold_thought(self, text: str) -> str:
+        held = self._hold(text, needed=False)
+        if held != text:
+            self.thoughts[len(self.messages)] = self.numbers[-1][-1]
+        return held
+
+    def _held(self, value: object, reserved: re.Pattern[str] | None) -> object:
+        """JSON with placeholders for the special tokens in it."""
+        if reserved is None or not reserved.search(json.dumps(value, ensure_ascii=False)):
+            return value
+        if isinstance(value, str):
+            return reserved.sub(lambda found: self._place(found[0]), value)
+        if isinstance(value, list):
+            return [self._held(one, reserved) for one in value]
+        if isinstance(value, dict):
+            return {str(self._held(key, reserved)): self._held(one, reserved) for key, one in value.items()}
+        return value
+
+
+def tools_of(text: str) -> Tools:
+    """The tools of a conversation, each as {"type": "function", "function": {...}}.
+
+    Raises:
+        DataError: They are not JSON.
+    """
+    if not text:
+        return None
+    try:
+        tools = parse_json(text, foreign=True)
+    except JsonError as error:
+        raise DataError(
+            Bilingual(
+                f"has tools that are not JSON: {shortened(text, 60)!r} ({error})",
+                f"的工具不是 JSON：{shortened(text, 60)!r}（{local(message_of(error), 'zh')}）",
+            )
+        ) from None
+    tools = tools if isinstance(tools, list) else [tools]
+    return [
+        t if isinstance(t, dict) and "function" in t else {"type": "function", "function": t} for t in tools
+    ] or None
+
+
+def _function(tool: dict[str, object]) -> dict[str, object]:
+    function = tool.get("function")
+    return function if isinstance(function, dict) else {}
 
 
 def _arguments(text: str) -> object:

@@ -5,83 +5,116 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from siliang.config import DataConfig
-from siliang.data.chat import ChatTemplate
+from siliang.data.chat import ChatTemplate, Written
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.entries import Rows, TokenEntry, dropped, token_labels
 from siliang.data.examples import Conversation, Example, Message, Prepared, Text
-from siliang.data.templates import Piece, Template, find_template
+from siliang.data.jinja import Arguments
+from siliang.data.templates import Piece, find_template, template_for
 from siliang.language import Bilingual
 from siliang.models.tokenizer import Tokenizer
 from siliang.types import DataError
 
 
-def writer(name: str, encoder: Encoder) -> Template | ChatTemplate:
+def writer(name: str, encoder: Encoder, arguments: Arguments | None = None) -> ChatTemplate:
     """The template of that name, ready to write pieces.
 
+    Args:
+        arguments: Values of the template's variables.
+
     Raises:
-        ConfigError: There is no such template.
+        ConfigError: There is no such template, or it has no such variable.
         DataError: It is `chat`, and the tokenizer has none.
     """
-    return find_template(name) or ChatTemplate(encoder)
+    name = template_for(name, getattr(encoder.tokenizer, "chat_template", None))
+    return ChatTemplate(encoder, find_template(name), arguments)
 
 
-def prompt_tokens(question: str | Conversation, tokenizer: Tokenizer, *, template: str, input: str = "") -> list[int]:
+def prompt_tokens(
+    question: str | Conversation,
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    input: str = "",
+    arguments: Arguments | None = None,
+) -> list[int]:
     """The tokens in front of the assistant's next answer: in training without label, in generation the input."""
     talk = Conversation((Message("user", question, input),)) if isinstance(question, str) else question
     encoder = Encoder(tokenizer)
-    write = writer(template, encoder)
-    return encoder.prompt(write.pieces(talk, prompt=True), own_spacing=isinstance(write, ChatTemplate))
+    write = writer(template, encoder, arguments)
+    return encoder.prompt(write.prompt(talk), own_spacing=write.own_spacing)
 
 
-def stop_tokens(tokenizer: Tokenizer, *, template: str) -> list[int]:
+def stop_tokens(tokenizer: Tokenizer, *, template: str, arguments: Arguments | None = None) -> list[int]:
     """The tokens that end an answer in this template, and the tokenizer's own end of sequence."""
     encoder = Encoder(tokenizer)
-    write = writer(template, encoder)
+    write = writer(template, encoder, arguments)
     # ChatGLM3's answers end with the token of the next role, and only the last one with </s>
     talk = Conversation(
         (Message("user", "a"), Message("assistant", "a"), Message("user", "a"), Message("assistant", "a"))
     )
-    (_, labels), *_ = encoder.rows([write.pieces(talk)], own_spacing=isinstance(write, ChatTemplate))
-    ends = [a for a, b in zip(labels, [*labels[1:], IGNORED], strict=True) if a != IGNORED and b == IGNORED]
+    ends: list[int] = []
+    (entries,) = write.entries([talk])
+    for _, labels in encoder.rows([entry.pieces for entry in entries], own_spacing=write.own_spacing):
+        ends += [a for a, b in zip(labels, [*labels[1:], IGNORED], strict=True) if a != IGNORED and b == IGNORED]
     return list(dict.fromkeys([ends[-1], *ends, encoder.need_eos()]))
 
 
 def encode(
-    encoder: Encoder, write: Template | ChatTemplate, data: DataConfig, examples: Sequence[Example]
+    encoder: Encoder, write: ChatTemplate, data: DataConfig, examples: Sequence[Example], *, split: bool = True
 ) -> list[Rows]:
-    """Texts, conversations and prepared rows, each as one entry, or a long text as several; see `tokens.tokenize`."""
-    own_spacing = isinstance(write, ChatTemplate)
-    written = [e for e in examples if not isinstance(e, Prepared)]
-    pieces = _write(written, write, data)
-    encoded = iter(encoder.rows(pieces, own_spacing=own_spacing))
-    sizes = map(encoder.learned_bytes, pieces)
+    """Texts, conversations and prepared rows, each as one entry, or several: windows of a long text, or answers that
+    the template writes otherwise when they are no longer the last (`ChatTemplate.entries`). See `tokens.tokenize`."""
+    written = _write([e for e in examples if not isinstance(e, Prepared)], write, data, split=split)
+    pieces = [entry.pieces for entries in written for entry in entries]
+    encoded, sizes = iter(encoder.rows(pieces, own_spacing=write.own_spacing)), map(encoder.learned_bytes, pieces)
+    parts = iter(written)
     rows: list[Rows] = []
     for example in examples:
-        nbytes: int | None = None  # of what is learned
         if isinstance(example, Prepared):
             ids, labels = list(example.input_ids), list(example.labels or example.input_ids)
-        else:
-            (ids, labels), nbytes = next(encoded), next(sizes)
-        whole = isinstance(example, Text) or (isinstance(example, Prepared) and labels == ids)
-        made: list[TokenEntry]
-        if len(ids) <= data.max_length:
-            made = [{"input_ids": ids, "labels": labels}]
-        elif data.too_long == "drop":
-            rows.append(dropped(labels=[]))
+            rows.append(_fitted(example, ids, labels, None, encoder, write, data))
             continue
-        elif whole and data.long_text == "window":
-            made = windows(ids, data.max_length, shared_tokens(data))
-        elif isinstance(example, Prepared):
-            over, lost = len(ids) - data.max_length, sum(x != IGNORED for x in labels[data.max_length :])
-            ids, cut = ids[: data.max_length], labels[: data.max_length]
-            made = [{"input_ids": ids, "labels": cut, "lost": over, "lost_answer": lost}]
-        else:
-            made = [_shorten(example, ids, labels, encoder, write, data)]
-        for entry in made:
-            entry["bytes"] = 0
-        made[0]["bytes"] = _predicted_bytes(encoder, nbytes, labels, made)
-        rows.append(made)
+        made: list[TokenEntry] = []
+        for entry in next(parts):
+            part = entry.of(example) if isinstance(example, Conversation) else example
+            made += _fitted(part, *next(encoded), next(sizes), encoder, write, data)
+        rows.append([entry for entry in made if "row" not in entry] or made[:1])  # those that are not left out
     return rows
+
+
+def _fitted(
+    example: Example,
+    ids: list[int],
+    labels: list[int],
+    nbytes: int | None,
+    encoder: Encoder,
+    write: ChatTemplate,
+    data: DataConfig,
+) -> list[TokenEntry]:
+    """An entry of at most max_length tokens; several of a long text; or that it is left out.
+
+    Args:
+        nbytes: Of the text that is learned; None where it is not known.
+    """
+    whole = isinstance(example, Text) or (isinstance(example, Prepared) and labels == ids)
+    made: list[TokenEntry]
+    if len(ids) <= data.max_length:
+        made = [{"input_ids": ids, "labels": labels}]
+    elif data.too_long == "drop":
+        return dropped(labels=[])
+    elif whole and data.long_text == "window":
+        made = windows(ids, data.max_length, shared_tokens(data))
+    elif isinstance(example, Prepared):
+        over, lost = len(ids) - data.max_length, sum(x != IGNORED for x in labels[data.max_length :])
+        ids, cut = ids[: data.max_length], labels[: data.max_length]
+        made = [{"input_ids": ids, "labels": cut, "lost": over, "lost_answer": lost}]
+    else:
+        made = [_shorten(example, ids, labels, encoder, write, data)]
+    for entry in made:
+        entry["bytes"] = 0
+    made[0]["bytes"] = _predicted_bytes(encoder, nbytes, labels, made)
+    return made
 
 
 def shared_tokens(data: DataConfig) -> int:
@@ -122,8 +155,8 @@ def _predicted_bytes(encoder: Encoder, whole: int | None, labels: list[int], ent
     return round(whole * encoder.decoded_bytes(kept) / decoded) if decoded else 0
 
 
-def _write(examples: Sequence[Example], write: Template | ChatTemplate, data: DataConfig) -> list[list[Piece]]:
-    """The pieces of texts and conversations."""
+def _write(examples: Sequence[Example], write: ChatTemplate, data: DataConfig, *, split: bool) -> list[list[Written]]:
+    """The entries of texts and conversations."""
     talks = [e for e in examples if isinstance(e, Conversation)]
     for talk in talks:
         answers = (m for m in reversed(talk.messages) if m.role == "assistant")
@@ -134,11 +167,8 @@ def _write(examples: Sequence[Example], write: Template | ChatTemplate, data: Da
                     "的最后一个答案标为不学习，而 data.train_on=last 只学习它",
                 )
             )
-    if isinstance(write, ChatTemplate):
-        written = iter(write.pieces_of_all(talks, train_on=data.train_on))
-    else:
-        written = (write.pieces(talk, train_on=data.train_on) for talk in talks)
-    return [_plain(e) if isinstance(e, Text) else next(written) for e in examples]
+    written = iter(write.entries(talks, train_on=data.train_on, split=split))
+    return [[Written(_plain(e))] if isinstance(e, Text) else next(written) for e in examples]
 
 
 def _plain(text: Text) -> list[Piece]:
@@ -151,7 +181,7 @@ def _shorten(
     ids: list[int],
     labels: list[int],
     encoder: Encoder,
-    write: Template | ChatTemplate,
+    write: ChatTemplate,
     data: DataConfig,
 ) -> TokenEntry:
     """A row of at most max_length tokens; see `tokenize` for what goes first."""
@@ -161,7 +191,8 @@ def _shorten(
         if shorter is None:
             break
         example = shorter
-        (ids, labels), *_ = encoder.rows(_write([example], write, data), own_spacing=isinstance(write, ChatTemplate))
+        ((entry,),) = write.entries([example], train_on=data.train_on, split=False)
+        ((ids, labels),) = encoder.rows([entry.pieces], own_spacing=write.own_spacing)
     ids, labels = cut_row(ids, labels, data.max_length, len(encoder.start))
     lost = learned - sum(x != IGNORED for x in labels)
     return {"input_ids": ids, "labels": labels, "lost": before - len(ids), "lost_answer": lost}

@@ -92,8 +92,7 @@ class Encoder:
         """(tokens, labels) of each row of pieces; all texts go through the tokenizer at once.
 
         Args:
-            own_spacing: After <s> do as the tokenizer does with a whole text (chat templates), instead of beginning
-                anew as the models' own code does (named templates).
+            own_spacing: After <s> do as the tokenizer does with a whole text, instead of beginning anew.
         """
         parsed = [self._runs(row, own_spacing) for row in rows]
         wanted = list(dict.fromkeys(part for runs in parsed for run in runs for part in run.parts))
@@ -164,7 +163,7 @@ class Encoder:
             # at the beginning of a text the tokenizer's own space belongs there; the models' own code begins a new text
             # after each <s>, while a tokenizer that is given the whole does not
             bos = self.tokenizer.bos_token_id
-            fresh = not before.ids or (not own_spacing and before.ids in (self.start, [bos]))
+            fresh = not before.ids or (not own_spacing and before.ids in (self.start, self.start[-1:], [bos]))
             if not fresh and not self._space_after_marker:
                 run.guard = "\n"
         elif before.text.endswith(" "):

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from siliang.config import DataConfig
 from siliang.data.example_set import ExampleSet, bad_rows_message
 from siliang.data.examples import Example, Span
+from siliang.data.jinja import SERVED_LAYOUTS
 from siliang.data.spec import DataSpec
+from siliang.data.templates import AUTO, CHAT, template_for
 from siliang.language import Bilingual
 from siliang.models.tokenizer import Tokenizer
 from siliang.types import DataError
@@ -110,6 +112,30 @@ class PreparedData:
     def unanswered(self) -> bool:
         """Some training questions have no answer in their context."""
         return has_unanswered(self.examples.train)
+
+    @property
+    def template(self) -> str | None:
+        """The name of the template that is used, which `auto` does not say; None where the task uses none."""
+        if not self.spec.templated:
+            return None
+        return template_for(self.settings.template, getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def template_in_words(self) -> Bilingual | None:
+        """Which template is used, and why; None where the rows need none."""
+        name = self.template
+        if name is None or all(layout in SERVED_LAYOUTS for layout in self.examples.layouts):
+            return None
+        given = ", ".join(f"{key}={value}" for key, value in self.settings.template_arguments.items())
+        own = name == CHAT
+        called = (
+            Bilingual("the tokenizer's own chat template", "分词器自带的对话模板") if own else Bilingual(name, name)
+        )
+        why = Bilingual("", "")
+        if self.settings.template == AUTO and not own:
+            why = Bilingual("; the tokenizer has no chat template of its own", "；分词器没有自带的对话模板")
+        with_given = f" ({given})" if given else ""
+        return Bilingual(f"{called}{with_given}{why}", f"{called.zh}{with_given}{why.zh}")
 
     @property
     def in_windows(self) -> bool:

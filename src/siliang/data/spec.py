@@ -56,6 +56,7 @@ class DataSpec:
         windows: A text that is too long always becomes several entries.
         sequences: An entry is several sequences that stay in one batch, such as a chosen and a rejected answer: one
             behind the other in `input_ids`, their lengths in the column `sequences`.
+        templated: Conversations are written in a template (`data.template`).
         one_layout: Sources of different layouts cannot be mixed.
         adapt: Turns the example that a layout gives into this task's kind, or says what is wrong with it.
     """
@@ -69,6 +70,7 @@ class DataSpec:
     next_token: bool = False
     windows: bool = False
     sequences: bool = False
+    templated: bool = False
     one_layout: bool = False
     adapt: Callable[[Example], Example | str] | None = None
     encoded_with: str = ""

@@ -1,26 +1,27 @@
-"""How a conversation becomes text: named templates, and the user's own in a few lines of yaml.
+"""What turns a conversation into text: the named templates, and the user's own.
 
-A template writes a conversation as *pieces*: text of the template, in which markers such as <|user|> or {eos} become
-single tokens, and text of the data, which is never a marker. Each piece has a flag whether it is learned.
-The tokenizer's own chat template, which comes as Jinja, is in chat.py and writes the same pieces.
+A named template is a chat template (Jinja), in a file of named/ or in a few fields here; the user's own is either, too.
+All of them, and the tokenizer's own, go the same way (chat.py): they write *pieces*, text of the template, in which
+markers such as <|user|> become single tokens, and text of the data, which is never a marker.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
-from siliang.data.examples import Call, Conversation, Message
 from siliang.language import Bilingual
-from siliang.safety.safe_json import JsonError, parse_json
 from siliang.safety.safe_yaml import read_yaml
-from siliang.types import ConfigError, DataError, nearest
+from siliang.types import ConfigError, first_line, nearest
 
-CHAT = "chat"
+AUTO = "auto"  # the tokenizer's own where it has one, otherwise DEFAULT
+CHAT = "chat"  # the tokenizer's own
+DEFAULT = "human-assistant"
+FILES = (".yaml", ".yml", ".jinja")  # of the user's own templates
+BORDER = "\uf8f2"  # a private character between texts that are tokenized apart
+NAMED = Path(__file__).with_name("named")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Template:
-    """A named template. Each field is text with {placeholders}; {bos} and {eos} are the tokenizer's own tokens.
+class FieldTemplate:
+    """A template in a few fields. Each is text with {placeholders}; {bos} and {eos} are the tokenizer's own tokens.
 
     Attributes:
         begin: Text at the beginning. {start}: the tokens that the tokenizer adds before every text.
@@ -86,135 +87,30 @@ class Template:
     reasoning: str = ""
     apart: bool = False
 
-    def pieces(
-        self, talk: Conversation, *, train_on: Literal["all", "last"] = "all", prompt: bool = False
-    ) -> list[Piece]:
-        """The conversation as pieces.
 
-        Args:
-            prompt: Stop where the assistant's next answer would begin.
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A template in Jinja, as a tokenizer's chat template is.
 
-        Raises:
-            DataError: The template has no place for something in the conversation.
-        """
-        out = [Piece(self.begin)]
-        self._refuse(talk)
-        system, turns = self._system(talk)
-        inside: list[Piece] = []
-        if system:
-            written = self._fill(self.system, content=system)
-            if self.system_inside:
-                inside = written
-            else:
-                out += written
-        last = max((i for i, m in enumerate(turns) if m.role == "assistant"), default=-1)
-        for i, message in enumerate(turns):
-            before = turns[i - 1].role if i else None
-            if message.role == "assistant":
-                if before == "assistant":
-                    out.append(Piece(self.between))
-                trained = message.trained and (train_on == "all" or i == last)
-                out += [Piece(self.assistant), *self._answer(message, trained)]
-                continue
-            if before == "assistant":
-                out.append(Piece(self.between))
-            if message.role == "tool":
-                out += self._fill(self.tool or self.user, content=message.content)
-            elif self.user_with_input and message.input:
-                out += self._fill(self.user_with_input, instruction=message.content, input=message.input)
-            else:
-                out += self._fill(self.user, inside, content=message.text)
-                inside = []
-        if prompt:
-            out.append(Piece(self.assistant))
-        out = [p for p in out if p.text or p.end]
-        return [dataclasses.replace(p, alone=True) for p in out] if self.apart else out
+    Attributes:
+        end: The marker that ends an answer. A tokenizer that does not have it has its end of sequence there.
+    """
 
-    def _refuse(self, talk: Conversation) -> None:
-        spoken = [m.role for m in talk.messages]
-        first = next((i for i, role in enumerate(spoken) if role != "system"), len(spoken))
-        if "system" in spoken[first:]:
-            raise DataError(
-                Bilingual(
-                    f"has a system message in turn {spoken.index('system', first) + 1}, and the template "
-                    f"{self.name} has a "
-                    "place for it in front of the conversation only",
-                    f"的第 {spoken.index('system', first) + 1} 轮是系统消息，而模板 {self.name} 只在对话开头有它的位置",
-                )
-            )
-        if not self.reasoning and any(m.reasoning for m in talk.messages):
-            raise DataError(
-                Bilingual(
-                    f"has reasoning with an answer, which the template {self.name} does not support: use "
-                    "data.template=chat with a reasoning model, or your own template with `reasoning`",
-                    f"的答案带有思考过程，而模板 {self.name} 不支持："
-                    "请用推理模型和 data.template=chat，或自己写含 `reasoning` 的模板",
-                )
-            )
-
-    def _system(self, talk: Conversation) -> tuple[str, list[Message]]:
-        given = [m.content for m in talk.messages if m.role == "system"]
-        turns = [m for m in talk.messages if m.role != "system"]
-        with_input = bool(turns) and bool(turns[0].input) and bool(self.default_system_with_input)
-        system = "\n".join(given) or (self.default_system_with_input if with_input else self.default_system)
-        if talk.tools:
-            system = "\n\n".join(filter(None, [system, self.tools.replace("{tools}", talk.tools)]))
-        return system, turns
-
-    def _answer(self, message: Message, trained: bool) -> list[Piece]:
-        call = message.calls[0] if message.calls else None
-        lead = Piece(self.lead.replace("{name}", call.name if call else ""), trained=trained, answer=True)
-        words = "\n".join([*filter(None, [message.content]), *(self._call(c) for c in message.calls)])
-        thought = self._fill(self.reasoning, reasoning=message.reasoning) if message.reasoning else []
-        before = [dataclasses.replace(p, trained=trained, answer=True) for p in thought]
-        return [
-            lead,
-            *before,
-            Piece(words, data=True, trained=trained, answer=True),
-            Piece(self.end, trained=trained, end=True),
-        ]
-
-    def _call(self, call: Call) -> str:
-        arguments = call.arguments
-        if "{arguments_python}" in self.call:
-            return self.call.replace("{name}", call.name).replace("{arguments_python}", _as_python(arguments))
-        return self.call.replace("{name}", call.name).replace("{arguments}", arguments)
-
-    def _fill(self, text: str, inside: Iterable[Piece] = (), **words: str) -> list[Piece]:
-        """A field's text as pieces, with the data's words in the placeholders; `inside` goes in front of the first."""
-        pieces: list[Piece] = []
-        rest = text
-        while rest:
-            places = [(rest.find("{" + name + "}"), name) for name in words]
-            at, name = min((p for p in places if p[0] >= 0), default=(-1, ""))
-            if at < 0:
-                pieces.append(Piece(rest))
-                break
-            if at:
-                pieces.append(Piece(rest[:at]))
-            pieces += inside
-            inside = ()
-            pieces.append(Piece(words[name], data=True))
-            rest = rest[at + len(name) + 2 :]
-        return pieces
+    name: str
+    text: str
+    end: str = ""
 
 
-def _as_python(arguments: str) -> str:
-    """{"a": 1} as a='...' for ChatGLM3, whose calls look like Python."""
-    try:
-        values = parse_json(arguments, foreign=True)
-    except JsonError:
-        return arguments
-    return ", ".join(f"{k}={v!r}" for k, v in values.items()) if isinstance(values, dict) else arguments
+Template = FieldTemplate | JinjaTemplate
 
 
-HUMAN_ASSISTANT = Template(
+HUMAN_ASSISTANT = FieldTemplate(
     name="human-assistant",  # the tutorials of bloom-1b4-zh
     user="Human: {content}\n\n",
     assistant="Assistant: ",
 )
 
-ALPACA = Template(
+ALPACA = FieldTemplate(
     name="alpaca",  # tatsu-lab/stanford_alpaca
     default_system=(
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -228,7 +124,7 @@ ALPACA = Template(
     assistant="### Response:\n",
 )
 
-LLAMA2 = Template(
+LLAMA2 = FieldTemplate(
     name="llama2",  # meta-llama/llama, generation.py; the space in front of </s> is left out: it would not be learned
     begin="",
     system="<<SYS>>\n{content}\n<</SYS>>\n\n",
@@ -238,7 +134,7 @@ LLAMA2 = Template(
     between="",
 )
 
-CHATML = Template(
+CHATML = FieldTemplate(
     name="chatml",
     begin="",
     system="<|im_start|>system\n{content}<|im_end|>\n",
@@ -257,7 +153,7 @@ CHATML = Template(
     reasoning="<think>\n{reasoning}\n</think>\n\n",
 )
 
-CHATGLM3 = Template(
+CHATGLM3 = FieldTemplate(
     name="chatglm3",  # THUDM/ChatGLM3: the model writes the line break in front of its answer, after a tool's name
     begin="[gMASK]sop",
     system="<|system|>\n{content}",
@@ -271,7 +167,7 @@ CHATGLM3 = Template(
     apart=True,
 )
 
-ZEPHYR = Template(
+ZEPHYR = FieldTemplate(
     name="zephyr",
     begin="",
     system="<|system|>\n{content}{eos}\n",
@@ -280,7 +176,7 @@ ZEPHYR = Template(
     between="\n",
 )
 
-VICUNA = Template(
+VICUNA = FieldTemplate(
     name="vicuna",  # lm-sys/FastChat, vicuna_v1.1
     default_system=(
         "A chat between a curious user and an artificial intelligence assistant. "
@@ -292,36 +188,75 @@ VICUNA = Template(
     between="",
 )
 
-PLAIN = Template(name="plain", user="{content}", assistant="", between="\n", system="{content}\n")
+PLAIN = FieldTemplate(name="plain", user="{content}", assistant="", between="\n", system="{content}\n")
 
-TEMPLATES: dict[str, Template] = {
-    t.name: t for t in (HUMAN_ASSISTANT, ALPACA, LLAMA2, CHATML, CHATGLM3, ZEPHYR, VICUNA, PLAIN)
+FIELDS = (HUMAN_ASSISTANT, ALPACA, LLAMA2, CHATML, CHATGLM3, ZEPHYR, VICUNA, PLAIN)
+
+# The model families whose official template is in named/, and what ends an answer there
+FAMILIES = {
+    "qwen2": "<|im_end|>",
+    "qwen2.5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "llama3.1": "<|eot_id|>",
+    "mistral": "",
+    "mistral-nemo": "",
+    "gemma": "<end_of_turn>",
+    "gemma3": "<end_of_turn>",
+    "glm4": "<|user|>",
+    "deepseek": "<｜end▁of▁sentence｜>",
+    "deepseek-r1": "<｜end▁of▁sentence｜>",
+    "phi3": "<|end|>",
+    "phi4": "<|im_end|>",
+    "yi": "<|im_end|>",
+    "internlm": "<|im_end|>",
+    "minicpm": "<|im_end|>",
+}
+
+TEMPLATES: dict[str, Template] = {t.name: t for t in FIELDS} | {
+    name: JinjaTemplate(name, (NAMED / f"{name}.jinja").read_text(encoding="utf-8"), end)
+    for name, end in FAMILIES.items()
 }
 
 
+def template_for(name: str, own: object) -> str:
+    """The name of the template that is used: `auto` is the tokenizer's own, or the default.
+
+    Args:
+        own: The tokenizer's chat template, if it has one.
+    """
+    return (CHAT if own else DEFAULT) if name == AUTO else name
+
+
+def is_file(name: str) -> bool:
+    """The template is a file of the user's own."""
+    return name.endswith(FILES)
+
+
 def find_template(name: str) -> Template | None:
-    """The template of that name, or in that .yaml file; None for `chat`, the tokenizer's own.
+    """The template of that name, or in that file; None for `chat`, the tokenizer's own, and for `auto`.
 
     Raises:
         ConfigError: There is none, or the file does not hold one.
     """
-    if name == CHAT:
+    if name in (CHAT, AUTO):
         return None
-    if name.endswith((".yaml", ".yml")):
+    if is_file(name):
         return read_template(Path(name))
     if name not in TEMPLATES:
-        allowed = ", ".join([*TEMPLATES, CHAT])
+        names = [AUTO, CHAT, *TEMPLATES]
+        allowed = ", ".join(names)
         raise ConfigError(
             Bilingual(
-                f"template {name!r} is not one of {allowed}, nor a .yaml file.{nearest(name, [*TEMPLATES, CHAT])}",
-                f"模板 {name!r} 不是 {allowed} 之一，也不是 .yaml 文件。{nearest(name, [*TEMPLATES, CHAT]).zh}",
+                f"template {name!r} is not one of {allowed}, nor a .yaml or .jinja file.{nearest(name, names)}",
+                f"模板 {name!r} 不是 {allowed} 之一，也不是 .yaml 或 .jinja 文件。{nearest(name, names).zh}",
             )
         )
     return TEMPLATES[name]
 
 
 def read_template(path: Path) -> Template:
-    """A template of the user's own: `user` and `assistant`, and any other field of `Template` that differs.
+    """A template of the user's own: Jinja; or `user` and `assistant`, and any other field that differs.
 
     Raises:
         ConfigError: The file is not there, or does not hold a template.
@@ -332,8 +267,10 @@ def read_template(path: Path) -> Template:
 
 @lru_cache(maxsize=8)
 def _read_template(path: Path, stamp: int) -> Template:
+    if path.suffix == ".jinja":
+        return JinjaTemplate(path.stem, _read_jinja(path))
     values = read_yaml(path)
-    fields = {f.name: f for f in dataclasses.fields(Template) if f.name != "name"}
+    fields = {f.name: f for f in dataclasses.fields(FieldTemplate) if f.name != "name"}
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(
@@ -367,4 +304,13 @@ def _read_template(path: Path, stamp: int) -> Template:
                     f"{path}：{key} = {values[key]!r} 须用 {{{place}}} 指明文字的位置。",
                 )
             )
-    return Template(name=path.stem, **values)
+    return FieldTemplate(name=path.stem, **values)
+
+
+def _read_jinja(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            Bilingual(f"{path}: cannot be read: {first_line(error)}", f"{path}：无法读取：{first_line(error)}")
+        ) from None

@@ -12,17 +12,25 @@ from pathlib import Path
 from siliang.config import DataConfig
 from siliang.data.example_set import ExampleSet
 from siliang.data.spec import DataSpec
-from siliang.data.templates import find_template
+from siliang.data.templates import find_template, template_for
 from siliang.models.tokenizer import Tokenizer
 
-SETTINGS = ("train_on", "max_length", "max_target_length", "stride", "too_long", "long_text")  # that decide on tokens
+SETTINGS = (
+    "template_arguments",
+    "train_on",
+    "max_length",
+    "max_target_length",
+    "stride",
+    "too_long",
+    "long_text",
+)  # that decide on tokens
 
 
 def key_of(
     examples: ExampleSet, tokenizer: Tokenizer, data: DataConfig, spec: DataSpec, labels: list[str] | None, judged: bool
 ) -> str:
     """What the tokens depend on, as a hash: the examples, the tokenizer, the template, the limits, this code."""
-    template = find_template(data.template)
+    template = find_template(template_for(data.template, getattr(tokenizer, "chat_template", None)))
     settings = [
         *map(code_hash, code_folders(spec)),
         spec.name,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from siliang.config import EvaluationConfig, RunConfig
+from siliang.data.examples import Conversation, Message
 from siliang.data.prepared import EvalRows
 from siliang.data.task_column import TASK_IDS
 from siliang.data.tokens import TokenSet
@@ -257,7 +258,7 @@ def _options(model: Any, tokenizer: Any, config: RunConfig, task: Task) -> dict[
     options |= one_plain_answer(model)
     if task.decoder_only:
         assert task.prompt is not None
-        _, options["eos_token_id"] = task.prompt(tokenizer, config.data.template, "a", "", False)
+        _, options["eos_token_id"] = task.prompt(tokenizer, config.data, Conversation((Message("user", "a"),)))
     if model.generation_config.stop_strings is not None:
         options["tokenizer"] = tokenizer
     return options

@@ -156,11 +156,19 @@ ROWS: tuple[Row, ...] = (
         "chat",
         values={
             "tokenizer_default": "data.template=chat",
+            "default": "data.template=auto",
             "llama-2": "data.template=llama2",
+            "qwen": "data.template=qwen2",
+            "phi": "data.template=phi3",
         },
         note=Bilingual("`chat` is the tokenizer's own template.", "`chat` 是分词器自己的模板。"),
     ),
     row("data.mix_temperature", "mixing_temperature sampling_temperature temperature_sampling", "3"),
+    row(
+        "data.template_arguments",
+        "chat_template_kwargs template_kwargs template_args",
+        '{"enable_thinking": false}',
+    ),
     row("data.layout", "format dataset_format data_format conversation_format formatting", "sharegpt"),
     row(
         "data.train_on",

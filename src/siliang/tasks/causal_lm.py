@@ -39,7 +39,7 @@ def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode
     """
     made = Encoder(tokenizer)
     made.need_eos()
-    return partial(encode, made, writer(data.template, made), data)
+    return partial(encode, made, writer(data.template, made, data.template_arguments), data)
 
 
 def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
@@ -88,16 +88,15 @@ def question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> 
     return HeldOutQuestion(ids[:first], tokenizer.decode(answer, skip_special_tokens=True))
 
 
-def prompt(
-    tokenizer: Tokenizer, template: str, instruction: str, input: str, plain: bool
-) -> tuple[list[int], list[int]]:
+def prompt(tokenizer: Tokenizer, data: DataConfig, talk: Conversation | Text) -> tuple[list[int], list[int]]:
     """The tokens in front of the answer, and those that end it."""
-    if plain:
+    if isinstance(talk, Text):
         encoder = Encoder(tokenizer)
-        ids = encoder.start + tokenizer(instruction, add_special_tokens=False)["input_ids"]
+        ids = encoder.start + tokenizer(talk.text, add_special_tokens=False)["input_ids"]
         return ids, [encoder.need_eos()]
-    return prompt_tokens(instruction, tokenizer, template=template, input=input), stop_tokens(
-        tokenizer, template=template
+    arguments = data.template_arguments
+    return prompt_tokens(talk, tokenizer, template=data.template, arguments=arguments), stop_tokens(
+        tokenizer, template=data.template, arguments=arguments
     )
 
 
@@ -111,6 +110,7 @@ CAUSAL_LM = Task(
         encoder=encoder,
         label_per_token=True,
         next_token=True,
+        templated=True,
     ),
     model=ModelSpec(task="causal_lm", auto_class="AutoModelForCausalLM"),
     legend=(

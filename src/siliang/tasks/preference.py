@@ -124,6 +124,7 @@ _WITHOUT_LOSS = Task(
         encoder=encoder,
         label_per_token=True,
         next_token=True,
+        templated=True,
         sequences=True,
     ),
     model=ModelSpec(task="preference", auto_class="AutoModelForCausalLM"),

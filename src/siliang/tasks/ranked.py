@@ -14,7 +14,6 @@ from siliang.data.entries import Rows, TokenEntry, dropped, token_labels
 from siliang.data.examples import Conversation, Ranked
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import Encode
-from siliang.data.templates import Template
 from siliang.models.tokenizer import Tokenizer
 from siliang.tasks.task import Shown
 
@@ -29,19 +28,17 @@ def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode
     """
     made = Encoder(tokenizer)
     made.need_eos()
-    return partial(encode_ranked, made, writer(data.template, made), data)
+    return partial(encode_ranked, made, writer(data.template, made, data.template_arguments), data)
 
 
-def encode_ranked(
-    encoder: Encoder, template: Template | ChatTemplate, data: DataConfig, examples: Sequence[Ranked]
-) -> list[Rows]:
+def encode_ranked(encoder: Encoder, template: ChatTemplate, data: DataConfig, examples: Sequence[Ranked]) -> list[Rows]:
     """Each answer behind its prompt, as one sequence. An entry is a pair of them, the better one first, or one answer
     alone.
     """
     whole = data.model_copy(update={"max_length": NO_LIMIT})
 
     def written(talks: list[Conversation]) -> list[TokenEntry]:
-        return [entries[0] for entries in encode(encoder, template, whole, talks)]
+        return [entries[0] for entries in encode(encoder, template, whole, talks, split=False)]
 
     rows: list[Rows] = []
     sequences = iter(written([talk for example in examples for talk in example.conversations]))

@@ -146,6 +146,7 @@ REWARD = Task(
         columns={"input_ids": NUMBERS},
         encoder=encoder,
         sequences=True,
+        templated=True,
     ),
     model=ModelSpec(
         task="reward",

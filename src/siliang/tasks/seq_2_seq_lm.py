@@ -13,7 +13,7 @@ from typing import Any
 from siliang.config import DataConfig
 from siliang.data.encode import Encoder
 from siliang.data.entries import Rows, dropped
-from siliang.data.examples import Conversation, Example, SourceTarget
+from siliang.data.examples import Conversation, Example, SourceTarget, Text
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode
 from siliang.language import Bilingual
@@ -94,11 +94,9 @@ def question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> 
     return HeldOutQuestion(row["input_ids"], example.target) if isinstance(example, SourceTarget) else None
 
 
-def prompt(
-    tokenizer: Tokenizer, template: str, instruction: str, input: str, plain: bool
-) -> tuple[list[int], list[int]]:
-    """The tokens of the source, and the one that ends the target."""
-    text = f"{instruction}\n{input}".strip() if input else instruction
+def prompt(tokenizer: Tokenizer, data: DataConfig, talk: Conversation | Text) -> tuple[list[int], list[int]]:
+    """The tokens of the source, which is the last turn, and the one that ends the target."""
+    text = talk.text if isinstance(talk, Text) else talk.messages[-1].text
     return tokenizer(text)["input_ids"], [Encoder(tokenizer).need_eos()]
 
 

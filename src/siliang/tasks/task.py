@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from siliang.config import MeasureName, RunConfig, TrainConfig
-from siliang.data.examples import Example
+from siliang.config import DataConfig, MeasureName, RunConfig, TrainConfig
+from siliang.data.examples import Conversation, Example, Text
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import DataSpec
 from siliang.language import Bilingual
@@ -258,7 +258,7 @@ class Task:
         predict: Predictions for the user's texts; None for a model that writes.
         blank: The values of an empty line among the texts, for JSON.
         prompt: The tokens that a model that writes is given, and those that end its answer; from the tokenizer, the
-            name of the template, an instruction and its input, and whether the text is to be continued as it is.
+            settings of the data, and a conversation to answer or a text to continue.
         example_prompt: What a user may ask in one line, in words; None where that is not possible.
 
         extra_files: Writes what another library needs, besides the adapter or the model that are saved in a folder, to
@@ -300,7 +300,7 @@ class Task:
     inputs_layouts: tuple[str, ...] = ()
     predict: Callable[[Trained, Iterable[Any]], Iterator[Prediction]] | None = None
     blank: Mapping[str, object] = field(default_factory=dict[str, object])
-    prompt: Callable[[Tokenizer, str, str, str, bool], tuple[list[int], list[int]]] | None = None
+    prompt: Callable[[Tokenizer, DataConfig, Conversation | Text], tuple[list[int], list[int]]] | None = None
     example_prompt: str | None = None
     extra_files: Callable[[Path, PreTrainedModel, Tokenizer], None] | None = None
 

@@ -111,7 +111,9 @@ def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
         else:
             tokenizer, data = run.tokenizer, run.config.data
             if TASKS[run.config.task].decoder_only:  # what serves it writes conversations as training did
-                tokenizer, _ = with_chat_template(tokenizer, data.template, run.examples.layouts)
+                tokenizer, _ = with_chat_template(
+                    tokenizer, data.template, run.examples.layouts, data.template_arguments
+                )
             save_model(temporary, run.model, tokenizer, state_dict=weights)
             base = run.model
         if (more := task_of(run.config).extra_files) is not None:

@@ -20,7 +20,11 @@ def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
     truncated, skipped = train_set.truncated, data.skipped
     parts = [both(f"data       {len(train_set):,} training rows", f"数据       {len(train_set):,} 条训练样本")]
     if not train_set.last_windows.all():
-        parts[0] += both(f" (windows of {len(examples.train):,})", f"（由 {len(examples.train):,} 条文本切成的窗口）")
+        n = len(examples.train)
+        if examples.layout == "text":
+            parts[0] += both(f" (windows of {n:,})", f"（由 {n:,} 条文本切成的窗口）")
+        else:
+            parts[0] += both(f" (made of {n:,} conversations)", f"（来自 {n:,} 段对话）")
     parts.append(both(f"{len(data.eval):,} held-out rows", f"{len(data.eval):,} 条验证样本"))
     if skipped:
         parts.append(both(f"{len(skipped):,} skipped", f"跳过 {len(skipped):,} 条"))
@@ -30,6 +34,8 @@ def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
     say(both(", ", "，").join(parts))
     columns = examples.says_columns
     say(both(f"columns    {columns}", f"列         {local(columns)}"))
+    if (template := data.template_in_words) is not None:
+        say(both(f"template   {template}", f"模板       {template.zh}"))
     for line in examples.notes:
         say(f"           {local(line)}")
     for line in skipped:

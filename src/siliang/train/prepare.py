@@ -91,6 +91,7 @@ def prepare(
     data = subject.prepared
     start = _start_folder(config, method, resumed, force=force)
     say_data(data, listener.say)
+    config = config if data.template is None else config.with_template(data.template)
     config.check_evaluations(held_out=len(data.eval) > 0)
     say_texts(config, check_held_out(config, data), len(data.eval), listener.say)
     check_loraplus(config, method)

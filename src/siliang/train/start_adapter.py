@@ -79,7 +79,7 @@ class StartAdapter:
                 values[name] = str(known[name]) if name == "task" else known[name]
         data = values.get("data")
         if isinstance(data, dict) and self.record is not None:
-            text = {name: self.run["data"].get(name) for name in ("template", "add_tokens")}
+            text = {name: self.run["data"].get(name) for name in ("template", "template_arguments", "add_tokens")}
             text["labels"] = self.record.labels
             values["data"] = {name: value for name, value in text.items() if value} | data
         return values

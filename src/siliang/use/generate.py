@@ -10,6 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from siliang.config import RunConfig
+from siliang.data.examples import Conversation, Message, Text
 from siliang.engine.written import check_beams, one_plain_answer, positions_of, writing
 from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
@@ -65,7 +66,8 @@ def generate(
     if not base:
         run.check_task()
     plain = run.record.of_texts if plain is None else plain
-    ids, stop = task.prompt(tokenizer, run.config.data.template, instruction, input, plain)
+    talk = Text(instruction) if plain else Conversation((Message("user", instruction, input),))
+    ids, stop = task.prompt(tokenizer, run.config.data, talk)
     if not ids:
         raise ConfigError(
             Bilingual(

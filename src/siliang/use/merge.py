@@ -88,7 +88,9 @@ def served_tokenizer(run: OpenedRun) -> tuple[Any, str]:
     """The run's tokenizer with the chat template that it was trained with, and which that is, in words."""
     if not task_of(run.config).decoder_only:
         return run.tokenizer, ""
-    return with_chat_template(run.tokenizer, run.config.data.template, run.record.layouts)
+    return with_chat_template(
+        run.tokenizer, run.config.data.template, run.record.layouts, run.config.data.template_arguments
+    )
 
 
 def _samples(run: OpenedRun, tokens: TokenSet) -> Iterator[dict[str, Tensor]]:

@@ -1,0 +1,80 @@
+"""data.template=auto: the tokenizer's own chat template where there is one, and the run says and records which."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import run
+from tiny import word_tokenizer, write_jsonl
+
+from siliang.run_folder import open_run
+from siliang.use.generate import generate
+
+CHATTY = (
+    "{% for m in messages %}{{ '<s> ' + m.role + ' : ' + m.content + ' </s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s> assistant :' }}{% endif %}"
+)
+ROWS = [
+    {"messages": [{"role": r, "content": f"{t} {i}"} for t in ("one", "two") for r in ("user", "assistant")]}
+    for i in range(12)
+]
+
+
+@pytest.fixture
+def base(model_folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A model whose tokenizer has a chat template."""
+    folder = tmp_path / "chatty"
+    shutil.copytree(model_folders["llama"], folder)
+    tok = word_tokenizer()
+    tok.chat_template = CHATTY
+    tok.save_pretrained(folder)
+    return folder
+
+
+def trained(model: Path, folder: Path, *more: str) -> dict[str, object]:
+    """The record of a run with `auto`."""
+    rows = write_jsonl(folder.with_suffix(".jsonl"), ROWS)
+    short = ("--set", "train.max_steps=4", "--set", "train.save_every=2", "--set", "train.batch_size=2", *more)
+    ended = run("train", "--model", model, "--data", rows, "--task", "causal_lm", "--output", folder, *short)
+    assert ended.code == 0, ended
+    record = json.loads((folder / "run.json").read_text())
+    return {"lines": ended.out + ended.err, **record}
+
+
+def test_the_tokenizers_own_is_taken_said_and_recorded(base: Path, tmp_path: Path) -> None:
+    record = trained(base, tmp_path / "run")
+    assert "template   the tokenizer's own chat template" in str(record["lines"])
+    assert record["config"]["data"]["template"] == "chat"  # type: ignore[index]
+    assert record["adjusted"]["data.template"] == "auto"  # type: ignore[index]
+    opened = open_run(tmp_path / "run")
+    assert opened.config.data.template == "chat" and isinstance(generate(opened, "one", max_new_tokens=2), str)
+    rows = tmp_path / "run.jsonl"
+    ended = run("check", "--model", base, "--data", rows, "--task", "causal_lm")
+    assert "template          the tokenizer's own chat template" in ended.out
+    counts = json.loads(run("check", "--model", base, "--data", rows, "--task", "causal_lm", "--json").out)["counts"]
+    assert counts["template"] == "chat"
+    # with the same settings, in which `auto` is not what the record has, the run continues
+    more = ("--set", "train.max_steps=6", "--set", "train.batch_size=2", "--set", "train.save_every=2", "--resume")
+    given = ("--model", base, "--data", rows, "--task", "causal_lm", "--output", tmp_path / "run")
+    ended = run("train", *given, *more)
+    assert ended.code == 0, ended
+    again = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert again["steps"][-1]["step"] == 6 and again["adjusted"]["data.template"] == "auto"
+
+
+def test_without_one_it_is_human_assistant(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    record = trained(model_folders["llama"], tmp_path / "run")
+    assert "template   human-assistant; the tokenizer has no chat template of its own" in str(record["lines"])
+    assert record["config"]["data"]["template"] == "human-assistant"  # type: ignore[index]
+
+
+def test_a_named_one_stays_and_its_arguments_are_recorded(base: Path, tmp_path: Path) -> None:
+    more = ("--set", "data.template=qwen3", "--set", 'data.template_arguments={"enable_thinking": false}')
+    record = trained(base, tmp_path / "run", *more)
+    assert "template   qwen3 (enable_thinking=False)" in str(record["lines"])
+    # qwen3's empty thought is in the prompt of the last answer, so that each answer has an entry of its own
+    assert "(made of " in str(record["lines"])
+    assert record["config"]["data"]["template_arguments"] == {"enable_thinking": False}  # type: ignore[index]
+    merged = run("merge", tmp_path / "run", "--output", tmp_path / "merged")
+    assert 'qwen3, with which it was trained, with {"enable_thinking": false}' in merged.out
