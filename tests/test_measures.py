@@ -189,8 +189,8 @@ def test_eval_measures_what_it_is_given(models: dict[str, Path], tmp_path: Path)
     for flags, says in (
         (("--measures", "rouge"), "'rouge_l'"),
         (("--measures", "meteor"), "rouge_1"),
-        (("--rows", "none"), "a number, or all"),
-        (("--rows", "0"), "evaluation.rows = 0"),
+        (("--rows", "none"), "a number from 1 on, or all"),
+        (("--rows", "0"), "a number from 1 on, or all"),
     ):
         assert says in refused("eval", config.output, *flags), flags
 

@@ -35,16 +35,44 @@ def evaluate(
         str | None,
         typer.Option(
             help=both(
-                "For how many rows texts are written: a number, or all. Default: evaluation.rows.",
-                "为多少条样本生成文本：数字或 all。默认为 evaluation.rows。",
+                "For how many rows texts are written: a number, or all. Default: evaluation.rows. With --harness: the "
+                "rows of each task; default: all.",
+                "为多少条样本生成文本：数字或 all。默认为 evaluation.rows。与 --harness 同用时是每个任务的样本数，"
+                "默认全部。",
             )
         ),
     ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            help=both(
+                "Tasks of lm-eval instead of held-out rows: names, .yaml files or folders, with commas between them. "
+                "Their code runs.",
+                "用 lm-eval 的任务代替验证集：任务名、.yaml 文件或文件夹，用逗号隔开。其中的代码会运行。",
+            )
+        ),
+    ] = None,
+    few_shot: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help=both(
+                "With --harness: examples in front of each question. Default: the task's own number.",
+                "与 --harness 同用：每个问题前的示例数。默认由任务决定。",
+            ),
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            help=both("With --harness: ask in the run's template.", "与 --harness 同用：用运行的模板提问。"),
+        ),
+    ] = False,
     json: Json = False,
     base: Base = None,
     force: Force = False,
 ) -> None:
-    """Evaluate a run on its held-out rows or on --data: loss, and accuracy or perplexity."""
+    """Evaluate a run on its held-out rows, on --data, or on tasks of lm-eval (--harness)."""
     if data is not None and (not data.strip() or "\0" in data):
         raise ConfigError(
             Bilingual(
@@ -53,6 +81,22 @@ def evaluate(
             )
         )
     settings = _settings(measures, rows)
+    for option, given in {"--few-shot": few_shot is not None, "--chat": chat}.items():
+        if given and harness is None:
+            raise ConfigError(
+                Bilingual(
+                    f"{option} goes with --harness: name its tasks, or leave {option} out.",
+                    f"{option} 与 --harness 同用：请写明任务，或去掉 {option}。",
+                )
+            )
+    for option, value in {"--data": data, "--measures": measures}.items():
+        if harness is not None and value is not None:
+            raise ConfigError(
+                Bilingual(
+                    f"{option} does not go with --harness, whose tasks have their own data and metrics: leave one out.",
+                    f"{option} 不能与 --harness 同用，因为后者的任务有自己的数据和指标：请去掉其中一个。",
+                )
+            )
     check_folders(run)
     with importing():
         from siliang.cli.show import metrics_line, quiet_loading
@@ -62,6 +106,23 @@ def evaluate(
 
         quiet_loading()
     opened = open_run(run, base=base, force=force, device=find_device())
+    if harness is not None:
+        from siliang.config.section import split_names
+        from siliang.use.harness import run_harness
+
+        most = settings.get("rows")
+        result = run_harness(
+            opened, split_names(harness), rows=most if isinstance(most, int) else None, few_shot=few_shot, chat=chat
+        )
+        show_notes(list(opened.trained.notes) if opened.trained else [])
+        if json:
+            print_json({**result.metrics, "rows": result.rows, "versions": result.versions})
+            return
+        width = max(map(len, result.metrics), default=0)
+        for name, value in result.metrics.items():
+            n, version = result.rows.get(name.partition("/")[0]), result.versions.get(name.partition("/")[0])
+            print(f"{name:<{width}}  {value:.4f}  " + both(f"{n} rows, version {version}", f"{n} 条，版本 {version}"))
+        return
     found = evaluation(with_evaluation(opened, settings) if settings else opened, data)
     notes = list(opened.trained.notes) if opened.trained else []
     if data is None and not opened.record.rows.eval:
@@ -84,9 +145,12 @@ def _settings(measures: str | None, rows: str | None) -> dict[str, object]:
     """The settings of evaluations that the options name."""
     settings: dict[str, object] = {} if measures is None else {"measures": measures}
     if rows is not None:
-        if rows != "all" and not rows.isdecimal():
+        if rows != "all" and not (rows.isascii() and rows.isdecimal() and 0 < int(rows[:19]) < 2**31):
             raise ConfigError(
-                Bilingual(f"--rows {rows!r}: give a number, or all.", f"--rows {rows!r}：请给出数字，或 all。")
+                Bilingual(
+                    f"--rows {rows!r}: give a number from 1 on, or all.",
+                    f"--rows {rows!r}：请给出 1 以上的数字，或 all。",
+                )
             )
         settings["rows"] = None if rows == "all" else int(rows)
     return settings
