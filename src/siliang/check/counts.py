@@ -49,7 +49,7 @@ def count(s: CheckInput) -> dict[str, JsonValue]:
         counts["classes"] = dict(sorted(classes.items(), key=lambda item: -item[1])[:20])
     elif s.examples.labels is not None:
         counts["tags"] = len(s.examples.labels)
-    counts["steps"] = {"per_epoch": s.steps_per_epoch, "all": s.steps}
+    counts["steps"] = {"all": s.steps} if s.data.streaming else {"per_epoch": s.steps_per_epoch, "all": s.steps}
     return counts
 
 

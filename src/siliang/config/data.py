@@ -351,6 +351,20 @@ class DataConfig(Section):
     """The number of processes that tokenize. None: one for small data, all cores for large data.
 
     分词的进程数。None：数据少时用一个，数据多时用全部核心。"""
+    streaming: bool = False
+    """Read, tokenize and train the rows in a stream, for data larger than memory and disk: only a block of
+    shuffle_buffer entries is held. Needs train.max_steps. `check` looks at the first 2,000 rows.
+
+    以数据流的方式读取、分词和训练，用于内存和磁盘都放不下的数据：只保留 shuffle_buffer 条的一块。需要设置
+    train.max_steps。`check` 只看前 2,000 条样本。"""
+    shuffle_buffer: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
+    """The entries of a block of the stream, which are trained in random order; rounded up to whole steps.
+
+    数据流中一块的条数，块内按随机顺序训练；向上取整到整步。"""
+    held_out_rows: Annotated[int, Field(ge=0)] = 500
+    """The first rows of the stream to hold out if `eval` is not set, in place of test_size; 0 for none.
+
+    没有设置 `eval` 时，从数据流开头留作验证集的条数，代替 test_size；0 为不留。"""
     skip_bad_rows: bool = False
     """Skip, count and list rows that cannot be used, instead of stopping.
 

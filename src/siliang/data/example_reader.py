@@ -95,6 +95,11 @@ class ExampleReader:
         if make is None:
             raise DataError(nothing_usable(source.path, self.bad[before:]))
 
+    def count(self, source: Source) -> int:
+        """The rows of a source that can be read."""
+        opened = self.open(source)
+        return sum(row.problem is None for row in opened.rows(opened.part("train"), self.reading))
+
     def held_out(self) -> ExampleSet | None:
         """The rows of data.eval, or of the held-out part of the training data's own folder; None where there is
         neither."""

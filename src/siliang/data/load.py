@@ -14,6 +14,7 @@ from siliang.data.examples import Example
 from siliang.data.reading import columns_in_words
 from siliang.data.spec import DataSpec
 from siliang.data.splitting import mixed, split, weighted
+from siliang.data.stream import Shares, head
 from siliang.language import Bilingual
 from siliang.types import ConfigError, DataError
 
@@ -32,6 +33,7 @@ class Examples:
         doubts: Rows or columns that may have been read in an unintended way, one line each.
         unused_texts: Unused columns that hold running text.
         unused_parts: Unused columns that say which part a row belongs to, with the parts that they name.
+        shares: How the sources make a stream, of which `train` is the beginning; None for data that is read whole.
     """
 
     train: ExampleSet
@@ -44,6 +46,7 @@ class Examples:
     doubts: list[str] = field(default_factory=list)
     unused_texts: list[str] = field(default_factory=list)
     unused_parts: dict[str, list[str]] = field(default_factory=dict)
+    shares: Shares | None = None
 
     @property
     def layout(self) -> str:
@@ -81,6 +84,8 @@ def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bo
                 f"data.mix_temperature = {data.mix_temperature:g} 需要 data.train 中有多个来源，现在只有一个。",
             )
         )
+    if data.streaming:
+        return _head(data, spec, keep_going=keep_going)
     seed = seed if data.seed is None else data.seed
     reader = ExampleReader(data, spec)
     sizes: list[int] = []
@@ -118,6 +123,42 @@ def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bo
     if len(chosen) != len(train) or chosen != list(range(len(train))):
         train = train.select(chosen)
     return _examples(reader, train, held_out)
+
+
+def _head(data: DataConfig, spec: DataSpec, *, keep_going: bool) -> Examples:
+    """The first rows of a stream, as far as they are checked, and those held out.
+
+    Raises:
+        DataError: As `load_examples` does.
+    """
+    reader = ExampleReader(data, spec)
+    shares = Shares.of(data, reader)
+    train, held_out = head(data, reader, shares)
+    if not len(train):
+        raise DataError(reader.nothing(data.train_sources))
+    if held_out is None:
+        held_out = reader.held_out()
+    if reader.bad and not (data.skip_bad_rows or keep_going):
+        raise DataError(bad_rows_message(reader.skipped))
+    reader.fix_labels(train, least=1)
+    held_out = train.select([]) if held_out is None else held_out
+    n, buffer = len(train), data.shuffle_buffer
+    reader.reading.note(
+        Bilingual(
+            f"streamed: the first {n:,} rows are checked, {buffer:,} entries at a time are shuffled",
+            f"数据流：检查前 {n:,} 条样本，每次打乱 {buffer:,} 条",
+        )
+    )
+    for source, size, part in zip(data.train_sources, shares.sizes, shares.parts, strict=False):
+        reader.reading.note(
+            Bilingual(
+                f"{source.path}: {size:,} rows, {100 * part:.3g}% of the stream",
+                f"{source.path}：{size:,} 条样本，占数据流的 {100 * part:.3g}%",
+            )
+        )
+    found = _examples(reader, train, held_out)
+    found.shares = shares
+    return found
 
 
 def load_rows(data: DataConfig, spec: DataSpec, source: str, like: RunLayouts | None = None) -> Examples:

@@ -19,6 +19,7 @@ from siliang.types import DataError
 
 if TYPE_CHECKING:  # slow to import
     from siliang.data.load import Examples
+    from siliang.data.stream import TokenStream
     from siliang.data.tokens import TokenSet
 
 
@@ -89,6 +90,18 @@ class PreparedData:
         """The tokens held out."""
         self.examples.eval, tokens = self._tokens(self.examples.eval)
         return tokens
+
+    def stream(self, step: int) -> TokenStream | None:
+        """The training rows as a stream; None where they are all there.
+
+        Args:
+            step: Entries of an optimizer step.
+        """
+        from siliang.data.stream import TokenStream
+
+        if (shares := self.examples.shares) is None:
+            return None
+        return TokenStream(self.settings, self.spec, self.tokenizer, shares, labels=self.labels, step=step)
 
     def _tokens(self, examples: ExampleSet) -> tuple[ExampleSet, TokenSet]:
         """The examples whose tokens can be used, and these."""

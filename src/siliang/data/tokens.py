@@ -277,10 +277,15 @@ def _small_table(
     examples: Sequence[Example], work: Encode, judge: Judge | None, spec: DataSpec, *, tasks: bool
 ) -> SmallTable:
     """The tokens of a batch of examples."""
-    kinds = {name: column.kind for name, column in spec.table.items()}
-    kinds |= {TASK_IDS: "int32"} if tasks else {}
-    kinds |= {"row": "int32", **dict.fromkeys(OWN, "int32"), BAD: "str"}
+    kinds = _kinds(spec, tasks=tasks)
     return SmallTable(_encode(work, judge, list(kinds), examples, range(len(examples))), kinds)
+
+
+def _kinds(spec: DataSpec, *, tasks: bool) -> dict[str, str]:
+    """The columns of the table of tokens, with what a number is."""
+    kinds: dict[str, str] = {name: column.kind for name, column in spec.table.items()}
+    kinds |= {TASK_IDS: "int32"} if tasks else {}
+    return kinds | {"row": "int32", **dict.fromkeys(OWN, "int32"), BAD: "str"}
 
 
 def _batch(
@@ -289,27 +294,48 @@ def _batch(
     return _encode(work, judge, names, [from_json(line) for line in batch["example"]], numbers)
 
 
+def encoding(
+    tokenizer: Tokenizer, data: DataConfig, spec: DataSpec, labels: list[str] | None
+) -> tuple[Callable[[Sequence[Example]], list[list[dict[str, object]]]], dict[str, str]]:
+    """What turns examples into the rows of a table of tokens, and the columns of the table with what a number is."""
+    work, judge = spec.encoder(tokenizer, data, labels or []), Judge.of(tokenizer, predicts=spec.next_token)
+
+    def encode(examples: Sequence[Example]) -> list[list[dict[str, object]]]:
+        return _rows_of_table(work, judge, examples, range(len(examples)))
+
+    kinds = _kinds(spec, tasks=data.columns.task_id is not None)
+    return encode, {name: kind for name, kind in kinds.items() if name != BAD}
+
+
 def _encode(
     work: Encode, judge: Judge | None, names: list[str], examples: Sequence[Example], numbers: Sequence[int]
 ) -> TokenColumns:
     """A list for each column of the table of tokens."""
-    columns: TokenColumns = {name: [] for name in names}
+    rows = [row for rows in _rows_of_table(work, judge, examples, numbers) for row in rows]
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _rows_of_table(
+    work: Encode, judge: Judge | None, examples: Sequence[Example], numbers: Sequence[int]
+) -> list[list[dict[str, object]]]:
+    """The rows of the table of tokens, by example."""
     if not examples:  # with which a tokenizer ends in an IndexError
-        return columns
+        return []
     try:
         made = _in_time(work, examples)
     except DataError:  # of one of them: each by itself
         made = [_alone(work, example) for example in examples]
+    found: list[list[dict[str, object]]] = []
     for number, example, entries in zip(numbers, examples, made, strict=True):
         if judge is not None and (problem := judge.problem(example, entries)):
             entries = [{"input_ids": [], BAD: stored(problem)}]
+        found.append([])
         for entry in entries:
             row: dict[str, object] = {"row": number, TASK_IDS: example.task, "lost": 0, "lost_answer": 0, **entry}
             if BAD in entry:
                 row["row"] = bad_row(number)
-            for name in names:
-                columns[name].append(row.get(name))
-    return columns
+            found[-1].append(row)
+    return found
 
 
 def _in_time(work: Encode, examples: Sequence[Example]) -> Sequence[Rows]:

@@ -241,7 +241,7 @@ ROWS: tuple[Row, ...] = (
         ),
     ),
     nothing(
-        "dataloader_num_workers dataloader_pin_memory num_workers remove_unused_columns lazy_tokenize streaming",
+        "dataloader_num_workers dataloader_pin_memory num_workers remove_unused_columns lazy_tokenize",
         Bilingual(
             "siliang needs no such setting: rows are tokenized once, and kept; leave it out.",
             "siliang 不需要它：样本只分词一次并缓存；请去掉。",

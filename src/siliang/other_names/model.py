@@ -163,6 +163,8 @@ ROWS: tuple[Row, ...] = (
         },
         note=Bilingual("`chat` is the tokenizer's own template.", "`chat` 是分词器自己的模板。"),
     ),
+    row("data.streaming", "stream use_streaming iterable_dataset", "true"),
+    row("data.shuffle_buffer", "buffer_size shuffle_buffer_size streaming_buffer_size", "1000"),
     row("data.mix_temperature", "mixing_temperature sampling_temperature temperature_sampling", "3"),
     row(
         "data.template_arguments",

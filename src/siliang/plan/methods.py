@@ -99,7 +99,8 @@ def plan(
     # all methods have the batches of the first one, which is packed if any is
     most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
     collator = StepCollator(PadCollator(0), task, config.train.batch_size, most)
-    step = heaviest_step(config, data.train, collator, ranks) if with_data else synthetic_rows(config, ranks)
+    known = with_data and not config.data.streaming  # a stream may hold any row of max_length
+    step = heaviest_step(config, data.train, collator, ranks) if known else synthetic_rows(config, ranks)
     step.windows = with_data and data.in_windows
     plan_one = partial(
         plan_method,
@@ -124,7 +125,7 @@ def plan(
         quantization=_in_words(config.quantization),
         batch_rows=first.batch_rows if first else 0,
         batch_tokens=first.batch_tokens if first else 0,
-        batch_source="data" if with_data else "max_length",
+        batch_source="data" if known else "max_length",
         tokens_per_epoch=step.tokens_per_epoch,
         methods=planned,
     )

@@ -35,9 +35,13 @@ class Backward:
     def __init__(self, run: Run, engine: Engine, accelerator: Accelerator, collator: StepCollator) -> None:
         self._run, self._engine, self._accelerator, self._collator = run, engine, accelerator, collator
         self._fit = run.config.train.fit
-        self._lengths = run.train_set.lengths.tolist()
-        rows_count = engine.task.step_loss is not None
-        self._labelled = labelled(run.train_set, rows=rows_count) if run.ranks.size > 1 else None
+        self.use(run.train_set)
+
+    def use(self, tokens: TokenSet) -> None:
+        """Takes the rows of the steps to come."""
+        rows_count = self._engine.task.step_loss is not None
+        self._tokens = tokens
+        self._labelled = labelled(tokens, rows=rows_count) if self._run.ranks.size > 1 else None
 
     def __call__(self, model: nn.Module, shares: list[list[int]], batches: list[Batch], step: int) -> Tensor:
         """The step's mean loss, a scalar, the same on every rank.
@@ -82,7 +86,7 @@ class Backward:
 
     def _most_batches(self, shares: list[list[int]]) -> int:
         """The batches of the rank that has the most."""
-        rows = ([self._run.train_set.outline(max(i, ~i)) for i in share] for share in shares)
+        rows = ([self._tokens.outline(max(i, ~i)) for i in share] for share in shares)
         return max(len(self._collator.split(share)) for share in rows)
 
     def _run_batches(self, model: nn.Module, batches: list[Batch], weight: float) -> Tensor:

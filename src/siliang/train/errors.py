@@ -46,7 +46,7 @@ def bad_step_error(run: Run, bad: BadStep) -> TrainingError:
 
 def _places(run: Run, bad: BadStep) -> Bilingual:
     """Files and lines of the step's first rows."""
-    places = [run.examples.train.where(row).rpartition(":") for row in bad.rows[:3]]  # file, ":", line
+    places = [run.where(row).rpartition(":") for row in bad.rows[:3]]  # file, ":", line
     shown = ", ".join("".join(place[i > 0 and place[0] == places[0][0] :]) for i, place in enumerate(places))
     if len(bad.rows) <= 3:
         return Bilingual(shown, shown)

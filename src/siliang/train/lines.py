@@ -19,6 +19,9 @@ def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
     examples, train_set = data.examples, data.train
     truncated, skipped = train_set.truncated, data.skipped
     parts = [both(f"data       {len(train_set):,} training rows", f"数据       {len(train_set):,} 条训练样本")]
+    if examples.shares is not None:
+        n = len(train_set)
+        parts = [both(f"data       streamed, the first {n:,} rows checked", f"数据       数据流，检查前 {n:,} 条")]
     if not train_set.last_windows.all():
         n = len(examples.train)
         if examples.layout == "text":

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from siliang.data.batch import Batch
+from siliang.data.tokens import TokenSet
 from siliang.distributed.sharding import full_tensors, is_sharded, reshard
 from siliang.engine.batches import StepBatches
 from siliang.engine.method_hooks import after_step
@@ -80,9 +81,7 @@ class Training:
         self.accelerator = make_accelerator(run)
         self.collator = make_collator(run, self.engine)
         self._backward = Backward(run, self.engine, self.accelerator, self.collator)
-        self._rows = run.train_set.number()
-        self._lengths = run.train_set.lengths.tolist()
-        self._order = Order.of(run.config, self._lengths)
+        self._use(run.train_set)
         self.guard = Guard(scaled=run.precision.precision == "fp16", skips=t.nan_skips)
         self.step = self.tokens_trained = 0
         self.stopped: Literal["stopped", "out of time"] | None = None
@@ -137,9 +136,16 @@ class Training:
         run = self.prepared
         epoch, done = divmod(max(self.step - 1, 0), run.steps_per_epoch)
         passed = epoch + (done + 1) / run.steps_per_epoch if self.step else 0.0
+        passed = passed if run.stream is None else float(run.stream.passes)
         return Moment(self.step, run.steps, passed, self.tokens_trained)
 
     # ---- prepare ----
+
+    def _use(self, tokens: TokenSet) -> None:
+        """Takes the rows of the steps to come: all, or a block of the stream."""
+        self._rows, self._lengths = tokens.number(), tokens.lengths.tolist()
+        self._order = Order.of(self.prepared.config, self._lengths)
+        self._backward.use(tokens)
 
     def _prepare(self) -> None:
         """The optimizer and the schedule, and what a strategy wraps around the model."""
@@ -163,6 +169,8 @@ class Training:
     def _epoch(self) -> Iterator[tuple[list[list[int]], StepBatches]]:
         """The remaining steps of the current epoch: their rows by rank, and this rank's batches and row numbers."""
         epoch, done = divmod(self.step, self.prepared.steps_per_epoch)
+        if (stream := self.prepared.stream) is not None:
+            self._use(stream.block(epoch).tokens)
         steps = self.steps_of(epoch)[done:]
         if not done:  # a checkpoint between two epochs was made before the loader drew
             self._restore_random()
@@ -328,6 +336,7 @@ class Training:
             "guard": self.guard.state_dict(),
             "evaluation_due": self._evaluation_due,
             "log": self.log.state_dict(),
+            "stream": stream.state_dict(self.step // stream.steps) if (stream := self.prepared.stream) else None,
             "reference": store.state_dict() if (store := self.engine.reference_store) else None,
         }
 
@@ -352,6 +361,9 @@ class Training:
         self._evaluation_due = state["evaluation_due"] and len(self.prepared.eval_set) > 0
         if (rank := self.prepared.ranks.rank) < len(state["random"]):
             self._saved_random = state["random"][rank]
+        if (stream := self.prepared.stream) is not None:
+            check_like(state["stream"], stream.first_state, "stream", path)
+            stream.load_state_dict(state["stream"])
         if (store := self.engine.reference_store) is not None and state["reference"] is not None:
             store.load_state_dict(state["reference"])
         self._fill_frozen_cache()

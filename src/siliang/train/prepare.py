@@ -154,6 +154,7 @@ def prepare(
         record=record,
         ranks=ranks,
         device=device,
+        stream=data.stream(config.train.rows_per_step),
     )
 
 
@@ -283,7 +284,8 @@ def _record(
     """
     files, data_files = ranks.from_main(lambda: hashes(config))
     adjusted = differences(given.model_dump(mode="json"), config.model_dump(mode="json"))
-    examples, code = data.examples, code_of(model.config)
+    examples, code, t = data.examples, code_of(model.config), config.train
+    rows = t.steps(len(data.train)) * t.rows_per_step if config.data.streaming else len(data.train)
     return Record(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         config=config.resolved().model_dump(mode="json"),
@@ -306,7 +308,7 @@ def _record(
         more_layouts={name: columns for name, columns in examples.layouts.items() if name != examples.layout},
         unanswered=data.unanswered,
         parameters=parameters,
-        rows=Rows(train=len(data.train), eval=len(data.eval), skipped=data.skipped, truncated=data.train.truncated),
+        rows=Rows(train=rows, eval=len(data.eval), skipped=data.skipped, truncated=data.train.truncated),
     )
 
 

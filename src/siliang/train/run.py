@@ -154,6 +154,8 @@ def _record_steps(training: Training, memory: PeakMemory) -> None:
     record.seconds.train, record.seconds.steps = round(training.log.train_s, 3), round(training.log.steps_s, 3)
     record.steps, record.tokens_trained = training.log.lines, training.tokens_trained
     record.passed_over = training.guard.skipped
+    if (stream := training.prepared.stream) is not None:
+        record.rows.skipped = [*dict.fromkeys([*record.rows.skipped, *stream.skipped])]
     record.memory.loaded_bytes = memory.start_bytes
     write_peak(record, memory)
     record.memory.recomputed_layers = training.engine.recompute.most

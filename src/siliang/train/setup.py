@@ -34,7 +34,8 @@ def make_engine(run: Run) -> Engine:
         packing=t.packing,
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
-        keep_frozen=t.keep_frozen and run.epochs > 1 and run.ranks.size == 1,  # a rank's rows change
+        # a rank's rows change, and a stream's may never come again
+        keep_frozen=t.keep_frozen and run.epochs > 1 and run.ranks.size == 1 and run.stream is None,
         keep_reference=run.ranks.size == 1,
         frozen_tokens=partial(distinct_tokens, run.train_set),
         memory_share=1 / run.ranks.local_size,

@@ -75,6 +75,14 @@ class _Reference(Part):
         return self
 
 
+class _Stream(Part):
+    block: Count
+    passes: list[Count]
+    rows: list[Count]
+    taken: list[Count]
+    used: Count
+
+
 class _State(Part):
     step: Count
     best: _Best | None
@@ -88,6 +96,7 @@ class _State(Part):
     guard: _Guard
     evaluation_due: bool
     log: _Log
+    stream: _Stream | None
     reference: _Reference | None
 
 

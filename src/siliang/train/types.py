@@ -14,6 +14,7 @@ from siliang.check import CheckInput
 from siliang.config import RunConfig
 from siliang.data.load import Examples
 from siliang.data.prepared import EvalRows, has_unanswered
+from siliang.data.stream import TokenStream
 from siliang.data.tokens import TokenSet
 from siliang.distributed.ranks import Ranks
 from siliang.hardware import Choice
@@ -60,7 +61,12 @@ class Listener:
 
 @dataclass
 class Run:
-    """A run that is ready for its first step."""
+    """A run that is ready for its first step.
+
+    Attributes:
+        train_set: The training rows; of a stream, the first ones, which the plan and the checks know.
+        stream: The training rows, if they are streamed.
+    """
 
     config: RunConfig
     listener: Listener
@@ -75,6 +81,11 @@ class Run:
     record: Record
     ranks: Ranks
     device: torch.device
+    stream: TokenStream | None = None
+
+    def where(self, row: int) -> str:
+        """The place of a row of the steps that are being made."""
+        return self.examples.train.where(row) if self.stream is None else self.stream.where(row)
 
     @property
     def eval_rows(self) -> EvalRows:
@@ -86,6 +97,9 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch, or of a block of the stream."""
+        if self.stream is not None:
+            return self.stream.steps
         return self.config.train.steps_per_epoch(len(self.train_set))
 
     @property
