@@ -353,4 +353,4 @@ def check_streams(data: DataConfig, spec: DataSpec, *, whole_steps: bool, max_st
             f"data.{name} 需要全部样本：请用 data.eval 给出验证集",
         )
     if why is not None:
-        raise ConfigError(Bilingual(f"data.streaming = true: {why}.", f"data.streaming = true：{why.zh}。"))
+        raise ConfigError(Bilingual(f"data.streaming = true: {why}.", f"不能设置 data.streaming = true：{why.zh}。"))
