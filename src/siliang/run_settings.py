@@ -44,6 +44,10 @@ def as_adjusted(config: RunConfig, record: Record) -> RunConfig:
         section, _, last = name.partition(".")
         if section in ("train", "data") and plain(values[section][last]) == given:
             values[section][last] = used[section][last]
+    section = values["classification"] or {"problem": "auto"}
+    if used.get("classification") and section["problem"] == "auto":  # as the data was read then
+        found = {name: used["classification"][name] for name in ("problem", "label_separator")}
+        values["classification"] = section | found
     return RunConfig.build(values)
 
 

@@ -92,15 +92,27 @@ def test_labels_of_strange_digits_do_not_crash(labels: list[str] | None, tmp_pat
     ("rows", "message"),
     [
         ([{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": ["z"]}], "has a list in 'label': several labels"),
-        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 3}], "'label' holds numbers such as 0.5: .* regression"),
+        (
+            [{"text": "a", "label": 0.5}, {"text": "b", "label": 3}],
+            "holds numbers such as 0.5: set .*problem=number",
+        ),
         ([{"text": f"t{i}", "label": f"id{i}"} for i in range(30)], "30 different values in 30 rows, .* not classes"),
         ([{"text": "a", "label": "['x', 'y']"}, {"text": "b", "label": "['x']"}], "'label' holds lists such as"),
         ([{"text": "a", "label": {"k": 1}}, {"text": "b", "label": "x"}], "d.jsonl:1 has an object in 'label'"),
         ([{"text": ["a"], "label": "y"}, {"text": "b", "label": "x"}], "d.jsonl:1 has a list in 'text'"),
         ([{"text": "a", "label": None}, {"text": "b", "label": None}], "not one row can be used: .*an empty 'label'"),
-        ([{"text": "a", "score": 0.5}], "no column 'label'; .* 'score' holds numbers such as 0.5: .*regression"),
-        ([{"review": "a", "score": 2}], "no column 'label'; .* 'score' holds numbers such as 2: .*regression"),
-        ([{"text": "a", "genres": ["x", "y"]}], "no column 'label'; .* 'genres' holds lists: several labels"),
+        (
+            [{"text": "a", "score": 0.5}],
+            "'score' holds numbers such as 0.5.*\n.*data.columns.label=score",
+        ),
+        (
+            [{"review": "a", "score": 2}],
+            "'score' holds numbers such as 2.*\n.*data.columns.label=score",
+        ),
+        (
+            [{"text": "a", "genres": ["x", "y"]}],
+            "'genres' holds lists.*\n.*data.columns.label=genres",
+        ),
     ],
 )
 def test_columns_that_hold_no_classes(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from siliang.models.load import find_invented, model_from_config
 from siliang.models.positions import Positions
 from siliang.peft_api.for_tasks import get_peft_model
 from siliang.peft_api.model import PeftModel
-from siliang.tasks import task_of
+from siliang.tasks import settled, task_of
 from siliang.tasks.adapter_config import adapter_config
 from siliang.tasks.prepare import prepare_data
 from siliang.types import ModelError, first_line
@@ -199,9 +199,12 @@ def gather_input(config: RunConfig, machine: Machine | None = None, data: Prepar
     """The input of the rules, from a run's config.
 
     Args:
-        data: The run's data, if it has been read.
+        data: The run's data, if it has been read, by settings that are settled.
     """
-    return CheckInput(config, machine or Machine(), data or prepare_data(config))
+    if data is None:
+        config, why = settled(config)
+        data = prepare_data(config, why)
+    return CheckInput(config, machine or Machine(), data)
 
 
 def _fingerprints(examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:

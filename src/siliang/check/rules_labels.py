@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
+import numpy as np
+
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
 from siliang.data.labels import alike, joined, no_label, strange
@@ -15,6 +17,8 @@ from siliang.secrets import shortened
 
 LARGEST_SHARE = 0.8  # of one class: above it, a model that always predicts this class looks good
 LARGEST_RATIO = 10.0
+MANY_ROWS = 50  # of the data: in fewer, a label of one row is no surprise
+FAR = 20.0  # from 0: a mean or a standard deviation
 MANY_NUMBERS = 10  # with more different numbers, labels are more often measures than classes
 
 
@@ -37,7 +41,7 @@ def missing_classes(s: CheckInput) -> Iterator[Problem]:
         return
     counts = _class_counts(s)
     missing = [name for name in names if not counts[name]]
-    if len(names) - len(missing) < 2:
+    if len(names) - len(missing) < 2 and not s.task.data.several:
         seen = [name for name in names if counts[name]]
         named = ", ".join(map(repr, seen))
         yield Problem(
@@ -105,12 +109,13 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
                 "删除这些样本；如果它确实是一个类别，在 data.labels 中列出所有类别。",
             ),
         )
-    if s.task.data.named == "label" and (mark := joined(names)):
+    if s.task.data.named == "label" and not s.task.data.several and (mark := joined(names)):
         shown = shortened(", ".join(repr(name) for name in names if mark in name.strip()), 100)
         yield Problem(
             Bilingual(
-                f"several labels in one, separated by {mark!r}: {shown}; seq_cls learns one class for a text",
-                f"一个标签里有多个类别，以 {mark!r} 分隔：{shown}；seq_cls 每条文本只学一个类别",
+                f"several labels in one, separated by {mark!r}: {shown}; classification.problem=several_labels learns "
+                "them apart",
+                f"一个标签里有多个类别，以 {mark!r} 分隔：{shown}；classification.problem=several_labels 会分别学习",
             )
         )
     together = {name for group in groups for name in group}
@@ -130,15 +135,16 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
     numbers = [name for name in names if as_number(name) is not None]
     pointed = [name for name in numbers if not is_whole(name)]
     measured = len(numbers) == len(names) and (pointed or len(names) > MANY_NUMBERS)
-    if s.task.data.named == "label" and measured:
+    if s.task.data.named == "label" and measured and not s.task.data.ordered:
         described = Bilingual(f"{len(names)} different numbers", f"{len(names)} 个不同的数字")
         if pointed:
             shown = ", ".join(pointed[:3])
             described = Bilingual(f"numbers with a decimal point ({shown})", f"带小数点的数字（{shown}）")
         yield Problem(
             Bilingual(
-                f"the labels are {described}: each becomes a class; siliang does not learn a regression",
-                f"标签是{described.zh}：每个数字各算一个类别，不会做回归",
+                f"the labels are {described}: each becomes a class; classification.problem=number estimates them, and "
+                "ordered learns their order",
+                f"标签是{described.zh}：每个数字各算一个类别；classification.problem=number 估计数值，ordered 学习顺序",
             ),
             severity="warning",
         )
@@ -150,15 +156,17 @@ def imbalance(s: CheckInput) -> Iterator[Problem]:
     Cause: A model that always predicts the largest class has an accuracy as high as its share. Accuracy then means
     little, and a learning rate that is too high, or a method that is too weak, ends exactly there.
 
-    Fix: Judge by f1 and not by accuracy, use data.stratify=true, or weight the sources (data.train: [{path, weight}]).
+    Fix: Judge by f1 and not by accuracy, use data.stratify=true, or weight the classes
+    (classification.class_weights=balanced) or the sources (data.train: [{path, weight}]).
 
     类别不均衡
 
     原因：只猜最大的类别就能达到同样高的准确率，因此准确率说明不了什么；学习率过高或方法能力不足时，模型正会停在这里。
 
-    办法：看 f1 而不看准确率；用 data.stratify=true 分层划分，或为各数据源设置权重（data.train: [{path, weight}]）。
+    办法：看 f1 而不看准确率；用 data.stratify=true 分层划分，或为类别（classification.class_weights=balanced）或数据源
+    （data.train: [{path, weight}]）设置权重。
     """
-    if s.task.data.named != "label" or s.examples.labels is None:
+    if s.task.data.named != "label" or s.task.data.several or s.examples.labels is None:
         return
     counts = _class_counts(s)
     n = sum(counts.values())
@@ -186,7 +194,7 @@ def contradictions(s: CheckInput) -> Iterator[Problem]:
 
     办法：只保留一个标签。
     """
-    if s.task.data.named != "label":
+    if s.task.labels is None:
         return
     inputs, whole = s.fingerprints["train"]
     first = {int(x): int(w) for x, w in zip(inputs[::-1], whole[::-1], strict=True)}
@@ -197,6 +205,74 @@ def contradictions(s: CheckInput) -> Iterator[Problem]:
             f"{len(rows):,} 条训练样本与前面相同的文本标签不同",
         )
         yield Problem(message, s.places(rows), len(rows))
+
+
+def rare_labels(s: CheckInput) -> Iterator[Problem]:
+    """Labels that hardly any row has.
+
+    Cause: A label of one training row is often a typing mistake; and a model does not learn a class from one example.
+
+    Fix: Correct the label, join it with another one, or remove the row.
+
+    几乎没有样本的标签
+
+    原因：只出现在一条训练样本中的标签往往是笔误；而且仅凭一个例子，模型学不到一个类别。
+
+    办法：改正该标签、并入其他标签，或删除该样本。
+    """
+    if s.task.data.named != "label" or len(s.examples.train) < MANY_ROWS:
+        return
+    counts = _class_counts(s)
+    rare = sorted(name for name, n in counts.items() if n == 1)
+    if not rare:
+        return
+    wanted = set(rare)
+    rows = [i for i, example in enumerate(s.examples.train) if wanted.intersection(example.classes)]
+    shown = shortened(", ".join(map(repr, rare)), 100)
+    yield Problem(
+        Bilingual(
+            f"{len(rare):,} of {len(counts):,} labels have one training row each: {shown}",
+            f"{len(counts):,} 个标签中有 {len(rare):,} 个只有一条训练样本：{shown}",
+        ),
+        s.places(rows),
+        len(rows),
+    )
+
+
+def far_numbers(s: CheckInput) -> Iterator[Problem]:
+    """Numbers that are far from 0 or far apart.
+
+    Cause: A new head begins with outputs near 0 of a spread near 1. The squared error of numbers of hundreds is large,
+    the gradient is clipped, and the training spends its steps on reaching their mean.
+
+    Fix: Learn the numbers on another scale, such as (number - mean) / standard deviation, or a price's logarithm.
+
+    数值离 0 太远，或分布太广
+
+    原因：新建的输出头一开始的输出在 0 附近，离散程度约为 1。如果数值成百上千，平方误差很大，梯度会被裁剪，训练的步数都
+    花在接近平均值上。
+
+    办法：换一个尺度学习，如（数值 - 平均值）/ 标准差，或对价格取对数。
+    """
+    if s.task.labels is None or s.task.data.named is not None or not len(s.train):
+        return
+    numbers = s.train.column("labels").astype(np.float64)
+    mean, spread = float(numbers.mean()), float(numbers.std())
+    if not spread:
+        yield Problem(
+            Bilingual(
+                f"all training rows have the number {mean:g}: nothing to learn",
+                f"所有训练样本的数值都是 {mean:g}：无可学习",
+            ),
+            severity="error",
+        )
+    elif max(abs(mean), spread) > FAR:
+        yield Problem(
+            Bilingual(
+                f"the numbers have the mean {mean:.4g} and the standard deviation {spread:.4g}",
+                f"数值的平均值是 {mean:.4g}，标准差是 {spread:.4g}",
+            )
+        )
 
 
 def broken_tags(s: CheckInput) -> Iterator[Problem]:

@@ -64,6 +64,8 @@ RULES: dict[str, Rule] = {
         Rule("SL044", "warning", preferences.contradictory_pairs, "rows"),
         Rule("SL045", "warning", preferences.length_decides, "rows"),
         Rule("SL046", "warning", preferences.refusals_preferred, "rows"),
+        Rule("SL047", "warning", labels.rare_labels, "rows"),
+        Rule("SL048", "warning", labels.far_numbers),
         Rule("SL050", "warning", related.same_texts, "rows"),
         Rule("SL051", "warning", related.wrong_negatives, "rows"),
         Rule("SL052", "error", related.nothing_to_compare, "rows"),

@@ -272,8 +272,7 @@ class Display:
     def ended(self, trial: Trial, record: Record | None) -> None:
         """A trial is completed or has failed."""
         from siliang.cli.show import duration
-        from siliang.tasks import TASKS
-        from siliang.types import TaskType
+        from siliang.tasks.record import task_in
 
         started, name = self._begun.get(trial.folder, (time.perf_counter(), f"{trial.method}{_seed(trial)}"))
         self._rows.pop(trial.folder, None)
@@ -282,7 +281,7 @@ class Display:
             error = one_line(local(trial.error or ""))
             print(both(f"{name}  failed: {error}", f"{name}  失败：{error}"), flush=True)
             return
-        quality = TASKS[TaskType(record.config["task"])].on(record.layout).quality.name
+        quality = task_in(record).quality.name
         took = duration(time.perf_counter() - started)
         print(f"{name}  {quality} {record.final[quality]:.4f}  {took}", flush=True)
 

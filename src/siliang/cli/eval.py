@@ -72,7 +72,8 @@ def evaluate(
     base: Base = None,
     force: Force = False,
 ) -> None:
-    """Evaluate a run on its held-out rows, on --data, or on tasks of lm-eval (--harness)."""
+    """Evaluate a run on its held-out rows, on --data, or on tasks of lm-eval (--harness); for labels, also each class,
+    the confusion matrix and the most confident mistakes."""
     if data is not None and (not data.strip() or "\0" in data):
         raise ConfigError(
             Bilingual(
@@ -132,13 +133,27 @@ def evaluate(
                 "这次训练没有验证集：以下指标是在训练样本上测得的",
             )
         )
+    learned = opened.record.classification
+    if data is None and learned is not None and learned.chosen_on is not None:
+        notes.append(
+            both(
+                "temperature or thresholds were chosen on these rows: expect a little less on new ones (--data)",
+                "温度或阈值就是在这些样本上选取的：在新样本（--data）上效果会略低",
+            )
+        )
     show_notes(notes)
     if json:
-        print_json({**found.metrics, **({"signatures": found.signatures} if found.signatures else {})})
-    else:
-        print(metrics_line(found.metrics))
-        for name, signature in found.signatures.items():
-            print(f"{name:<12}{signature}")
+        extra: dict[str, object] = {"signatures": found.signatures} if found.signatures else {}
+        extra |= {"classes": found.report.model_dump(mode="json")} if found.report is not None else {}
+        print_json({**found.metrics, **extra})
+        return
+    print(metrics_line(found.metrics))
+    for name, signature in found.signatures.items():
+        print(f"{name:<12}{signature}")
+    if found.report is not None:
+        from siliang.cli.show_classes import show_classes
+
+        show_classes(found.report, learned)
 
 
 def _settings(measures: str | None, rows: str | None) -> dict[str, object]:

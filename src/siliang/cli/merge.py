@@ -66,7 +66,6 @@ def merge(
 
         from siliang.cli.show import quiet_loading
         from siliang.run_folder import check_empty, open_run
-        from siliang.tasks import TASKS
         from siliang.use.merge import merge as merge_run
         from siliang.use.merge import served_tokenizer
 
@@ -84,7 +83,7 @@ def merge(
     )
     if template := served_tokenizer(opened)[1]:
         print(both(f"chat template: {template}", f"对话模板：{local(template)}"))
-    kind, path = TASKS[opened.config.task].model.auto_class, str(output)
+    kind, path = opened.task.model.auto_class, str(output)
     print(both(f"saved   {path}", f"已保存  {path}"))
     call = f"transformers.{kind}.from_pretrained({path!r})"
     print(both(f"load it with {call}", f"加载方式：{call}"))

@@ -64,6 +64,23 @@ def predict(
             )
         ),
     ] = None,
+    top: Annotated[
+        int,
+        typer.Option(
+            min=1, help=both("The most probable classes to list, with probabilities.", "列出概率最高的几个类别。")
+        ),
+    ] = 1,
+    min_confidence: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help=both(
+                'Below this probability a prediction is "no label". Default: classification.min_confidence of the run.',
+                "概率低于此值时预测为“无标签”。默认为该运行的 classification.min_confidence。",
+            ),
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help=both("One JSON object per line.", "每行输出一个 JSON 对象。"))
     ] = False,
@@ -71,8 +88,8 @@ def predict(
     base: Base = None,
     force: Force = False,
 ) -> None:
-    """Predict with a trained run: the class of a text, the tagged spans in it, the answer to a question, or the reward
-    of an answer.
+    """Predict with a trained run: the class, the labels or the number of a text, the tagged spans in it, the answer to
+    a question, or the reward of an answer.
 
     A file must have the columns that the run was trained on. A tab separates the two texts of a pair, or a question and
     its context. An empty line, or a row without text, gives an empty line.
@@ -91,7 +108,6 @@ def predict(
         from siliang.cli.show import quiet_loading
         from siliang.hardware import find_device
         from siliang.run_folder import open_run
-        from siliang.tasks import TASKS
         from siliang.types import DataError
         from siliang.use.predict import check_predicts, predict_tasks
         from siliang.use.predict import predict as make
@@ -101,14 +117,14 @@ def predict(
     if output is not None:
         check_output(output)
     opened = open_run(run, base=base, force=force, device=find_device())
-    opened.task_id = task_id
+    opened.task_id, opened.top, opened.min_confidence = task_id, top, min_confidence
     show_notes(opened.trained.notes if opened.trained else ())
     check_predicts(opened)
     if data is not None and output is not None:
         rows = predict_file(opened, str(data), output, progress=_show_progress())
         print(both(f"saved      {output}: {rows:,} rows", f"已保存     {output}：{rows:,} 行"))
         return
-    task = TASKS[opened.config.task]
+    task = opened.task
     given: list[Input] = list(input_lines()) if not texts else []
     tasks: list[int | None] = [None] * len(given)
     if texts:

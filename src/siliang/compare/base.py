@@ -15,7 +15,7 @@ from siliang.memory.peak import PeakMemory
 from siliang.models.invented import invented_modules
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import load_base
-from siliang.tasks import TASKS
+from siliang.tasks import task_of
 
 CHUNK = 2**18  # integers per partial sum: their products, 2 MB, fit the CPU cache
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd; the sum is multiplied by it before each chunk is added
@@ -70,7 +70,7 @@ class CachedBase:
             for p in base.parameters():
                 p.grad = None
             # weights missing from the checkpoint are initialized from the seed, which is not in the key
-            has_new_weights = not TASKS[config.task].model.heads and bool(invented_modules(base))
+            has_new_weights = not task_of(config).model.heads and bool(invented_modules(base))
             if checksums(base) == self._checksums and not has_new_weights:
                 self._model = base
 
@@ -116,7 +116,17 @@ def _weights(device: torch.device) -> torch.Tensor:
 
 def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tuple[object, ...]:
     quantized = config.quantization.model_dump_json() if config.quantization else None
+    model = task_of(config).model
     # the seed of the run initializes a new head
-    seed = config.train.seed if TASKS[config.task].model.heads else None
+    seed = config.train.seed if model.heads else None
     names = tuple(labels) if labels is not None else None
-    return (config.model, config.revision, config.task, names, quantized, tuple(config.data.add_tokens), dtype, seed)
+    return (
+        config.model,
+        config.revision,
+        model,
+        names,
+        quantized,
+        tuple(config.data.add_tokens),
+        dtype,
+        seed,
+    )

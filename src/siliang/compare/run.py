@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,8 @@ from siliang.hardware import machine
 from siliang.language import Bilingual, both, local
 from siliang.records import COMPARISON_NAME, Comparison, Record, Trial, metrics_of
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes
-from siliang.tasks import TASKS
+from siliang.tasks import settled, task_of
+from siliang.tasks.prepare import prepare_data
 from siliang.tasks.record import read_record
 from siliang.terminal import shell_command
 from siliang.types import ClusterError, ConfigError, InterruptedRunError
@@ -81,17 +82,19 @@ def compare(
         DataError: `siliang check` finds an error in the data.
         InterruptedRunError: Ctrl-C or SIGTERM stopped the comparison.
     """
-    return _ComparisonRun(config, listener or CompareListener(), jobs, ray, force).run()
+    run, why = settled(config.run)
+    config = replace(config, run=run)
+    return _ComparisonRun(config, why, listener or CompareListener(), jobs, ray, force).run()
 
 
 class _ComparisonRun:
     def __init__(
-        self, config: CompareConfig, listener: CompareListener, jobs: int, ray: str | None, force: bool
+        self, config: CompareConfig, why: str, listener: CompareListener, jobs: int, ray: str | None, force: bool
     ) -> None:
-        self.force = force
+        self.why, self.force = why, force
         self.config, self.listener, self.jobs, self.ray = config, listener, jobs, ray
         self.folder = Path(config.run.output)
-        self.task = config.run.task
+        self.task = task_of(config.run)
         self.shown: set[str] = set()
         self.record = open_comparison(config, self.folder)
         self.pool: Pool | Cluster | None = None
@@ -107,7 +110,7 @@ class _ComparisonRun:
             with _sigterm_interrupts(), pool as self.pool:
                 self._measure_steps()
                 self._search()
-                if TASKS[self.task].writes and not self.record.base:
+                if self.task.writes and not self.record.base:
                     self._measure_base()
                 self._run_trials(test_trials(self.config, self.record.chosen))
         except KeyboardInterrupt:
@@ -146,7 +149,8 @@ class _ComparisonRun:
     def _check(self) -> None:
         """Raises the errors that every run would raise."""
         trial = test_trials(self.config, {})[0]
-        subject = gather_input(run_config(self.config, trial, self.folder, {}), machine())
+        config = run_config(self.config, trial, self.folder, {})
+        subject = gather_input(config, machine(), prepare_data(config, self.why))
         findings = [f for f in find(subject, stop_early=True) if f.code not in METHOD_RULES]
         stop_on_errors(findings)
         for finding in findings:
@@ -236,7 +240,7 @@ class _ComparisonRun:
         measured = ""
         for trial in (t for t in self.record.trials if t.purpose == "search" and t.status == "completed"):
             record = read_record(self.folder / trial.folder)
-            quality = TASKS[self.task].on(record.layout).quality
+            quality = self.task.on(record.layout).quality
             found = record.final[quality.name]
             if trial.method not in best or quality.better(found, best[trial.method]):
                 best[trial.method], self.record.chosen[trial.method] = found, trial.settings

@@ -29,7 +29,6 @@ from siliang.config import RunConfig
 from siliang.memory.free import free_memory
 from siliang.plan.preflight import Planner
 from siliang.records import ANSWERS_NAME
-from siliang.tasks import TASKS
 from siliang.terminal import clean_standard_streams
 from siliang.train.log import Progress
 from siliang.train.loop import Training
@@ -119,7 +118,7 @@ def _measure_base(config: RunConfig, request: Message, base: CachedBase) -> Mess
     found = collect(run, request["prompts"], request["max_new_tokens"], base=True)
     found.save(run.folder / ANSWERS_NAME)
     base.store(run.model, config)
-    return {"eval_loss": loss, **TASKS[config.task].of_loss(loss, run.eval_rows), **found.metrics}
+    return {"eval_loss": loss, **run.task.of_loss(loss, run.eval_rows), **found.metrics}
 
 
 def _measure_steps(config: RunConfig, request: Message, base: CachedBase) -> Message:

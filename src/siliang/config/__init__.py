@@ -3,6 +3,7 @@
 Settings are parsed once, strictly. After parsing, a number is a number, a size is in bytes and a time in seconds.
 """
 
+from siliang.config.classification import ClassificationConfig, Problem
 from siliang.config.data import LAYOUT_NAMES, Columns, DataConfig, LayoutName, Source
 from siliang.config.describing import Setting, describe
 from siliang.config.distributed import DistributedConfig
@@ -20,6 +21,7 @@ __all__ = [
     "OWN_FIELDS",
     "BleuTokenizer",
     "Bytes",
+    "ClassificationConfig",
     "Columns",
     "DataConfig",
     "DistributedConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "MeasureName",
     "MethodConfig",
     "PreferenceConfig",
+    "Problem",
     "QuantizationConfig",
     "RerankerConfig",
     "RunConfig",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from siliang.config.classification import ClassificationConfig
 from siliang.config.data import DataConfig
 from siliang.config.distributed import DistributedConfig
 from siliang.config.embedding import EmbeddingConfig, RerankerConfig
@@ -174,6 +175,11 @@ class RunConfig(Settings):
     """The loss of the task reranker, {loss: mse}. None: the defaults.
 
     reranker 任务的损失函数，如 {loss: mse}。None：默认值。"""
+    classification: ClassificationConfig | None = None
+    """What the labels of the task seq_cls are, {problem: several_labels}, and how they are learned and used. None: what
+    they look like.
+
+    seq_cls 任务的标签是什么，如 {problem: several_labels}，以及如何学习和使用。None：由标签判断。"""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training.
 
@@ -220,6 +226,8 @@ class RunConfig(Settings):
                         f"{section} 这一组只用于任务 {section}，而 task = {task}：请去掉。",
                     )
                 )
+        if self.classification is not None:
+            self.classification.check_with(self.task, self.data.stratify, self.train.label_smoothing)
         settings = self.preference or PreferenceConfig()
         if self.adapter is not None and self.task.lower() == "preference" and settings.compares:
             raise ConfigError(

@@ -19,13 +19,6 @@ Values = dict[str, object]
 Result = Example | str  # an example, or what is wrong with the row
 
 BLANKS = " \t\r\n\v\f\xa0\u3000" + INVISIBLE
-REGRESSION = Bilingual(
-    "a number to be estimated is a regression, and seq_cls learns classes", "估计一个数是回归，而 seq_cls 学习类别"
-)
-SEVERAL = Bilingual(
-    "several labels for one text, and seq_cls learns one class for each",
-    "一段文本有多个标签，而 seq_cls 为每段文本学习一个类别",
-)
 
 
 class BadRow(Exception):  # noqa: N818  # the reader of the row catches it, and adds the place

@@ -32,7 +32,7 @@ class TokenEntry(TypedDict, total=False):
 
     input_ids: Required[list[int]]
     token_type_ids: list[int] | None
-    labels: list[int] | int
+    labels: list[int] | float
     sequences: list[int]
     bytes: int
     row: int
@@ -77,7 +77,7 @@ def number_of_bad(row: int) -> int:
     return DROPPED - 1 - row
 
 
-def dropped(labels: list[int] | int) -> list[TokenEntry]:
+def dropped(labels: list[int] | float) -> list[TokenEntry]:
     """The entry of an example that is left out for its length.
 
     Args:

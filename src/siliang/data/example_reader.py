@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 
 from siliang.config import Columns, DataConfig, Source
+from siliang.data.cells import BadRow
 from siliang.data.example_set import ExampleSet, bad_row, nothing_usable
 from siliang.data.examples import Example
 from siliang.data.find_layout import find_layout, second_text
-from siliang.data.labels import MOST_CLASSES, known_class, no_classes
+from siliang.data.labels import find_labels, known_class
 from siliang.data.layouts import RowLayout
 from siliang.data.not_used import UnusedColumns
 from siliang.data.numbers import is_whole
@@ -203,7 +204,7 @@ class ExampleReader:
                     f"has a second text in {pair!r}, and the first row has none: {SINGLE}",
                     f"的 {pair!r} 中有第二段文本，而第一条样本没有：{local(SINGLE, 'zh')}",
                 )
-            made = layout.example(row.values, columns)
+            made = layout.example(row.values, columns, self.spec.read_label)
             if self.spec.adapt is not None and not isinstance(made, str):
                 made = self.spec.adapt(made)
             made = with_task(made, row.values, columns.task_id)
@@ -251,41 +252,16 @@ class ExampleReader:
         found: set[str] = set()
         for example in train:
             found.update(example.classes)
-        path, name, n = self.data.train_sources[0].path, getattr(self.columns, part), len(found)
-        column = Bilingual(f"{path}: column {name!r} ", f"{path}：列 {name!r} ")
-        if problem := no_classes(found, len(train)) if part == "label" else None:
-            raise DataError(together(column, problem))
-        if n > MOST_CLASSES:
-            raise DataError(
-                together(
-                    column,
-                    Bilingual(
-                        f"has {n:,} different values: these are not classes.", f"有 {n:,} 个不同的值：这不是类别。"
-                    ),
-                )
-            )
-        if n < least:
-            only = sorted(found)
-            raise DataError(
-                together(
-                    column,
-                    Bilingual(f"has one class only, {only}: nothing to learn.", f"只有一个类别 {only}：无可学习。"),
-                )
-            )
-        self.labels = sort_labels(found)
+        path, name = self.data.train_sources[0].path, getattr(self.columns, part)
+        try:
+            self.labels = find_labels(found, len(train), self.spec, least)
+        except BadRow as problem:
+            column = Bilingual(f"{path}: column {name!r} ", f"{path}：列 {name!r} ")
+            raise DataError(together(column, problem.text)) from None
 
     def classes(self, train: ExampleSet) -> list[int] | None:
         """The class of each row, for a stratified split."""
-        if self.spec.named != "label" or self.labels is None:
+        if self.spec.named != "label" or self.spec.several or self.labels is None:
             return None
         numbers = {name: i for i, name in enumerate(self.labels)}
         return [numbers[example.classes[0]] for example in train]
-
-
-def sort_labels(found: set[str]) -> list[str]:
-    """Names in a stable order: O first, then whole numbers by value (2 before 10), then words."""
-
-    def key(name: str) -> tuple[int, int, str]:
-        return (-1, 0, "") if name == "O" else (0, int(name), name) if is_whole(name) else (1, 0, name)
-
-    return sorted(found, key=key)

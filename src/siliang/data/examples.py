@@ -263,6 +263,30 @@ class Labelled(Example):
 
 
 @dataclass(frozen=True)
+class SeveralLabels(Example):
+    """A text, or a pair of texts, and the names of its labels, which may be none."""
+
+    text: str
+    labels: tuple[str, ...]
+    pair: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.text] + ([self.pair] if self.pair else [])
+
+    @property
+    def input_text(self) -> str:
+        return f"{self.text}\0{self.pair or ''}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.labels
+
+    def with_classes(self, names: tuple[str, ...]) -> SeveralLabels:
+        return replace(self, labels=names)
+
+
+@dataclass(frozen=True)
 class Tagged(Example):
     """Words and a tag for each."""
 
@@ -385,7 +409,19 @@ class Prepared(Example):
 
 KINDS: dict[str, type[Example]] = {
     kind.__name__: kind
-    for kind in (Conversation, Ranked, Text, Labelled, Tagged, Span, SourceTarget, Related, Scored, Prepared)
+    for kind in (
+        Conversation,
+        Ranked,
+        Text,
+        Labelled,
+        SeveralLabels,
+        Tagged,
+        Span,
+        SourceTarget,
+        Related,
+        Scored,
+        Prepared,
+    )
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from siliang.config import Columns
-from siliang.data.cells import REGRESSION, SEVERAL, is_number
+from siliang.data.cells import is_number
 from siliang.data.layouts import LAYOUTS, RowLayout
 from siliang.data.layouts_in_words import in_words
 from siliang.data.spec import DataSpec
@@ -208,7 +208,7 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
     if pair is not None:
         missing = [columns.text, columns.text_pair, *([columns.label] if columns.label in missing else [])]
         best, keys = LAYOUTS["sentence-pair"], {getattr(columns, n): n for n in LAYOUTS["sentence-pair"].needs}
-    other = _no_classes(free, found) if "label" in best.needs and columns.label in missing else ""
+    likely, other = _labels_of_others(free, found) if "label" in best.needs and columns.label in missing else ("", "")
     lacking = columns.label if other else missing[0]
     wrong = Bilingual(
         f"{source} has no column {lacking!r}; it has {there}.{other}",
@@ -240,6 +240,8 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
         guessed.update(zip(missing, pair, strict=False))
         if guessed.get(columns.label) == "NAME" and len(left) == 1 and not other:
             guessed[columns.label] = left[0]
+    if likely and columns.label in guessed:
+        guessed[columns.label] = likely
     named = " ".join(f"data.columns.{keys[name]}={column}" for name, column in guessed.items())
     lacks = ", ".join(map(repr, missing))
     how = Bilingual(f"{best.name} needs {lacks}", f"{best.name} 需要 {lacks}")
@@ -278,18 +280,15 @@ def _are_spans(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(held, list | tuple | dict) for held in value)
 
 
-def _no_classes(free: list[str], found: Collection[str]) -> str:
-    """Says which column looks like the label but holds lists or numbers; nothing if none does."""
+def _labels_of_others(free: list[str], found: Collection[str]) -> tuple[str, str]:
+    """(a column that looks like the label and holds lists or numbers, what it holds); empty if there is none."""
     for column in free:
         value = found[column] if isinstance(found, Mapping) else None
-        if isinstance(value, list):
-            return Bilingual(f" {column!r} holds lists: {SEVERAL}.", f"{column!r} 是列表：{local(SEVERAL, 'zh')}。")
+        if isinstance(value, list) and not _are_spans(value):
+            return column, Bilingual(f" {column!r} holds lists.", f"{column!r} 是列表。")
         if column.lower() in NUMBERS_NAMED and is_number(value):
-            return Bilingual(
-                f" {column!r} holds numbers such as {value}: {REGRESSION}.",
-                f"{column!r} 是 {value} 这样的数：{local(REGRESSION, 'zh')}。",
-            )
-    return ""
+            return column, Bilingual(f" {column!r} holds numbers such as {value}.", f"{column!r} 是 {value} 这样的数。")
+    return "", ""
 
 
 def _guess(need: str, name: str, free: list[str]) -> str:

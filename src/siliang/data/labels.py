@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import unicodedata
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
-from siliang.data.cells import REGRESSION, SEVERAL
+from siliang.data.cells import BadRow
 from siliang.data.examples import Example
+from siliang.data.label_cells import SET, listed
 from siliang.data.numbers import as_number, is_whole
 from siliang.data.text_files import INVISIBLE
-from siliang.language import Bilingual, local
+from siliang.language import Bilingual
 from siliang.secrets import without_secrets
+
+if TYPE_CHECKING:
+    from siliang.data.spec import DataSpec
 
 MOST_CLASSES = 1000
 FEW_ROWS = 20  # below, a class for every other row says nothing
@@ -58,29 +62,83 @@ def no_label(names: Collection[str]) -> str | None:
     return "-1" if numbered and len(rest) < len(names) else None
 
 
-def no_classes(found: Collection[str], rows: int) -> str | None:
+def find_labels(found: Collection[str], rows: int, spec: DataSpec, least: int) -> list[str]:
+    """The classes, tags or labels of the training rows, in a stable order.
+
+    Args:
+        found: The names that occur in them.
+        least: Fewer are nothing to learn.
+
+    Raises:
+        BadRow: They are no classes, or have no order that is known.
+    """
+    if problem := no_classes(found, rows, spec) if spec.named == "label" else None:
+        raise BadRow(problem)
+    n = len(found)
+    if n > MOST_CLASSES:
+        raise BadRow(
+            Bilingual(f"has {n:,} different values: these are not classes.", f"有 {n:,} 个不同的值：这不是类别。")
+        )
+    if spec.several and not n:
+        raise BadRow(Bilingual("has no label in any row: nothing to learn.", "的所有样本都没有标签：无可学习。"))
+    if n < least and not spec.several:
+        only = sorted(found)
+        raise BadRow(Bilingual(f"has one class only, {only}: nothing to learn.", f"只有一个类别 {only}：无可学习。"))
+    if not spec.ordered:
+        return sort_labels(found)
+    by_value = {name: as_number(name) for name in found}
+    if None in by_value.values():
+        shown = ", ".join(sorted(found)[:3])
+        raise BadRow(
+            Bilingual(
+                f"holds names such as {shown}, whose order is not known: list them from the lowest to the highest in "
+                "data.labels.",
+                f"是 {shown} 这样的名称，顺序未知：请在 data.labels 中从低到高列出。",
+            )
+        )
+    return sorted(by_value, key=lambda name: (by_value[name] or 0.0, name))
+
+
+def sort_labels(found: Collection[str]) -> list[str]:
+    """Names in a stable order: O first, then whole numbers by value (2 before 10), then words."""
+
+    def key(name: str) -> tuple[int, int, str]:
+        return (-1, 0, "") if name == "O" else (0, int(name), name) if is_whole(name) else (1, 0, name)
+
+    return sorted(found, key=key)
+
+
+def no_classes(found: Collection[str], rows: int, spec: DataSpec) -> str | None:
     """What a label column with these values holds instead of classes, if it does."""
     numbers = [as_number(name) for name in found]
     broken = [name for name, n in zip(found, numbers, strict=True) if n is not None and not n.is_integer()]
-    if broken and None not in numbers:
+    if broken and None not in numbers and not spec.ordered:
         shown = ", ".join(sorted(broken)[:3])
         return Bilingual(
-            f"holds numbers such as {shown}: {REGRESSION}. Where they are classes, list them in data.labels.",
-            f"是 {shown} 这样的数：{local(REGRESSION, 'zh')}。如果它们是类别，请在 data.labels 中列出。",
+            f"holds numbers such as {shown}: set {SET}=number to estimate them, or {SET}=ordered where they are few "
+            "and in an order. Where they are classes, list them in data.labels.",
+            f"是 {shown} 这样的数：要估计数值请设置 {SET}=number；若取值不多且有顺序，请设置 {SET}=ordered。"
+            "如果它们是类别，请在 data.labels 中列出。",
         )
-    lists = [name for name in found if _is_list(name)]
+    if spec.several:
+        return None
+    lists = [name for name in found if listed(name) is not None]
     if len(lists) * 2 > len(found):
         shown = min(lists)
         return Bilingual(
-            f"holds lists such as {shown!r}: {SEVERAL}.", f"是 {shown!r} 这样的列表：{local(SEVERAL, 'zh')}。"
+            f"holds lists such as {shown!r}: several labels for one text; set {SET}=several_labels.",
+            f"是 {shown!r} 这样的列表：一段文本有多个标签；请设置 {SET}=several_labels。",
         )
     if rows >= FEW_ROWS and len(found) * 2 > rows:
         shown = ", ".join(map(repr, sorted(found)[:3]))
+        number = Bilingual("", "")
+        if None not in numbers:
+            number = Bilingual(f", or set {SET}=number to estimate them", f"，或设置 {SET}=number 来估计数值")
         return Bilingual(
             f"has {len(found):,} different values in {rows:,} rows, such as {shown}: these are not classes. Name the "
-            "right column with data.columns.label.",
+            f"right column with data.columns.label{number}.",
             f"在 {rows:,} 条样本中有 {len(found):,} 个不同的值，如 {shown}：这不是类别。请用 data.columns.label "
-            "指定正确的列。",
+            f"指定正确的列{number.zh}。",
         )
     return None
 
@@ -100,15 +158,6 @@ def joined(found: Collection[str]) -> str | None:
         if len(several) * 2 > len(found) or all(part in found for part in parts):
             return mark
     return None
-
-
-def _is_list(name: str) -> bool:
-    if not (name.startswith("[") and name.endswith("]")):
-        return False
-    try:
-        return isinstance(ast.literal_eval(name), list)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return False
 
 
 def known_class(made: Example, labels: list[str], by_number: bool, what: str) -> Example | str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from siliang.config import Columns, LayoutName
-from siliang.data.cells import BLANKS, SEVERAL, BadRow, Result, Values, as_text, filled
+from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled
 from siliang.data.encode import IGNORED
-from siliang.data.examples import Labelled, Prepared, SourceTarget, Span, Tagged, Text
+from siliang.data.examples import Labelled, Prepared, SeveralLabels, SourceTarget, Span, Tagged, Text
+from siliang.data.label_cells import LabelReader, one_label
 from siliang.data.preferences import read_chosen_rejected, read_messages_rejected
 from siliang.data.rankings import read_output_list, read_ranking
 from siliang.data.related import NEGATIVE_COLUMNS, read_related, read_scored
 from siliang.data.turns import read_messages, read_pair
-from siliang.language import Bilingual, local
+from siliang.language import Bilingual
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,15 @@ class RowLayout:
     optional: tuple[str, ...] = ()
     fixed_optional: tuple[str, ...] = ()
 
-    def example(self, values: Values, columns: Columns) -> Result:
-        """A row's values as an example, or what is wrong with the row."""
+    def example(self, values: Values, columns: Columns, read_label: LabelReader = one_label) -> Result:
+        """A row's values as an example, or what is wrong with the row.
+
+        Args:
+            read_label: Reads the label of a layout that has one.
+        """
         try:
-            return self.read(values, columns)
+            made = self.read(values, columns)
+            return _with_label(made, read_label(values, columns.label)) if isinstance(made, Labelled) else made
         except BadRow as problem:
             return problem.text
 
@@ -54,18 +60,16 @@ def _text(values: Values, c: Columns) -> Result:
     return Text(filled(values, c.text))
 
 
-def _label(values: Values, name: str) -> str:
-    if isinstance(values.get(name), list | tuple):
-        raise BadRow(Bilingual(f"has a list in {name!r}: {SEVERAL}", f"的 {name!r} 是列表：{local(SEVERAL, 'zh')}"))
-    return filled(values, name)
-
-
 def _labelled(values: Values, c: Columns) -> Result:
-    return Labelled(filled(values, c.text), _label(values, c.label))
+    return Labelled(filled(values, c.text), "")
 
 
 def _sentence_pair(values: Values, c: Columns) -> Result:
-    return Labelled(filled(values, c.text), _label(values, c.label), filled(values, c.text_pair))
+    return Labelled(filled(values, c.text), "", filled(values, c.text_pair))
+
+
+def _with_label(made: Labelled, label: str | tuple[str, ...]) -> Result:
+    return replace(made, label=label) if isinstance(label, str) else SeveralLabels(made.text, label, made.pair)
 
 
 def _tagged(values: Values, c: Columns) -> Result:

@@ -34,14 +34,17 @@ class PreparedData:
         spec: What the task asks of the data.
     """
 
-    def __init__(self, settings: DataConfig, spec: DataSpec, *, model: str, revision: str | None, seed: int) -> None:
+    def __init__(
+        self, settings: DataConfig, spec: DataSpec, *, model: str, revision: str | None, seed: int, note: str = ""
+    ) -> None:
         """
         Args:
             model: The base model, whose tokenizer is used.
             seed: The seed of the split, if the settings of the data have none.
+            note: A first note on how the data is read.
         """
         self.settings, self.spec = settings, spec
-        self._model, self._revision, self._seed = model, revision, seed
+        self._model, self._revision, self._seed, self._note = model, revision, seed, note
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -67,7 +70,9 @@ class PreparedData:
         """
         from siliang.data.load import load_examples
 
-        return load_examples(self.settings, self.spec, seed=self._seed, keep_going=True)
+        found = load_examples(self.settings, self.spec, seed=self._seed, keep_going=True)
+        found.notes = [self._note, *found.notes] if self._note else found.notes
+        return found
 
     @cached_property
     def train(self) -> TokenSet:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from siliang.config import DataConfig
 from siliang.data.entries import Rows
 from siliang.data.examples import Example
+from siliang.data.label_cells import LabelReader, one_label
 from siliang.models.tokenizer import Tokenizer
 
 Encode = Callable[[Sequence[Any]], Sequence[Rows]]  # for each example, of the task's kind, its entries
@@ -59,6 +60,9 @@ class DataSpec:
         templated: Conversations are written in a template (`data.template`).
         one_layout: Sources of different layouts cannot be mixed.
         adapt: Turns the example that a layout gives into this task's kind, or says what is wrong with it.
+        read_label: How the label of a row is read.
+        several: A row may have several labels, or none.
+        ordered: The labels are in an order.
     """
 
     name: str
@@ -74,6 +78,9 @@ class DataSpec:
     one_layout: bool = False
     adapt: Callable[[Example], Example | str] | None = None
     encoded_with: str = ""
+    read_label: LabelReader = one_label
+    several: bool = False
+    ordered: bool = False
 
     @property
     def table(self) -> dict[str, TokenColumn]:

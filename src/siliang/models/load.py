@@ -78,6 +78,8 @@ def load_model(
         config.label2id = {label: i for i, label in enumerate(labels)}
     elif spec.outputs is not None:
         config.num_labels = spec.outputs
+    if spec.problem_type is not None:
+        config.problem_type = spec.problem_type
     if (folder := Path(name)).is_dir() and may_be_too_large(config, folder):
         invented_weights(name, spec, config, revision=revision)  # raises if a shape differs, before memory is allocated
     with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class ModelSpec:
         heads: Names of the modules of the task's head. It is new, so it is trained, saved with the adapter, and not
             quantized.
         outputs: Columns of the head, if it does not have one column per label.
+        problem_type: What transformers calls the labels of its classes for sequences, for the model's config.
         needs_padding_token: The model reads the last token before the padding, so it must know the padding token.
         pooler: The model keeps the pooler of its class, if it has one. False where nothing reads its output.
     """
@@ -24,6 +28,7 @@ class ModelSpec:
     auto_class: str
     heads: tuple[str, ...] = ()
     outputs: int | None = None
+    problem_type: ProblemType | None = None
     needs_padding_token: bool = False
     pooler: bool = True
 

@@ -25,7 +25,7 @@ from siliang.plan.rows import heaviest_step, synthetic_rows
 from siliang.plan.shapes import model_config
 from siliang.plan.speed import add_times
 from siliang.records import MethodPlan, PlanRecord
-from siliang.tasks import TASKS
+from siliang.tasks import settled, task_of
 from siliang.tasks.prepare import prepare_data
 from siliang.types import ConfigError
 
@@ -72,9 +72,11 @@ def plan(
                 "不预估 DeepSpeed 下每个设备的占用。请改为预估 strategy fsdp（与它的第 3 阶段分片相同）或 ddp。",
             )
         )
-    data = data or prepare_data(config)
+    if data is None:
+        config, why = settled(config) if with_data else (config, "")
+        data = prepare_data(config, why)
     base_config = base_config or model_config(config)
-    task = TASKS[config.task]
+    task = task_of(config)
     labels = data.labels if with_data else None
     if (outputs := task.model.columns(labels)) is not None:
         base_config.num_labels = outputs

@@ -12,7 +12,7 @@ from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator, distinct_tokens, in_steps, lengths_of, sequences_of
 from siliang.engine.order import Order, shares
-from siliang.tasks import TASKS
+from siliang.tasks import task_of
 
 MOST_STEPS = 20_000  # steps to search, which takes seconds; later steps consist of the same rows
 
@@ -92,7 +92,7 @@ def synthetic_rows(config: RunConfig, ranks: int = 1) -> StepRows:
 
 def synthetic_row(config: RunConfig, length: int) -> dict[str, Any]:
     """A row of `length` tokens with a label on every token."""
-    return TASKS[config.task].synthetic_row(length, config.data.max_target_length)
+    return task_of(config).synthetic_row(length, config.data.max_target_length)
 
 
 def cut(row: dict[str, Any], length: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The schemas of all records: runs, comparisons, answers, plans and verdicts. Reports read nothing else."""
 
 from siliang.records.answers import ANSWERS_NAME, Answer, Answers
+from siliang.records.classes import Classification, ClassMetrics, ClassReport, Mistake
 from siliang.records.comparison import COMPARISON_NAME, Comparison, Trial, metrics_of
 from siliang.records.metrics import Metrics
 from siliang.records.plan import CATEGORIES, Category, Change, Fit, MethodPlan, PlanRecord
@@ -30,6 +31,9 @@ __all__ = [
     "Answers",
     "Category",
     "Change",
+    "ClassMetrics",
+    "ClassReport",
+    "Classification",
     "Comparison",
     "Counts",
     "Device",
@@ -39,6 +43,7 @@ __all__ = [
     "Memory",
     "MethodPlan",
     "Metrics",
+    "Mistake",
     "Part",
     "PlanRecord",
     "Predicted",

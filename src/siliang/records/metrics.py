@@ -13,6 +13,7 @@ from siliang.records.saved import Name, Number
 SHARES = (  # metrics from 0 to 1
     *("accuracy", "f1", "precision", "recall", "exact_match", "rouge_1", "rouge_2", "rouge_l"),
     *("ndcg_at_10", "recall_at_1", "recall_at_10", "mrr_at_10"),
+    *("f1_micro", "subset_accuracy", "coverage", "accuracy_covered"),
 )
 PERCENT = ("bleu", "chrf")  # from 0 to 100
 LARGEST_LOSS = 1e30

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from siliang.config import LAYOUT_NAMES, RunConfig, Seed, differences
 from siliang.language import Bilingual
+from siliang.records.classes import Classification, ClassReport
 from siliang.records.metrics import Metrics
 from siliang.records.saved import Count, Date, Name, Number, Part, Positive, Rate, Saved, Sha256
 from siliang.secrets import HIDDEN, short_repr, shortened
@@ -192,6 +193,10 @@ class Record(Saved):
     """The data's column of each part of the layout: {text: review, label: label}."""
     more_layouts: dict[Name, dict[Name, Name]] = Field(default_factory=dict)
     """The same of sources that were laid out in another way: their layouts, with the columns of each."""
+    classification: Classification | None = None
+    """How labels were read and are predicted, for classes and numbers of whole rows."""
+    class_report: ClassReport | None = None
+    """The held-out rows at the end, by class."""
     unanswered: bool = False
     """Some training questions have no answer in their context: the run's answer may be that there is none."""
     parameters: Counts

@@ -2,4 +2,12 @@
 
 from typing import Literal
 
-Verdict = Literal["one class", "majority", "not below the base", "not above chance", "no spans", "no number"]
+Verdict = Literal[
+    "one class",
+    "majority",
+    "not below the base",
+    "not above chance",
+    "not above the mean",
+    "no spans",
+    "no number",
+]

@@ -11,7 +11,8 @@ from siliang.paths import check_links, inside
 from siliang.records import ANSWERS_NAME, COMPARISON_NAME, RECORD_NAME, Answers, Comparison, Record, Verdict
 from siliang.report.agree import Difference, base_differences, differences_of
 from siliang.safety.safe_yaml import dump_yaml
-from siliang.tasks.record import read_record
+from siliang.tasks import TASKS, Task
+from siliang.tasks.record import read_record, task_in
 from siliang.tasks.verdict import learned_nothing
 from siliang.terminal import one_line, shell_command
 from siliang.types import ConfigError, TaskType
@@ -82,9 +83,10 @@ class ReportData:
         return [run.record for group in self.groups for run in group.finished if run.record is not None]
 
     @property
-    def layout(self) -> str:
-        """Of the runs' rows; "" where no run has finished."""
-        return next((record.layout for record in self.records), "")
+    def task_row(self) -> Task:
+        """The task of the runs, with their settings."""
+        record = next(iter(self.records), None)
+        return task_in(record) if record is not None else TASKS[self.task]
 
     @property
     def majority(self) -> float | None:
@@ -128,6 +130,7 @@ def gather(folders: list[Path]) -> ReportData:
     for record in records:
         for what, a, b in (
             (Bilingual("task", "任务"), first.config["task"], record.config["task"]),
+            (Bilingual("classification.problem", "classification.problem "), _problem(first), _problem(record)),
             (Bilingual("held-out rows", "验证集"), _split(first), _split(record)),
         ):
             if a != b:
@@ -192,8 +195,7 @@ def _run(folder: Path, seed: int, record: Record, base: dict[str, float]) -> Run
         return RunResult(folder, seed, error=record.error or f"not finished: {record.status}")
     path = folder / ANSWERS_NAME
     answers = Answers.open(path) if path.is_file() else None
-    task = TaskType(record.config["task"])
-    return RunResult(folder, seed, record, None, answers, learned_nothing(task, record.final, answers, base))
+    return RunResult(folder, seed, record, None, answers, learned_nothing(task_in(record), record.final, answers, base))
 
 
 def _grouped(found: list[tuple[str, RunResult]]) -> list[Group]:
@@ -207,6 +209,10 @@ def _label(record: Record) -> str:
     method: dict[str, object] = dict(record.config["method"])
     name = str(method.pop("name"))
     return " ".join([name, *(f"{key}={value}" for key, value in method.items() if value is not None)])
+
+
+def _problem(record: Record) -> str:
+    return record.classification.problem if record.classification else ""
 
 
 def _split(record: Record) -> Bilingual:

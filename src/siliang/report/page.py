@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from siliang.files import write_text
 from siliang.next_steps import next_steps
-from siliang.records import Answer, Answers
+from siliang.records import Answer, Answers, Classification, ClassReport
 from siliang.report import plots
 from siliang.report.gather import Group, ReportData
 from siliang.report.plots import Axis, Curve, Point
@@ -25,7 +25,6 @@ from siliang.report.summary import Mean, MethodSummary, pareto, recommend, summa
 from siliang.report.table import differences, notes, sentences, table
 from siliang.report.words import words
 from siliang.secrets import shortened
-from siliang.tasks import TASKS
 from siliang.terminal import shell_command, shown
 
 SHOWN_ROWS = 12  # rows shown of those on which methods disagree
@@ -102,6 +101,7 @@ def render(data: ReportData, *, language: str = "en") -> str:
         n_disagreed=n_disagreed,
         counts=counts,
         n_checked=max((len(_rows(group)) for group in data.groups), default=0),
+        by_class=by_class(data),
         settings=data.settings,
         all_settings=data.all_settings,
         command=data.command,
@@ -122,7 +122,7 @@ def write_page(data: ReportData, path: Path, *, language: str = "en") -> None:
 
 def figures(methods: list[MethodSummary], data: ReportData, w: dict[str, str]) -> list[Figure]:
     """The plots whose metrics the records have."""
-    quality = TASKS[data.task].on(data.layout).quality
+    quality = data.task_row.quality
     metric, way = w.get(quality.name, quality.name), w["up" if quality.higher else "down"]
     costs: list[tuple[str, str, Callable[[MethodSummary], Mean | None], bool]] = []
     peaks = [method.peak.value for method in methods if method.peak]
@@ -168,7 +168,7 @@ def prompts(data: ReportData) -> list[Question]:
     """The questions that the base model and every method answered."""
     of_methods = [_answers(group).prompts for group in data.groups]
     base = data.base_answers.prompts if data.base_answers else []
-    if TASKS[data.task].writes:
+    if data.task_row.writes:
         of_methods = [[*a, *_rows(g)] for a, g in zip(of_methods, data.groups, strict=True)]
         base = [*base, *(data.base_answers.rows if data.base_answers else [])]
     questions: list[Question] = []
@@ -197,6 +197,16 @@ def disagreements(data: ReportData) -> tuple[list[Question], int, list[int]]:
     # the most evenly divided rows first
     split.sort(key=lambda question: abs(sum(1 if ok else -1 for _, ok in question.answers if ok is not None)))
     return split[:SHOWN_ROWS], len(split), n_wrong
+
+
+def by_class(data: ReportData) -> list[tuple[str, ClassReport, Classification | None]]:
+    """(method, its rows by class, what it has chosen for predictions) of each method's first finished run."""
+    runs = [(group.label, run.record) for group in data.groups for run in group.finished[:1]]
+    return [
+        (label, record.class_report, record.classification)
+        for label, record in runs
+        if record is not None and record.class_report is not None
+    ]
 
 
 def commands(methods: list[MethodSummary], data: ReportData, w: dict[str, str]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 from siliang.records import Record, Verdict
 from siliang.report.gather import Group, ReportData
-from siliang.tasks import TASKS, Metric
+from siliang.tasks import Metric
 
 SAME_COST = 1.02  # two runs of one method differ by up to this factor: a smaller difference in cost does not count
 GOOD_ENOUGH = 0.95  # share of the best quality that a small method must reach to be recommended
@@ -99,7 +99,7 @@ class Recommendation:
 
 def summarize(data: ReportData) -> list[MethodSummary]:
     """One summary per method, in the order of the comparison."""
-    quality = TASKS[data.task].on(data.layout).quality
+    quality = data.task_row.quality
     methods = [_summarize(group, quality) for group in data.groups]
     best = pareto(methods, quality, lambda method: method.peak) if len(methods) > 1 else []
     front = {method.label for method in best}
@@ -127,7 +127,7 @@ def pareto(
 
 def recommend(methods: list[MethodSummary], data: ReportData) -> Recommendation:
     """The best method, the methods tied with it, and the smallest method that is nearly as good."""
-    quality = TASKS[data.task].on(data.layout).quality
+    quality = data.task_row.quality
     usable = [method for method in methods if method.learned]
     if not usable:
         return Recommendation(None, [])

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from siliang.report.gather import ReportData
 from siliang.report.summary import Mean, MethodSummary, Recommendation
-from siliang.tasks import TASKS
 from siliang.units import show_bytes
 
 STAR, MARK = "★", "⚠"
@@ -14,6 +13,7 @@ METRICS = (
     *("accuracy", "f1", "precision", "recall", "exact_match", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf"),
     *("perplexity", "byte_perplexity", "bits_per_byte"),
     *("recall_at_1", "recall_at_10", "mrr_at_10"),
+    *("mse", "mae"),
 )
 
 
@@ -46,7 +46,7 @@ class Column:
 
 def table(methods: list[MethodSummary], data: ReportData, w: dict[str, str]) -> tuple[list[Column], list[list[Cell]]]:
     """The columns, and one row of cells per method."""
-    task = TASKS[data.task].on(data.layout)
+    task = data.task_row
     quality = task.quality
     names = {name for method in methods for name in method.others} - {quality.name}
     extra = [name for name in METRICS if name in names] + sorted(names.difference(METRICS))
@@ -158,7 +158,7 @@ def _mean_cell(mean: Mean | None, digits: int) -> Cell:
 
 def sentences(answer: Recommendation, data: ReportData, w: dict[str, str]) -> list[str]:
     """The answer in two sentences, then the baselines: the most frequent class and the base model."""
-    quality = TASKS[data.task].on(data.layout).quality
+    quality = data.task_row.quality
     best, texts = answer.best, []
     alone = len(data.groups) == 1
     if best is None or best.score is None or best.minutes is None or best.peak is None:

@@ -117,6 +117,14 @@ WORDS: dict[str, tuple[str, str]] = {
     "spearman": ("Spearman's rank correlation", "斯皮尔曼秩相关"),
     "precision": ("precision", "精确率"),
     "recall": ("recall", "召回率"),
+    "f1_micro": ("micro F1", "微平均 F1"),
+    "subset_accuracy": ("all labels right", "标签全对率"),
+    "coverage": ("coverage", "覆盖率"),
+    "accuracy_covered": ("accuracy where covered", "覆盖部分的准确率"),
+    "kappa": ("quadratic kappa", "二次加权 kappa"),
+    "mse": ("MSE", "均方误差"),
+    "mae": ("MAE", "平均绝对误差"),
+    "r2": ("R²", "R²"),
     "exact_match": ("exact match", "完全匹配"),
     "rouge_1": ("ROUGE-1", "ROUGE-1"),
     "rouge_2": ("ROUGE-2", "ROUGE-2"),
@@ -135,6 +143,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "not above chance": (
         "learned nothing: does not prefer the chosen answers",
         "没有学到东西：并不偏好所选的回答",
+    ),
+    "not above the mean": (
+        "learned nothing: no nearer to the numbers than their mean",
+        "没有学到东西：不比全部预测为平均值更接近",
     ),
     "no spans": ("learned nothing: no span is correct", "没有学到东西：没有一个片段正确"),
     "no number": ("learned nothing: its loss is not finite", "没有学到东西：损失不是有限值"),
@@ -209,6 +221,30 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "base": ("base", "基座模型"),
     "expected": ("expected", "标准答案"),
+    "classes": ("By class", "各类别"),
+    "classes_note": (
+        "{label}, first seed, on the held-out rows.",
+        "{label}（第一个种子），在验证集上。",
+    ),
+    "class": ("class", "类别"),
+    "class_rows": ("rows", "样本数"),
+    "class_predicted": ("predicted", "预测为"),
+    "calibration": (
+        "Probabilities are divided by the temperature {t}: expected calibration error {before} before, {after} after.",
+        "概率经温度 {t} 校准：期望校准误差之前为 {before}，之后为 {after}。",
+    ),
+    "chosen_here": (
+        "Temperature and thresholds were chosen on these rows: on new rows expect a little less.",
+        "温度和阈值就是在这些样本上选取的：在新样本上效果会略低。",
+    ),
+    "confusion": (
+        "Confusion: a row for each right class, a column for each predicted one",
+        "混淆矩阵：每行是正确类别，每列是预测类别",
+    ),
+    "mistakes": ("The most confident mistakes", "最自信的错误"),
+    "mistakes_of_numbers": ("The largest differences", "相差最大的样本"),
+    "row_text": ("text", "文本"),
+    "row_predicted": ("predicted", "预测"),
     "changed": ("Where the methods disagree", "各方法判断不一的样本"),
     "changed_note": (
         "Held-out rows that some methods get right and others wrong, {shown} of {n}, first seed. Wrong "

@@ -29,7 +29,7 @@ from siliang.run_folder.layout import read_config
 from siliang.run_place import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints, find_place
 from siliang.run_settings import in_words, misplaced_settings
 from siliang.secrets import shortened
-from siliang.tasks import TASKS
+from siliang.tasks import Task, task_of
 from siliang.tasks.record import read_record
 from siliang.terminal import shell_command
 from siliang.types import ADAPTER_CONFIG, AdapterError, ConfigError, DataError, ModelError
@@ -125,6 +125,8 @@ class OpenedRun:
     Attributes:
         trained: The run that was opened; None for a run in training.
         task_id: The task of what it is asked, for a method with several; None where the rows say it, or it has one.
+        top: So many of the most probable classes are wanted in a prediction.
+        min_confidence: Below it a prediction is "no label"; None: as in the run's settings.
     """
 
     folder: Path
@@ -135,6 +137,13 @@ class OpenedRun:
     trained: TrainedRun | None = None
     precision: Choice = FP32  # of the computation
     task_id: int | None = None
+    top: int = 1
+    min_confidence: float | None = None
+
+    @property
+    def task(self) -> Task:
+        """The task, with what the run's settings and its record say of it."""
+        return task_of(self.config, self.record.layout, self.record.classification)
 
     @property
     def labels(self) -> list[str]:
@@ -307,7 +316,7 @@ def open_trained(
                 p.data = p.data.to(precision.dtype)
                 p.requires_grad_(False)
     else:
-        model = load_model(str(trained.weights), TASKS[config.task].model, dtype=dtype, labels=record.labels)
+        model = load_model(str(trained.weights), task_of(config).model, dtype=dtype, labels=record.labels)
     _check_finite(trained, model)
     if not (quantized and config.quantization):
         model.to(device or torch.device("cpu"))
@@ -357,7 +366,7 @@ def load_base(
     """The run's base model, with its padding token set, and its embeddings grown by the run's new tokens."""
     model = load_model(
         config.model,
-        TASKS[config.task].model,
+        task_of(config).model,
         dtype=dtype,
         labels=labels,
         revision=config.revision,
@@ -368,6 +377,6 @@ def load_base(
     )
     if config.data.add_tokens:
         fit_embeddings(model, tokenizer)
-    if TASKS[config.task].model.needs_padding_token:
+    if task_of(config).model.needs_padding_token:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model

@@ -5,6 +5,7 @@ metrics, the verdict, what the plan and the display of tokens take, and how a tr
 """
 
 from siliang.config import RunConfig
+from siliang.records import Classification
 from siliang.tasks.causal_lm import CAUSAL_LM
 from siliang.tasks.embedding import EMBEDDING
 from siliang.tasks.preference import PREFERENCE
@@ -16,6 +17,7 @@ from siliang.tasks.seq_cls import SEQ_CLS
 from siliang.tasks.task import (
     EntryValues,
     HeldOutAnswers,
+    LabelHooks,
     Metric,
     Prediction,
     Reader,
@@ -44,18 +46,32 @@ TASKS: dict[TaskType, Task] = {
 }
 
 
-def task_of(config: RunConfig, layout: str = "") -> Task:
+def task_of(config: RunConfig, layout: str = "", learned: Classification | None = None) -> Task:
     """The task of a run, with what its settings choose.
 
     Args:
         layout: Of its rows, where they are known.
+        learned: What the run's record says of its labels, if there is one.
 
     Raises:
         ConfigError: The settings do not fit the model or the rows.
     """
     task = TASKS[config.task]
     task = task if task.with_settings is None else task.with_settings(task, config)
+    if learned is not None and task.with_learned is not None:
+        task = task.with_learned(TASKS[config.task], config, learned)
     return task.on(layout) if layout else task
+
+
+def settled(config: RunConfig) -> tuple[RunConfig, str]:
+    """The settings with what they leave to the data, and why it was chosen; empty where they say it.
+
+    Raises:
+        DataError: The data cannot be read.
+        ConfigError: A setting does not go together with what is in the data.
+    """
+    task = TASKS[config.task]
+    return (config, "") if task.settle is None else task.settle(task, config)
 
 
 __all__ = [
@@ -71,6 +87,7 @@ __all__ = [
     "TOKEN_CLS",
     "EntryValues",
     "HeldOutAnswers",
+    "LabelHooks",
     "Metric",
     "Prediction",
     "Reader",
@@ -79,5 +96,6 @@ __all__ = [
     "StepLoss",
     "Task",
     "Trained",
+    "settled",
     "task_of",
 ]

@@ -8,8 +8,13 @@ from siliang.config import RunConfig
 from siliang.language import Bilingual
 from siliang.records import Record
 from siliang.records.run import RECORD_NAME
-from siliang.tasks import TASKS
+from siliang.tasks import Task, task_of
 from siliang.types import RecordError
+
+
+def task_in(record: Record) -> Task:
+    """The task of a run, with what its record says of it."""
+    return task_of(RunConfig.recorded(record.config), record.layout, record.classification)
 
 
 def read_record(folder: Path) -> Record:
@@ -20,7 +25,7 @@ def read_record(folder: Path) -> Record:
         RecordError: It is damaged, or lacks what its task needs.
     """
     record = Record.read(folder)
-    task = TASKS[RunConfig.recorded(record.config).task]
+    task = task_in(record)
     if task.data.named is not None and not record.labels:
         path = folder / RECORD_NAME
         raise RecordError(

@@ -20,7 +20,7 @@ from siliang.data.spec import DataSpec
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
-from siliang.records import Verdict
+from siliang.records import Classification, ClassReport, Verdict
 from siliang.types import ConfigError, TaskType
 
 if TYPE_CHECKING:  # slow to import
@@ -119,14 +119,14 @@ class Reply:
         input: The row's text.
         expected: The right answer.
         predicted: The model's.
-        correct: Whether it counts as right.
+        correct: Whether it counts as right; None for a number, which is more or less near.
         probability: Of the model's answer; None where the answer has several parts.
     """
 
     input: str
     expected: str
     predicted: str
-    correct: bool
+    correct: bool | None
     probability: float | None = None
 
 
@@ -195,6 +195,8 @@ class Trained:
         unanswered: Some of its training questions had no answer in their context.
         read: Runs examples through the model, some at a time: (examples, their tokens, what the task's `read` keeps of
             each entry, by number).
+        top: So many of the most probable classes are wanted.
+        min_confidence: Below it a prediction is "no label"; None: as in the run's settings.
     """
 
     name: str
@@ -203,6 +205,27 @@ class Trained:
     columns: Mapping[str, str]
     unanswered: bool
     read: Callable[[Iterable[Example]], Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]]
+    top: int = 1
+    min_confidence: float | None = None
+
+
+@dataclass(frozen=True)
+class LabelHooks:
+    """What a task of labels has beside the rest.
+
+    Attributes:
+        weights: Balanced weights of the classes, from the training rows and the number of classes; None: it has none.
+        fit: What is chosen on held-out rows for predictions: completes the record's part.
+        report: The table of the classes, from what was kept.
+        ranks: Predictions can list the most probable classes.
+        abstains: A prediction can be "no label".
+    """
+
+    report: Callable[[Mapping[int, Any], EvalRows], ClassReport]
+    weights: Callable[[TokenSet, int], list[float]] | None = None
+    fit: Callable[[Classification, Mapping[int, Any], EvalRows], Classification] | None = None
+    ranks: bool = False
+    abstains: bool = False
 
 
 def no_metrics(loss: float, rows: EvalRows) -> dict[str, float]:
@@ -231,7 +254,9 @@ class Task:
         step_loss: The loss of a whole step, in the place of any other, where rows are compared with each other. It
             does not take `label_smoothing`.
         with_settings: The task with what the settings of a run choose; None where they choose nothing.
+        with_learned: The same with what its record says of its labels.
         with_layout: The task for rows of a layout, where its loss and metrics depend on that; called by `on`.
+        settle: The settings with what they leave to the data, and why it was chosen; empty where they say it.
         counts_rows: The loss is a mean over rows that do not depend on each other: a step's rows may be chosen by
             length.
 
@@ -260,6 +285,7 @@ class Task:
         prompt: The tokens that a model that writes is given, and those that end its answer; from the tokenizer, the
             settings of the data, and a conversation to answer or a text to continue.
         example_prompt: What a user may ask in one line, in words; None where that is not possible.
+        labels: What it has beside these, if it learns labels or numbers of whole rows.
 
         extra_files: Writes what another library needs, besides the adapter or the model that are saved in a folder, to
             open it there; from the folder, the model, and the tokenizer.
@@ -282,7 +308,9 @@ class Task:
     smooths_labels: bool = False
     step_loss: StepLoss | None = None
     with_settings: Callable[[Task, RunConfig], Task] | None = None
+    with_learned: Callable[[Task, RunConfig, Classification], Task] | None = None
     with_layout: Callable[[Task, str], Task] | None = None
+    settle: Callable[[Task, RunConfig], tuple[RunConfig, str]] | None = None
     counts_rows: bool = False
 
     read: Reader | None = None
@@ -303,6 +331,7 @@ class Task:
     prompt: Callable[[Tokenizer, DataConfig, Conversation | Text], tuple[list[int], list[int]]] | None = None
     example_prompt: str | None = None
     extra_files: Callable[[Path, PreTrainedModel, Tokenizer], None] | None = None
+    labels: LabelHooks | None = None
 
     @property
     def title(self) -> str:

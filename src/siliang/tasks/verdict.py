@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from siliang.records import Answers, Verdict
-from siliang.tasks import TASKS
-from siliang.tasks.task import HeldOutAnswers
-from siliang.types import TaskType
+from siliang.tasks.task import HeldOutAnswers, Task
 
 
 def learned_nothing(
-    task: TaskType, final: Mapping[str, float], answers: Answers | None, base: Mapping[str, float]
+    task: Task, final: Mapping[str, float], answers: Answers | None, base: Mapping[str, float]
 ) -> Verdict | None:
     """Why a finished run has learned nothing, or None where it has, or where that cannot be checked.
 
     Args:
+        task: With the run's settings.
         final: The run's metrics on the held-out rows.
         answers: What it says to some of them.
         base: The base model's metrics on them.
@@ -24,4 +23,4 @@ def learned_nothing(
     if answers is not None:
         predicted, expected = [a.predicted for a in answers.rows], [a.expected or "" for a in answers.rows]
         held_out = HeldOutAnswers(predicted, expected, answers.majority, answers.classes)
-    return TASKS[task].verdict(final, base, held_out)
+    return task.verdict(final, base, held_out)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from siliang.data.jinja import with_chat_template
+from siliang.engine.evaluate import metrics_of
 from siliang.files import find_damage, replacing_folder
 from siliang.language import both
 from siliang.memory.peak import PeakMemory
@@ -16,7 +17,6 @@ from siliang.models.save import save_model
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
-from siliang.tasks import TASKS, task_of
 from siliang.train.loop import Training
 from siliang.train.saving import (
     checkpoints,
@@ -33,7 +33,9 @@ def measure(training: Training, memory: PeakMemory) -> None:
     run, started = training.prepared, time.perf_counter()
     record = run.record
     if len(run.eval_set):
-        record.final = _named(_best_metrics(training), run)
+        metrics = _best_metrics(training)
+        metrics = _with_labels(training) if run.task.labels is not None else metrics
+        record.final = _named(metrics, run)
         record.seconds.eval = round(time.perf_counter() - started, 3)
     write_peak(record, memory)
     if run.ranks.size > 1:
@@ -41,6 +43,21 @@ def measure(training: Training, memory: PeakMemory) -> None:
         record.memory.peak_bytes = max(record.memory.peak_bytes_by_rank)
     if losses := [line.loss for line in record.steps if line.loss is not None]:
         record.final["train_loss"] = losses[-1]
+
+
+def _with_labels(training: Training) -> dict[str, float]:
+    """Chooses what predictions need on the held-out rows, as the settings say; writes it, and the rows by class, into
+    the record. Returns the metrics with it."""
+    run = training.prepared
+    sums = run.sums
+    hooks, record = run.task.labels, run.record
+    assert hooks is not None
+    if hooks.fit is not None and record.classification is not None:
+        record.classification = hooks.fit(record.classification, sums.found, run.eval_rows)
+        hooks = run.task.labels  # with what was chosen
+        assert hooks is not None
+    record.class_report = hooks.report(sums.found, run.eval_rows)
+    return metrics_of(run.task, sums, run.eval_rows)
 
 
 def write_peak(record: Record, memory: PeakMemory) -> None:
@@ -79,7 +96,7 @@ def _named(metrics: dict[str, float], run: Run) -> dict[str, float]:
     """The last evaluation's metrics under the names of the record."""
     others = {name: value for name, value in metrics.items() if name != "loss"}
     final = {"eval_loss": metrics["loss"]} | others
-    return final | TASKS[run.config.task].of_loss(final["eval_loss"], run.eval_rows)
+    return final | run.task.of_loss(final["eval_loss"], run.eval_rows)
 
 
 def save(run: Run) -> None:
@@ -92,7 +109,7 @@ def save(run: Run) -> None:
 def _facts(run: Run) -> dict[str, str]:
     """What the adapter's card says of the run: nothing that is private."""
     metrics = {name: f"{value:.4g}" for name, value in run.record.final.items()}
-    task = TASKS[run.config.task].title
+    task = run.task.title
     given = run.config.data.train
     names = [
         source if isinstance(source, str) else source.path for source in ([given] if isinstance(given, str) else given)
@@ -110,13 +127,13 @@ def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
             base = run.model.get_base_model()
         else:
             tokenizer, data = run.tokenizer, run.config.data
-            if TASKS[run.config.task].decoder_only:  # what serves it writes conversations as training did
+            if run.task.decoder_only:  # what serves it writes conversations as training did
                 tokenizer, _ = with_chat_template(
                     tokenizer, data.template, run.examples.layouts, data.template_arguments
                 )
             save_model(temporary, run.model, tokenizer, state_dict=weights)
             base = run.model
-        if (more := task_of(run.config).extra_files) is not None:
+        if (more := run.task.extra_files) is not None:
             assert isinstance(base, PreTrainedModel)
             more(temporary, base, run.tokenizer)
     return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")

@@ -28,7 +28,7 @@ from siliang.methods.initialization import InitializationBatch, keep_initial, wa
 from siliang.peft_api.for_tasks import get_peft_model
 from siliang.peft_api.model import PeftModel
 from siliang.records import Learned
-from siliang.tasks import task_of
+from siliang.tasks import Task
 from siliang.types import ConfigError
 
 
@@ -166,6 +166,7 @@ class Learner:
 
     config: RunConfig
     method: Method
+    task: Task
     data: PreparedData
     precision: Choice
     device: torch.device
@@ -188,7 +189,7 @@ class Learner:
         torch.nn.Module.to(model, self.device)
         engine = Engine(
             model,
-            task_of(self.config, self.data.examples.layout),
+            self.task,
             packing=False,
             memory_budget=t.memory_budget,
             checkpointing=t.gradient_checkpointing,

@@ -45,7 +45,8 @@ def measure(run: Run, engine: Engine, collator: StepCollator, accelerator: Accel
             autocast=autocast,
             as_many=as_many,
         )
-        metrics = metrics_of(task, Sums.of(ranks.gather(own)), run.eval_rows)
+        run.sums = Sums.of(ranks.gather(own))
+        metrics = metrics_of(task, run.sums, run.eval_rows)
         texts = measure_texts(run.model, run.tokenizer, run.config, task, run.eval_rows, autocast=autocast, ranks=ranks)
     finally:
         set_random_state(before)

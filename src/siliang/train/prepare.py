@@ -32,8 +32,9 @@ from siliang.methods.config import PeftConfig
 from siliang.models.own_code import code_of
 from siliang.records import Counts, Device, Predicted, Record, Rows, Seconds
 from siliang.run_folder import changed_base, hashes, load_base, sources_of, weight_dtype
-from siliang.tasks import task_of
+from siliang.tasks import settled, task_of
 from siliang.tasks.prepare import prepare_data
+from siliang.tasks.problems import begin
 from siliang.train.checks import (
     check_evaluation,
     check_held_out,
@@ -79,6 +80,7 @@ def prepare(
     started = time.perf_counter()
     ranks, device = find_ranks(), find_device()
     check_trackers(config.train.trackers)
+    config, why = ranks.from_main(lambda: settled(config))
     given, config = config, _with_accelerate_strategy(config, ranks, listener)
     set_seed(config.train.seed)
     check_evaluation(task_of(config), config, ranks)
@@ -87,7 +89,7 @@ def prepare(
     precision = choose_precision(config.train.precision, device)
     if zero_stage(config, ranks):
         require_deepspeed(device, half=precision.autocast)
-    subject = _check_data(config, ranks, listener)
+    subject = _check_data(config, ranks, listener, why)
     data = subject.prepared
     start = _start_folder(config, method, resumed, force=force)
     say_data(data, listener.say)
@@ -103,7 +105,10 @@ def prepare(
     check_terms(method, own, sharded=mesh is not None or zero_stage(config, ranks) > 0)
     check_ranks(own, ranks.size)
     check_whole(config, method, sharded=mesh is not None)
-    learner = Learner(config, method, data, precision, device, ranks)
+    if resumed is not None and resumed.record is not None and resumed.record.classification is not None:
+        why = resumed.record.classification.why
+    learned = begin(task_of(config), config, why, data.labels, data.train, len(data.eval))
+    learner = Learner(config, method, task_of(config, data.examples.layout, learned), data, precision, device, ranks)
     # one by one: the machine may not hold the whole model more than once
     with ranks.one_by_one() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         model = _load(base, config, method, precision, data, device)
@@ -134,6 +139,7 @@ def prepare(
         learning_rate=config.train.learning_rate or method.learning_rate,
         parameters=Counts(trained=trained, total=total),
     )
+    record.classification = learned
     record.learned = learner.learned or (resumed.record.learned if resumed and resumed.record else None)
     record.seconds = Seconds(load=round(time.perf_counter() - started, 3))
     memory = record.memory
@@ -176,14 +182,17 @@ def _with_accelerate_strategy(config: RunConfig, ranks: Ranks, listener: Listene
     return RunConfig.build(values, source="accelerate's configuration")
 
 
-def _check_data(config: RunConfig, ranks: Ranks, listener: Listener) -> CheckInput:
+def _check_data(config: RunConfig, ranks: Ranks, listener: Listener, why: str) -> CheckInput:
     """The run's data, checked as by `siliang check`; its warnings are printed.
+
+    Args:
+        why: The labels were taken for what the settings say.
 
     Raises:
         DataError: An error was found.
     """
     with ranks.main_first():
-        subject = gather_input(config, machine(), prepare_data(config))
+        subject = gather_input(config, machine(), prepare_data(config, why))
         findings = find(subject, stop_early=True)
         stop_on_errors(findings)
     for finding in findings:

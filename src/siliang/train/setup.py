@@ -15,7 +15,6 @@ from siliang.distributed.sharding import ignore_frozen_in_ddp, is_sharded
 from siliang.engine.batches import StepCollator, distinct_tokens, most_tokens
 from siliang.engine.step import Engine
 from siliang.language import local
-from siliang.tasks import task_of
 from siliang.train.optimizer import OPTIMIZERS
 from siliang.train.types import Run
 
@@ -30,7 +29,7 @@ def make_engine(run: Run) -> Engine:
     _move(run.model, run.device)
     engine = Engine(
         run.model,
-        task_of(run.config, run.examples.layout),
+        run.task,
         packing=t.packing,
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
@@ -55,7 +54,7 @@ def make_collator(run: Run, engine: Engine) -> StepCollator:
     t = run.config.train
     return StepCollator(
         PadCollator(run.tokenizer.pad_token_id),
-        task_of(run.config, run.examples.layout),
+        run.task,
         t.batch_size,
         most_tokens(t.tokens_at_once, run.device.type, run.precision.dtype),
         packed=engine.padding is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,9 +17,11 @@ from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.stream import TokenStream
 from siliang.data.tokens import TokenSet
 from siliang.distributed.ranks import Ranks
+from siliang.engine.evaluate import Sums
 from siliang.hardware import Choice
 from siliang.methods import Method
 from siliang.records import Predicted, Record
+from siliang.tasks import Task, task_of
 from siliang.train.log import Progress
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Run:
     Attributes:
         train_set: The training rows; of a stream, the first ones, which the plan and the checks know.
         stream: The training rows, if they are streamed.
+        sums: Of the last evaluation of the held-out rows, of all ranks.
     """
 
     config: RunConfig
@@ -82,6 +85,12 @@ class Run:
     ranks: Ranks
     device: torch.device
     stream: TokenStream | None = None
+    sums: Sums = field(default_factory=Sums)
+
+    @property
+    def task(self) -> Task:
+        """The task, with what the run's settings and its record say of it."""
+        return task_of(self.config, self.examples.layout, self.record.classification)
 
     def where(self, row: int) -> str:
         """The place of a row of the steps that are being made."""

@@ -12,7 +12,6 @@ from siliang.peft_api.model import PeftModel
 from siliang.records import Answer, Answers
 from siliang.run_folder import OpenedRun
 from siliang.secrets import redacted_part
-from siliang.tasks import task_of
 from siliang.tasks.measures import measuring
 from siliang.train.types import Run
 from siliang.use.evaluate import engine_of, measures_of_texts, sums_of
@@ -35,14 +34,14 @@ def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = F
     opened = OpenedRun(
         run.folder, run.config, run.record, run.model.eval(), run.tokenizer, precision=run.precision, task_id=0
     )
-    if task_of(run.config).writes:
+    if run.task.writes:
         return _texts(run, opened, prompts, max_new_tokens, base=base)
     return _predictions(run, opened, prompts)
 
 
 def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
     """Predictions for some of the held-out rows, each with all its entries, and for the prompts."""
-    task, numbers = task_of(run.config, run.examples.layout), run.eval_set.column("row")
+    task, numbers = run.task, run.eval_set.column("row")
     if task.replies is None:
         return Answers()
     examples = np.unique(numbers)
@@ -90,7 +89,7 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
             shown = redacted_part(instruction + right, 0, at).strip()
             given, right = redacted_part(instruction + given, at), redacted_part(instruction + right, at)
         found.rows.append(Answer(where=place, input=shown, expected=right, predicted=given))
-    task = task_of(run.config)
+    task = run.task
     if not task.measures:
         task = measuring(task, task.usual_measures)
     missing = base or not set(task.measures) <= set(run.record.final)

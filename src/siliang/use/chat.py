@@ -14,7 +14,7 @@ from siliang.language import Bilingual
 from siliang.models.load import load_model
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, find_run, load_base, load_run_tokenizer
-from siliang.tasks import TASKS
+from siliang.tasks import TASKS, Task, task_of
 from siliang.types import ConfigError
 from siliang.use.generate import generate, how_it_is_asked
 from siliang.use.predict import predict
@@ -55,7 +55,7 @@ class Chat:
         self._device, self._task_id = device, task_id
         self._runs = [_Closed(folder, base, force) for folder in folders]
         for folder, run in zip(folders, self._runs, strict=True):
-            task = TASKS[run.config.task]
+            task = run.task
             if task.example_prompt is None:
                 raise ConfigError(
                     Bilingual(
@@ -150,7 +150,7 @@ class Chat:
                 base = load_base(run.config, run.record.labels, run.tokenizer, dtype=torch.float32, device=self._device)
             else:
                 folder = str(run.trained.weights)
-                base = load_model(folder, TASKS[run.config.task].model, dtype=torch.float32, labels=run.record.labels)
+                base = load_model(folder, run.task.model, dtype=torch.float32, labels=run.record.labels)
             self._bases[run.key] = base
         return self._bases[run.key]
 
@@ -164,11 +164,16 @@ class _Closed:
         self.tokenizer = load_run_tokenizer(self.trained)
 
     @property
+    def task(self) -> Task:
+        """The task, with the run's settings."""
+        return task_of(self.config, self.record.layout, self.record.classification)
+
+    @property
     def key(self) -> str:
         """The same for runs that can share a base model."""
         if not self.has_adapter:
             return str(self.trained.weights)
         c = self.config
-        seed = c.train.seed if TASKS[c.task].model.heads else None  # draws what the weights do not hold
+        seed = c.train.seed if self.task.model.heads else None  # draws what the weights do not hold
         quantized = c.quantization.model_dump_json() if c.quantization else ""
-        return repr((c.model, c.revision, quantized, c.data.add_tokens, self.record.labels, seed))
+        return repr((c.model, c.revision, quantized, c.data.add_tokens, self.record.labels, self.task.model, seed))

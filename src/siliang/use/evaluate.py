@@ -19,9 +19,10 @@ from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import Engine
 from siliang.engine.written import MeasuredTexts, measure_texts
 from siliang.language import Bilingual, together
+from siliang.records import ClassReport
 from siliang.run_folder import OpenedRun, autocast
 from siliang.secrets import HIDDEN
-from siliang.tasks import Reader, Task, task_of
+from siliang.tasks import Reader, Task
 from siliang.tasks.measures import check_measures, measuring
 from siliang.types import DataError
 from siliang.use.positions import check_positions
@@ -37,10 +38,12 @@ class Evaluation:
             perplexity, byte_perplexity and bits_per_byte; rouge_l; exact_match and f1. `dropped`, where data.too_long =
             "drop" left out rows; `written`, the number of texts that the measures of texts are computed from.
         signatures: How each measure of texts was computed.
+        report: The rows by class, for labels and numbers of rows.
     """
 
     metrics: dict[str, float]
     signatures: dict[str, str] = field(default_factory=dict[str, str])
+    report: ClassReport | None = None
 
 
 def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None = None) -> dict[str, float]:
@@ -60,7 +63,7 @@ def evaluation(run: OpenedRun, data: str | None = None, *, batch_size: int | Non
         DataError: There is no row to measure, or none has a label.
         ConfigError: A measure needs a package that is not installed, or does not suit the run's task.
     """
-    task = task_of(run.config, run.record.layout)
+    task = run.task
     if not task.measures:
         task = measuring(task, task.usual_measures)
     check_measures(task, run.config)
@@ -73,7 +76,8 @@ def evaluation(run: OpenedRun, data: str | None = None, *, batch_size: int | Non
     metrics |= task.of_loss(metrics["loss"], rows)
     measured = measures_of_texts(run, rows, task, batch_size=batch_size)
     metrics |= {"written": float(measured.rows), **measured.values} if measured.rows else {}
-    return Evaluation(metrics, dict(measured.signatures))
+    report = None if task.labels is None else task.labels.report(sums.found, rows)
+    return Evaluation(metrics, dict(measured.signatures), report)
 
 
 def with_evaluation(run: OpenedRun, settings: Mapping[str, object]) -> OpenedRun:
@@ -94,7 +98,7 @@ def with_evaluation(run: OpenedRun, settings: Mapping[str, object]) -> OpenedRun
 def engine_of(run: OpenedRun) -> Iterator[Engine]:
     """The engine that measured the run in training; removed from the model at the end of the block."""
     # outside of autocast, as in training: what it tries has to come to the same decisions
-    engine = Engine(run.model, task_of(run.config, run.record.layout), packing=run.config.train.packing)
+    engine = Engine(run.model, run.task, packing=run.config.train.packing)
     try:
         with run.of_task():
             yield engine
@@ -138,7 +142,7 @@ def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, sam
         DataError: There are none, all are longer than data.max_length where these are dropped, or the run's own data is
             not what it was.
     """
-    settings, spec = run.config.data, task_of(run.config).data
+    settings, spec = run.config.data, run.task.data
     if data is None and same and run.trained is not None:
         run.trained.check_data()
     if data is not None:

@@ -16,7 +16,6 @@ from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import OpenedRun
-from siliang.tasks import TASKS
 from siliang.types import ConfigError, ModelError
 
 NEW_TOKENS = 128  # the default length of an answer
@@ -48,7 +47,7 @@ def generate(
         ConfigError: The run is a classifier; `base` is set for a fully fine-tuned model; or the prompt with the new
             tokens is longer than the model can read.
     """
-    task, tokenizer = TASKS[run.config.task], run.tokenizer
+    task, tokenizer = run.task, run.tokenizer
     if task.prompt is None:
         raise ConfigError(
             Bilingual(
@@ -136,7 +135,7 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
         raise ConfigError(
             Bilingual(f"max_new_tokens = {wanted:,} must be 1 or more.", f"max_new_tokens = {wanted:,}：至少为 1。")
         )
-    task, positions = TASKS[run.config.task], positions_of(run.model, base=base)
+    task, positions = run.task, positions_of(run.model, base=base)
     limit, room = positions.reads, None
     if limit is not None and tokens > limit - task.decoder_only:
         raise ConfigError(

@@ -9,7 +9,6 @@ from siliang.engine.written import sample
 from siliang.peft_api.model import PeftModel
 from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
-from siliang.tasks import TASKS
 from siliang.tasks.verdict import learned_nothing
 from siliang.train.types import Run
 from siliang.use.answers import collect
@@ -24,12 +23,12 @@ def what_is_wrong(run: Run) -> Verdict | None:
 
     A model that generates text is measured on a few held-out rows, with and without its adapter.
     """
-    task, final = run.config.task, run.record.final
+    task, final = run.task, run.record.final
     if run.ranks.size > 1 or not len(run.eval_set):
         return None
     if not math.isfinite(final.get("eval_loss", 0.0)):
         return "no number"
-    match TASKS[task].judged_by:
+    match task.judged_by:
         case "answers":
             return learned_nothing(task, final, collect(run, [], 0), {})
         case "base":

@@ -21,7 +21,6 @@ from siliang.merge import MergeProof, merge_with_proof
 from siliang.models.save import save_model
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, create_output, find_run, open_trained
-from siliang.tasks import task_of
 from siliang.types import ConfigError, DataError, MergeError, message_of
 from siliang.use.evaluate import eval_rows
 
@@ -74,7 +73,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
         with creating_folder(output) as temporary:
             tokenizer = served_tokenizer(run)[0]
             save_model(temporary, merged, tokenizer)
-            if (more := task_of(run.config).extra_files) is not None:
+            if (more := run.task.extra_files) is not None:
                 more(temporary, merged, tokenizer)
     except BaseException:
         if new:
@@ -86,7 +85,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
 
 def served_tokenizer(run: OpenedRun) -> tuple[Any, str]:
     """The run's tokenizer with the chat template that it was trained with, and which that is, in words."""
-    if not task_of(run.config).decoder_only:
+    if not run.task.decoder_only:
         return run.tokenizer, ""
     return with_chat_template(
         run.tokenizer, run.config.data.template, run.record.layouts, run.config.data.template_arguments
@@ -95,7 +94,7 @@ def served_tokenizer(run: OpenedRun) -> tuple[Any, str]:
 
 def _samples(run: OpenedRun, tokens: TokenSet) -> Iterator[dict[str, Tensor]]:
     """The model's inputs, one entry at a time."""
-    collate, task = PadCollator(run.tokenizer.pad_token_id), task_of(run.config)
+    collate, task = PadCollator(run.tokenizer.pad_token_id), run.task
     left_out = () if task.has_encoder else task.data.targets  # a decoder reads the labels
     for i in range(min(PROOF_SAMPLES, len(tokens))):
         row = tokens[i]

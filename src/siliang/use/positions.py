@@ -6,7 +6,6 @@ from siliang.data.tokens import TokenSet
 from siliang.engine.written import positions_of
 from siliang.language import Bilingual, local
 from siliang.run_folder import OpenedRun
-from siliang.tasks import TASKS
 from siliang.types import DataError
 
 
@@ -27,7 +26,7 @@ def check_positions(run: OpenedRun, tokens: TokenSet, what: str) -> None:
                 "请缩短，或用不更大的 data.max_length 训练。",
             )
         )
-    if TASKS[run.config.task].has_encoder and positions.writes is not None:
+    if run.task.has_encoder and positions.writes is not None:
         longest = int(tokens.learned.max(initial=0))
         if longest > positions.writes:
             raise DataError(

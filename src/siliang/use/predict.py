@@ -19,7 +19,7 @@ from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, tokenize
 from siliang.language import Bilingual, local
 from siliang.run_folder import OpenedRun
-from siliang.tasks import TASKS, Prediction, Trained, task_of
+from siliang.tasks import Prediction, Trained
 from siliang.types import ConfigError, DataError, message_of
 from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
@@ -41,14 +41,24 @@ def predict(run: OpenedRun, inputs: Iterable[Any], *, batch_size: int | None = N
         DataError: A text lacks a part that the task needs, or is longer than the model can read.
     """
     check_predicts(run)
-    make = task_of(run.config).predict
+    make = run.task.predict
     assert make is not None
 
     def read(examples: Iterable[Example]) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
         return _read(run, examples, batch_size)
 
     record = run.record
-    return make(Trained(str(run.folder), run.labels, record.layout, record.columns, record.unanswered, read), inputs)
+    of = Trained(
+        str(run.folder),
+        run.labels,
+        record.layout,
+        record.columns,
+        record.unanswered,
+        read,
+        run.top,
+        run.min_confidence,
+    )
+    return make(of, inputs)
 
 
 def predict_tasks(run: OpenedRun, inputs: Sequence[Any], tasks: Sequence[int | None]) -> Iterator[Prediction]:
@@ -64,9 +74,24 @@ def predict_tasks(run: OpenedRun, inputs: Sequence[Any], tasks: Sequence[int | N
 def check_predicts(run: OpenedRun) -> None:
     """
     Raises:
-        ConfigError: The run writes text.
+        ConfigError: The run writes text, or an option is not for it.
     """
-    if TASKS[run.config.task].predict is None:
+    hooks = run.task.labels
+    if run.top > 1 and not (hooks and hooks.ranks):
+        raise ConfigError(
+            Bilingual(
+                f"--top is for runs of classes or several labels, and {run.folder} is not one: leave it out.",
+                f"--top 用于预测类别或多个标签的运行，而 {run.folder} 不是：请去掉。",
+            )
+        )
+    if run.min_confidence is not None and not (hooks and hooks.abstains):
+        raise ConfigError(
+            Bilingual(
+                f"--min-confidence is for runs of one class a text, and {run.folder} is not one: leave it out.",
+                f"--min-confidence 用于每段文本一个类别的运行，而 {run.folder} 不是：请去掉。",
+            )
+        )
+    if run.task.predict is None:
         raise ConfigError(
             Bilingual(
                 f"{run.folder} was trained to write text: use `siliang generate`.",
@@ -80,7 +105,7 @@ def _read(
 ) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
     """(examples, their tokens, the model's output for each entry), some examples at a time."""
     run.check_task()
-    task, data = task_of(run.config), run.config.data
+    task, data = run.task, run.config.data
     columns = data.columns.model_copy(update={"task_id": None})  # all are of the run's task_id
     data = data.model_copy(update={"too_long": "cut", "skip_bad_rows": False, "columns": columns})
     waiting = iter(examples)
@@ -119,7 +144,7 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
     Raises:
         DataError: It cannot be read, or lacks the columns.
     """
-    data, record, parts = run.config.data, run.record, TASKS[run.config.task].inputs
+    data, record, parts = run.config.data, run.record, run.task.inputs
     reading = Reading(data.header, "auto", data.separator, keeps_empty=True)
     layout = LAYOUTS.get(record.layout)
     needed = parts if layout is None else (*layout.needs, *layout.optional)
@@ -128,7 +153,7 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
     if kind_of(Path(source)) == ".txt":
         names, of_task = ["text"], None
     opened = open_source(source, reading)
-    layouts = TASKS[run.config.task].inputs_layouts
+    layouts = run.task.inputs_layouts
     for row in opened.rows(next(iter(opened.parts)), reading):
         if layouts and row.problem is None:
             yield _read_by_layout(layouts, row, run)
@@ -166,7 +191,7 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
 def _read_by_layout(layouts: tuple[str, ...], row: DataRow, run: OpenedRun) -> InputRow:
     """A row whose example has the kind of another layout than that of the training: of the first that fits."""
     data = run.config.data
-    spec = replace(TASKS[run.config.task].data, layouts=layouts)
+    spec = replace(run.task.data, layouts=layouts)
     name = layouts[0] if len(layouts) == 1 else "auto"
     layout, columns = find_layout(name, row.values, spec, data.columns.model_copy(update={"task_id": None}), row.where)
     if not all(given(row.values[getattr(columns, need)]) for need in layout.needs):

@@ -21,7 +21,6 @@ from siliang.files import append, replacing, sha256
 from siliang.language import Bilingual
 from siliang.records import RECORD_NAME
 from siliang.run_folder import OpenedRun
-from siliang.tasks import TASKS, Task
 from siliang.types import ConfigError, InterruptedRunError, OutputError, first_line
 from siliang.use.predict import InputRow, check_predicts, predict, predict_tasks, read_rows
 
@@ -49,7 +48,6 @@ def predict_file(run: OpenedRun, source: str, output: Path, *, progress: Callabl
     check_predicts(run)
     check_output(output)
     partial = output.with_name(f"{output.name}.partial")
-    task = TASKS[run.config.task]
     with translate_disk_errors(output.parent):
         done = _begin(partial, _identity(run, source), output)
         rows = read_rows(run, source)
@@ -57,8 +55,8 @@ def predict_file(run: OpenedRun, source: str, output: Path, *, progress: Callabl
         try:
             with append(partial) as file:
                 while part := list(islice(rows, ROWS)):
-                    _check_columns(part, task)
-                    lines = [_line(row, answer) for row, answer in zip(part, _answers(run, task, part), strict=True)]
+                    _check_columns(part, run)
+                    lines = [_line(row, answer) for row, answer in zip(part, _answers(run, part), strict=True)]
                     file.write("".join(lines).encode())
                     file.flush()
                     done += len(part)
@@ -107,6 +105,8 @@ def _identity(run: OpenedRun, source: str) -> dict[str, str]:
         "run": sha256(record) if record.is_file() else str(run.folder),
         "base": run.config.model,  # the one that is loaded
         "task_id": str(run.task_id),
+        "top": str(run.top),
+        "min_confidence": str(run.min_confidence),
         "data": source_sha256(source),
     }
 
@@ -133,14 +133,15 @@ def _begin(partial: Path, identity: dict[str, str], output: Path) -> int:
     return lines
 
 
-def _new_columns(task: Task) -> dict[str, object]:
+def _new_columns(run: OpenedRun) -> dict[str, object]:
     """What a prediction adds to a row without text, by the prediction's own names; the others repeat the texts."""
-    return {name: value for name, value in task.blank.items() if value != ""}
+    top: dict[str, object] = {"top": None} if run.top > 1 else {}
+    return {name: value for name, value in run.task.blank.items() if value != ""} | top
 
 
-def _answers(run: OpenedRun, task: Task, rows: list[InputRow]) -> Iterator[dict[str, object]]:
+def _answers(run: OpenedRun, rows: list[InputRow]) -> Iterator[dict[str, object]]:
     """The new columns of each row."""
-    blank, filled = _new_columns(task), [row for row in rows if not row.is_blank]
+    blank, filled = _new_columns(run), [row for row in rows if not row.is_blank]
     texts, tasks = [row.input for row in filled], [row.task for row in filled]
     found = predict_tasks(run, texts, tasks) if any(t is not None for t in tasks) else predict(run, texts)
     for row in rows:
@@ -148,9 +149,9 @@ def _answers(run: OpenedRun, task: Task, rows: list[InputRow]) -> Iterator[dict[
         yield {f"{PREFIX}{name}": values[name] for name in blank if name in values}
 
 
-def _check_columns(rows: list[InputRow], task: Task) -> None:
+def _check_columns(rows: list[InputRow], run: OpenedRun) -> None:
     """Refuses a file that has a column of the name of a new one."""
-    new = {f"{PREFIX}{name}" for name in _new_columns(task)}
+    new = {f"{PREFIX}{name}" for name in _new_columns(run)}
     if taken := sorted(new & {name for row in rows for name in row.values}):
         raise OutputError(
             Bilingual(

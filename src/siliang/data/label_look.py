@@ -1,0 +1,118 @@
+"""What the labels of a data set look like: one class, several labels, or numbers; and what separates several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from siliang.config import DataConfig, Problem
+from siliang.data.cells import BLANKS, as_text
+from siliang.data.find_layout import find_layout
+from siliang.data.label_cells import listed
+from siliang.data.labels import FEW_ROWS, joined
+from siliang.data.numbers import as_number, is_whole
+from siliang.data.reading import Reading
+from siliang.data.sources import open_source
+from siliang.data.spec import DataSpec
+from siliang.language import Bilingual
+from siliang.secrets import short_repr
+
+MOST_ROWS = 20_000  # that are looked at; all rows are checked against the answer when they are read
+
+
+@dataclass(frozen=True)
+class LabelLook:
+    """What labels are taken for.
+
+    Attributes:
+        separator: Between several labels of a text; None where a text is one label.
+        why: In words.
+    """
+
+    problem: Problem
+    separator: str | None
+    why: str
+
+
+def label_cells(data: DataConfig, spec: DataSpec) -> Iterator[object]:
+    """The cells of the label column of the first training rows, as they are.
+
+    Raises:
+        DataError: The data cannot be read, or has no such column.
+    """
+    left = MOST_ROWS
+    for source in data.train_sources:
+        reading = Reading(data.header, data.encoding, data.separator)
+        opened = open_source(source.path, reading)
+        column = None
+        for row in opened.rows(opened.part("train"), reading):
+            if row.problem is not None:
+                continue
+            if column is None:
+                _, columns = find_layout(source.layout or data.layout, row.values, spec, data.columns, source.path)
+                column = columns.label
+            yield row.values.get(column)
+            left -= 1
+            if not left:
+                return
+
+
+def look_at(cells: Sequence[object], labels: Sequence[str] | None = None) -> LabelLook:
+    """What these labels are taken for. Never for ordered classes: that is not in the labels.
+
+    Args:
+        labels: The classes, where the settings name them.
+    """
+    there = [cell for cell in cells if cell is not None and not (isinstance(cell, str) and not cell.strip(BLANKS))]
+    lists = [cell for cell in there if isinstance(cell, list | tuple) or listed(cell) is not None]
+    if len(lists) * 2 > len(there):
+        shown = short_repr(next((cell for cell in lists if cell and cell != "[]"), lists[0]))
+        return LabelLook(
+            "several_labels", None, Bilingual(f"the labels are lists, such as {shown}", f"标签是列表，如 {shown}")
+        )
+    texts = [as_text(cell) for cell in there if isinstance(cell, str | int | float | bool)]
+    names = {text.strip(BLANKS) for text in texts}
+    mark = separator(names, labels)
+    if mark is not None:
+        several = next(name for name in sorted(names) if mark in name)
+        return LabelLook(
+            "several_labels",
+            mark,
+            Bilingual(
+                f"labels such as {short_repr(several)} are several, separated by {mark!r}",
+                f"{short_repr(several)} 这样的标签由 {mark!r} 隔开，是多个标签",
+            ),
+        )
+    numbers = [as_number(name) for name in names]
+    numeric = bool(names) and None not in numbers and labels is None
+    pointed = sorted(name for name, n in zip(names, numbers, strict=True) if n is not None and not n.is_integer())
+    shown = ", ".join((pointed or sorted(names, key=lambda name: (len(name), name)))[:3])
+    if numeric and pointed:
+        why = Bilingual(f"the labels are numbers with decimals, such as {shown}", f"标签是带小数的数，如 {shown}")
+        return LabelLook("number", None, why)
+    # each number once is rather a number of the row: that is refused when the rows are read
+    if numeric and len(texts) >= FEW_ROWS and len(texts) > len(names) > len(texts) / 2:
+        why = Bilingual(
+            f"the labels are {len(names):,} different numbers in {len(texts):,} rows, such as {shown}",
+            f"{len(texts):,} 条样本中有 {len(names):,} 个不同的数，如 {shown}",
+        )
+        return LabelLook("number", None, why)
+    n = len(labels or names)
+    why = Bilingual(f"each row has one of {n:,} labels, such as {shown}", f"每条样本是 {n:,} 个标签之一，如 {shown}")
+    if numeric and len(names) > 2 and all(map(is_whole, names)):
+        why = Bilingual(
+            f"each row has one of {n:,} whole numbers, such as {shown} (where their order counts: ordered)",
+            f"每条样本是 {n:,} 个整数之一，如 {shown}（如果大小顺序有意义，请用 ordered）",
+        )
+    return LabelLook("one_label", None, why)
+
+
+def separator(names: set[str], labels: Sequence[str] | None = None) -> str | None:
+    """What separates several labels in one text, if something does."""
+    if labels is None:
+        return joined(names)
+    for mark in (",", ";", "|", "/", " "):
+        parts = {part.strip(BLANKS) for name in names for part in name.split(mark)}
+        if not names <= {*labels} and parts <= {*labels}:
+            return mark
+    return None

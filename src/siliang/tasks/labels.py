@@ -1,0 +1,122 @@
+"""What labels and numbers of rows share: their logits and texts, their mistakes, and what is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from siliang.data.example_set import ExampleSet
+from siliang.data.examples import Example, Labelled, SeveralLabels
+from siliang.data.prepared import EvalRows
+from siliang.language import Bilingual
+from siliang.records.classes import ERRORS, Mistake
+from siliang.secrets import shortened
+from siliang.tasks.task import Reply, Trained
+from siliang.types import DataError
+
+if TYPE_CHECKING:  # slow to import
+    from siliang.data.batch import Batch
+    from siliang.data.tokens import TokenSet
+    from siliang.tasks.losses import WithLogits
+
+LONGEST = 300  # characters of a mistake's text
+
+
+def read_logits(output: WithLogits, batch: Batch, tokens: TokenSet) -> list[np.ndarray]:
+    """The logits of each row, (C,)."""
+    return list(output.logits.float().cpu().numpy())
+
+
+def stacked(found: Mapping[int, np.ndarray]) -> np.ndarray:
+    """The logits of all rows, (N, C)."""
+    return np.stack(list(found.values()))
+
+
+def text_of(example: Example) -> str:
+    """The text of a row, or both of a pair, one below the other."""
+    assert isinstance(example, Labelled | SeveralLabels)
+    return example.text if example.pair is None else f"{example.text}\n{example.pair}"
+
+
+def examples_of(found: Mapping[int, object], rows: EvalRows) -> Iterator[tuple[int, Example]]:
+    """(number, example) of each entry."""
+    numbers = rows.tokens.column("row").tolist()
+    for entry in found:
+        yield numbers[entry], rows.examples[numbers[entry]]
+
+
+def mistakes(replies: Iterable[tuple[int, Reply]], rows: EvalRows, order: Sequence[float]) -> list[Mistake]:
+    """The first of the wrong replies in the order of these keys, the largest first.
+
+    Args:
+        order: A key for each reply: how sure the model is of its mistake, or by how much it is wrong.
+    """
+    wrong = [(key, number, reply) for key, (number, reply) in zip(order, replies, strict=True) if not reply.correct]
+    places = rows.examples
+    return [
+        Mistake(
+            where=places.where(number) if isinstance(places, ExampleSet) else "",
+            text=shortened(reply.input, LONGEST),
+            expected=reply.expected,
+            predicted=reply.predicted,
+            probability=None if reply.probability is None else round(min(key, 1.0), 4),
+        )
+        for key, number, reply in sorted(wrong, key=lambda item: -item[0])[:ERRORS]
+    ]
+
+
+def most_probable(run: Trained, chances: np.ndarray) -> tuple[tuple[str, float], ...]:
+    """The most probable labels with their probabilities, where more than one was asked for."""
+    if run.top < 2:
+        return ()
+    return tuple((run.labels[i], float(chances[i])) for i in np.argsort(-chances, kind="stable")[: run.top].tolist())
+
+
+def in_brackets(top: Sequence[tuple[str, float]]) -> str:
+    """The same in one line; empty for none."""
+    return f" ({' '.join(f'{name}={p:.2f}' for name, p in top)})" if top else ""
+
+
+def top_values(top: Sequence[tuple[str, float]]) -> dict[str, object]:
+    """The same for JSON; empty for none."""
+    return {"top": [{"label": name, "probability": round(p, 4)} for name, p in top]} if top else {}
+
+
+def asked(
+    run: Trained, texts: Iterable[str | tuple[str, str]], make: Callable[[str, str | None], Example]
+) -> Iterator[tuple[Labelled | SeveralLabels, np.ndarray]]:
+    """(example, its logits) of each text that is to be predicted.
+
+    Args:
+        texts: Where the model was trained on pairs of texts, such pairs, or the two in one with a tab between them.
+        make: An example of a text and the second of its pair.
+
+    Raises:
+        DataError: The model is for pairs, and a text is alone.
+    """
+    for examples, _, found in run.read(make(*_parts(run, text)) for text in texts):
+        for example, logits in zip(examples, found.values(), strict=True):
+            assert isinstance(example, Labelled | SeveralLabels)
+            yield example, logits
+
+
+def _parts(run: Trained, text: str | tuple[str, str]) -> tuple[str, str | None]:
+    if run.layout != "sentence-pair":
+        return (text if isinstance(text, str) else "\t".join(text)), None
+    parts = text.split("\t") if isinstance(text, str) else text
+    if len(parts) != 2 or not all(part.strip() for part in parts):
+        first, second = run.columns["text"], run.columns["text_pair"]
+        given = shortened(text, 60)
+        raise DataError(
+            Bilingual(
+                f"{run.name} was trained on pairs of texts, {first!r} and {second!r}, and {given!r} has no "
+                f"{second!r}.\nGive both with a tab between them, or a file with both columns: siliang "
+                "predict RUN a.csv.",
+                f"{run.name} 是用成对的文本 {first!r} 和 {second!r} 训练的，而 {given!r} 没有 {second!r}。"
+                "\n"
+                "请用制表符隔开两段文本，或给出含这两列的文件：siliang predict RUN a.csv。",
+            )
+        )
+    return parts[0], parts[1]
