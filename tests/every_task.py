@@ -13,16 +13,11 @@ from transformers import BertConfig, BertForSequenceClassification
 from siliang.config import RunConfig
 
 TASKS = (
-    "seq_cls",
-    "token_cls",
-    "question_ans",
-    "causal_lm",
-    "preference",
-    "reward",
-    "seq_2_seq_lm",
-    "embedding",
-    "reranker",
+    *("seq_cls", "several_labels", "number", "ordered"),
+    *("token_cls", "question_ans", "causal_lm", "preference", "reward", "seq_2_seq_lm", "embedding", "reranker"),
 )
+# of seq_cls, whose labels say what it learns
+PROBLEMS = ("several_labels", "number", "ordered")
 PROMPTS = {"name": "prompt_tuning", "num_virtual_tokens": 3}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "r": 4},
@@ -65,6 +60,12 @@ def rows_of(task: str, n: int = 23) -> list[dict[str, Any]]:
         match task:
             case "seq_cls":
                 rows.append({"text": text, "label": ("pos", "neg")[i % 3 == 0]})
+            case "several_labels":
+                rows.append({"text": text, "label": [w for w in ("good", "film", "story") if w in words]})
+            case "number":
+                rows.append({"text": text, "label": len(words) / 4 - 1.5})
+            case "ordered":
+                rows.append({"text": text, "label": len(words) // 3})
             case "token_cls":
                 tags = [("O", "B-X", "I-X", "O", "B-Y")[(i + j) % 5] for j in range(len(words))]
                 rows.append({"tokens": words, "tags": tags})
@@ -93,10 +94,11 @@ def configured(task: str, models: dict[str, Path], folder: Path, method: str = "
     settings = {"max_steps": 2, "batch_size": 4, "precision": "fp32", "learning_rate": 1e-3}
     values = {
         "model": str(models[task]),
-        "task": task,
+        "task": "seq_cls" if task in PROBLEMS else task,
         "method": METHODS[method],
         "data": {"train": str(data), "test_size": 0.5, "max_length": 24, "stride": 4, "max_target_length": 8},
         "train": settings | train,
+        "classification": {"problem": "ordered"} if task == "ordered" else None,  # the others are seen in the labels
         "preference": {"loss": "simpo"} if task == "preference" and method == "full" else None,
         "accept": ["SL042", "SL045"],
         "output": str(folder / "run"),

@@ -26,8 +26,7 @@ FOR_REPORTS += ("language.py", "safety/safe_yaml.py", "secrets.py", "terminal.py
 JUDGED = "the task says by which figure a run is judged, and when it has learned nothing"
 REPORTS: dict[tuple[str, str], str] = {
     ("report/page.py", "next_steps.py"): "the page ends with the commands that the run can be asked with",
-    ("report/page.py", "tasks/__init__.py"): JUDGED,
-    ("report/table.py", "tasks/__init__.py"): JUDGED,
+    ("report/gather.py", "tasks/__init__.py"): JUDGED,
     ("report/summary.py", "tasks/__init__.py"): JUDGED,
     ("report/gather.py", "tasks/verdict.py"): JUDGED,
     ("report/gather.py", "tasks/record.py"): "the task says what the record of its run must hold",

@@ -14,7 +14,6 @@ from every_task import configured, make_models, rows_of
 from tiny import write_jsonl
 
 from siliang.run_folder import OpenedRun, open_run
-from siliang.tasks import TASKS
 from siliang.train.run import train
 from siliang.types import ConfigError, InterruptedRunError, OutputError
 from siliang.use import predict_file as module
@@ -26,7 +25,7 @@ from siliang.use.predict_file import predict_file
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     models, found = make_models(folder), dict[str, Path]()
-    for task in ("seq_cls", "token_cls", "question_ans", "reward"):
+    for task in ("seq_cls", "several_labels", "number", "token_cls", "question_ans", "reward"):
         found[task] = folder / f"run-{task}"
         train(configured(task, models, folder).model_copy(update={"output": str(found[task])}))
     return found
@@ -126,24 +125,26 @@ def test_rows_with_unlike_columns(opened: OpenedRun, tmp_path: Path, monkeypatch
         predict_file(opened, str(taken), tmp_path / "taken.csv")
 
 
-@pytest.mark.parametrize("task", ["token_cls", "question_ans"])
+@pytest.mark.parametrize("task", ["token_cls", "question_ans", "several_labels", "number"])
 def test_every_task_has_its_columns(task: str, runs: dict[str, Path], tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "all.jsonl", rows_of(task, 5))
     ended = run("predict", runs[task], "--data", source, "--output", tmp_path / "out.jsonl")
     assert ended.code == 0 and ended.out.splitlines()[-1].endswith("5 rows"), ended
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    answers = {
-        f"predicted_{name}" for name, value in TASKS[open_run(runs[task]).config.task].blank.items() if value != ""
-    }
+    answers = {f"predicted_{name}" for name, value in open_run(runs[task]).task.blank.items() if value != ""}
     assert all(answers <= row.keys() for row in rows)
     assert [{k: v for k, v in row.items() if k not in answers} for row in rows] == rows_of(task, 5)
 
 
 def test_a_blank_prediction_has_the_keys_of_every_other(runs: dict[str, Path]) -> None:
-    asked: dict[str, Any] = {"seq_cls": "a", "token_cls": ["a"], "question_ans": ("say", "a"), "reward": ("say", "a")}
+    asked: dict[str, Any] = dict.fromkeys(runs, "a") | {
+        "token_cls": ["a"],
+        "question_ans": ("say", "a"),
+        "reward": ("say", "a"),
+    }
     for task, folder in runs.items():
         (found,) = predict(open_run(folder), [asked[task]])
-        assert list(found.values()) == list(TASKS[open_run(folder).config.task].blank)
+        assert list(found.values()) == list(open_run(folder).task.blank)
 
 
 def test_data_and_output_belong_together(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -124,6 +124,25 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
         lambda c: c([*CLEAN, {"instruction": "a \ufffd", "output": "I"}], data={"test_size": 0.01}),
     ),
     "SL005": ("'mixed'", lambda c: c(task="seq_cls", model="bert", data={"labels": ["neg", "pos", "'mixed'"]})),
+    "SL047": (
+        "'odd'",
+        lambda c: c(
+            [
+                *REVIEWS,
+                *({"text": f"{a} {b}", "label": "pos"} for a in WORDS for b in WORDS[:3]),
+                REVIEWS[0] | {"label": "odd"},
+            ],
+            task="seq_cls",
+            model="bert",
+            data={"test_size": 0.0},
+        ),
+    ),
+    "SL048": (
+        "the mean 1",
+        lambda c: c(
+            [{"text": f"{a} good", "label": 100.5 + i} for i, a in enumerate(WORDS)], task="seq_cls", model="bert"
+        ),
+    ),
     "SL006": (
         "'pos' has",
         lambda c: c(

@@ -54,7 +54,7 @@ def test_metrics_on_several_ranks(
     found = Record.read(tmp_path / "run").final
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        rounded = name.endswith(("loss", "perplexity", "per_byte", "margin", "reward"))
+        rounded = name.endswith(("loss", "perplexity", "per_byte", "margin", "reward", "mse", "mae", "r2"))
         close = pytest.approx(value, rel=1e-4, abs=1e-6) if rounded else pytest.approx(value, rel=1e-12)
         assert found[name] == close, name
 

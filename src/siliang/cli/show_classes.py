@@ -23,8 +23,8 @@ def show_classes(report: ClassReport, learned: Classification | None) -> None:
         before, after, t = learned.ece_before, learned.ece_after, learned.temperature or 1.0
         print(
             both(
-                f"calibration  temperature {t:.3f}; expected calibration error {before:.4f} before, {after:.4f} after",
-                f"校准  温度 {t:.3f}；期望校准误差：之前 {before:.4f}，之后 {after:.4f}",
+                f"calibrated, temperature {t:.3f}: expected calibration error {before:.4f} before, {after:.4f} after",
+                f"已用温度 {t:.3f} 校准：期望校准误差之前为 {before:.4f}，之后为 {after:.4f}",
             )
         )
     if report.classes:

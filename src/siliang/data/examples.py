@@ -410,17 +410,8 @@ class Prepared(Example):
 KINDS: dict[str, type[Example]] = {
     kind.__name__: kind
     for kind in (
-        Conversation,
-        Ranked,
-        Text,
-        Labelled,
-        SeveralLabels,
-        Tagged,
-        Span,
-        SourceTarget,
-        Related,
-        Scored,
-        Prepared,
+        *(Conversation, Ranked, Text, Labelled, SeveralLabels, Tagged),
+        *(Span, SourceTarget, Related, Scored, Prepared),
     )
 }
 

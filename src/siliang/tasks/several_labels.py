@@ -71,7 +71,7 @@ class PredictedLabels:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LabelRule:
     """How logits become labels.
 
     Attributes:
@@ -114,11 +114,11 @@ def as_several_labels(task: Task, settings: ClassificationConfig, learned: Class
     )
 
 
-def rule_of(settings: ClassificationConfig, learned: Classification | None) -> Rule:
+def rule_of(settings: ClassificationConfig, learned: Classification | None) -> LabelRule:
     """The rule of a run; before anything was chosen for it, that of logits above 0."""
     fixed = 0.5 if settings.threshold == "auto" else settings.threshold
     temperature = (learned.temperature if learned else None) or 1.0
-    return Rule(temperature, (learned.thresholds if learned else None) or fixed)
+    return LabelRule(temperature, (learned.thresholds if learned else None) or fixed)
 
 
 def in_line(labels: Iterable[str]) -> str:
@@ -129,12 +129,12 @@ def in_line(labels: Iterable[str]) -> str:
 # ---- metrics ----
 
 
-def measure(rule: Rule, found: Mapping[int, np.ndarray], rows: EvalRows) -> dict[str, float]:
+def measure(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) -> dict[str, float]:
     """F1 over labels, averaged over them, and the share of rows without a mistake."""
     return class_metrics.of_several(rule.given(stacked(found)), _labels(found, rows))
 
 
-def replies(rule: Rule, found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
+def replies(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
     """The labels of each text, with the least probability among all decisions on it."""
     if not found:
         return
@@ -153,7 +153,7 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: Held
     return "one class" if len(set(answers.predicted)) == 1 else None
 
 
-def report(rule: Rule, found: Mapping[int, np.ndarray], rows: EvalRows) -> ClassReport:
+def report(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) -> ClassReport:
     """Each label, and the rows with the most confident wrong decision."""
     logits, labels = stacked(found), _labels(found, rows)
     given, chances = rule.given(logits), rule.chances(logits)
@@ -201,7 +201,7 @@ def fit(
 # ---- use ----
 
 
-def predict(rule: Rule, run: Trained, texts: Iterable[str | tuple[str, str]]) -> Iterator[PredictedLabels]:
+def predict(rule: LabelRule, run: Trained, texts: Iterable[str | tuple[str, str]]) -> Iterator[PredictedLabels]:
     """The labels of each text, in order; those of `asked`."""
     for example, logits in asked(run, texts, lambda text, pair: SeveralLabels(text, (), pair)):
         chances, given = rule.chances(logits), np.flatnonzero(rule.given(logits)).tolist()
