@@ -51,11 +51,11 @@ class ClassificationConfig(Section):
     一段文本中分隔多个标签的字符：单个字符，或 space、tab。auto：根据标签判断。null：整段文本是一个标签。只用于
     several_labels。"""
     class_weights: Annotated[Literal["balanced"] | dict[str, Weight] | None, BeforeValidator(_weights)] = None
-    """How much the loss weighs each class: {label: weight}, 1 for those not named. balanced: rows / (classes x rows of
+    """How much the loss weighs each class, such as {neg: 2}; 1 for those not named. balanced: rows / (classes x rows of
     the class); for several_labels, rows without the label / rows with it. A weight counts only the rows that have the
     label. Not for number.
 
-    损失中每个类别的权重，如 {neg: 2}，未写出的为 1。balanced：样本数 / (类别数 x 该类样本数)；several_labels 时为
+    损失中每个类别的权重，如 {neg: 2}；未写出的为 1。balanced：样本数 / (类别数 x 该类样本数)；several_labels 时为
     没有该标签的样本数 / 有该标签的样本数。权重只作用于有该标签的样本。不能用于 number。"""
     focal_gamma: Annotated[float, Field(gt=0.0)] | None = None
     """Focal loss: each row's loss is multiplied by (1 - p)^gamma, p the probability of its label; 2 is common. For

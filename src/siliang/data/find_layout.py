@@ -173,7 +173,12 @@ def _other_task(
             continue
         if len(own := there(layout, named)) > len(names):
             best, names = layout, own
-    if best is None or best.name == "chosen-rejected":  # whose error is its own
+    # whose errors are their own: a score may be the label of a pair
+    if (
+        best is None
+        or best.name == "chosen-rejected"
+        or (best.name == "scored-pair" and LAYOUTS["sentence-pair"] in suited)
+    ):
         return None
     shown, reads = ", ".join(map(repr, names)), ", ".join(layout.name for layout in suited)
     holds, tasks = in_words(best.name)

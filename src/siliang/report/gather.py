@@ -130,7 +130,7 @@ def gather(folders: list[Path]) -> ReportData:
     for record in records:
         for what, a, b in (
             (Bilingual("task", "任务"), first.config["task"], record.config["task"]),
-            (Bilingual("classification.problem", "classification.problem "), _problem(first), _problem(record)),
+            (Bilingual("kinds of labels", "标签的种类"), _problem(first), _problem(record)),
             (Bilingual("held-out rows", "验证集"), _split(first), _split(record)),
         ):
             if a != b:
