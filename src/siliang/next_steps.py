@@ -10,13 +10,16 @@ from siliang.tasks import TASKS
 from siliang.types import TaskType
 
 
-def next_steps(folder: Path, task: TaskType, method: Mapping[str, object]) -> dict[str, tuple[str | Path, ...]]:
+def next_steps(
+    folder: Path, task: TaskType, method: Mapping[str, object], *, of_texts: bool = False
+) -> dict[str, tuple[str | Path, ...]]:
     """The arguments of `siliang` by purpose: use, chat, measure, merge. File names are `Path`s.
 
     Args:
         method: Its name and settings.
+        of_texts: It was trained on plain texts, and continues what it is given.
     """
-    run, prompt = Path(folder), TASKS[task].example_prompt
+    run, prompt = Path(folder), "the beginning of a text" if of_texts else TASKS[task].example_prompt
     steps: dict[str, tuple[str | Path, ...]] = {}
     if prompt is not None:  # a placeholder for the user's text
         steps["use"] = ("generate" if TASKS[task].writes else "predict", run, prompt)

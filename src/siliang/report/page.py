@@ -217,7 +217,7 @@ def commands(methods: list[MethodSummary], data: ReportData, w: dict[str, str]) 
         return []
     run = group.finished[0]
     assert run.record is not None
-    steps = next_steps(run.folder, data.task, run.record.config["method"])
+    steps = next_steps(run.folder, data.task, run.record.config["method"], of_texts=run.record.of_texts)
     steps["measure"] = (*steps["measure"], "--data", "other.csv")
     names = {"chat": "try", "use": "use", "measure": "measure", "merge": "merge"}
     found = [(w[name], shell_command("siliang", *steps[what])) for what, name in names.items() if what in steps]
