@@ -146,8 +146,8 @@ def train(
     planner.calibrate(record)
     folder = Path(config.output)
     _say_end(record, folder, [verdict for verdict in verdicts if verdict is not None])
-    method = {"name": config.method.name, **config.method.arguments}
-    steps = next_steps(folder, config.task, method, of_texts=record.of_texts)
+    by = {"name": config.method.name, **config.method.arguments}
+    steps = next_steps(folder, config.task, by, of_texts=record.of_texts)
     for i, command in enumerate(command for what, command in steps.items() if what != "chat"):
         print(f"{' ' * 11 if i else both('next       ', '下一步     ')}{command_line(*command)}")
 
