@@ -47,7 +47,7 @@ from siliang.plan.device import Device
 from siliang.plan.fake_run import collator_of
 from siliang.plan.rows import synthetic_row
 from siliang.run_folder import weight_dtype
-from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
+from siliang.tasks import CAUSAL_LM, EMBEDDING, RERANKER, SEQ_2_SEQ_LM, SEQ_CLS, Task
 from siliang.types import SiliangError, TaskType
 
 MODELS: dict[str, tuple[Task, Callable[[], Any]]] = {
@@ -143,6 +143,15 @@ MODELS |= {
         ),
     ),
 }
+# tasks of texts that belong together
+MODELS |= {
+    "embedder": (EMBEDDING, MODELS["bert"][1]),
+    "embedder-llama": (EMBEDDING, MODELS["llama"][1]),
+    "reranker": (
+        RERANKER,
+        lambda: AutoConfig.for_model("bert", hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_labels=1),
+    ),
+}
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 # of a method, by a name
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -228,7 +237,7 @@ def predict(case: Case) -> int:
     """Planned bytes of tensors at the peak."""
     device = Device("cpu", None, "unknown", case.precision, 0, 0, here=True)
     config = MODELS[case.model][1]()
-    config.num_labels = 2
+    config.num_labels = MODELS[case.model][0].model.outputs or 2
     with fake_mesh(case.ranks) as mesh:
         fake_run = FakeRun(case.config(), config, device, quantization=case.quantization, mesh=mesh)
         batches = fake_run.batches(case.rows())

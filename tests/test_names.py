@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def build(*assignments: str, method: str = "lora", folder: Path | None = None) -> RunConfig:
-    values: dict[str, Any] = {"model": "m", "task": "causal_lm", "data": {"train": "d.csv"}, "output": "o"}
+    task = "embedding" if any(text.startswith("embedding.") for text in assignments) else "causal_lm"
+    values: dict[str, Any] = {"model": "m", "task": task, "data": {"train": "d.csv"}, "output": "o"}
     values |= {"method": {"name": method}, "train": {"eval_every": 5}}  # which train.best and train.patience need
     if folder is not None:  # DeepSpeed's settings go with its strategy alone
         (folder / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))

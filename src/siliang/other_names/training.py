@@ -19,6 +19,45 @@ MEASURED = (
 )
 
 ROWS: tuple[Row, ...] = (
+    # vectors of texts, as sentence-transformers and FlagEmbedding have them
+    row(
+        "embedding.loss",
+        "embedding_loss contrastive_loss loss_class",
+        "multiple_negatives",
+        values={
+            **dict.fromkeys(
+                ("infonce", "mnrl", "multiplenegativesrankingloss", "cachedmultiplenegativesrankingloss"),
+                "embedding.loss=multiple_negatives",
+            ),
+            "multiplenegativessymmetricrankingloss": "embedding.loss=multiple_negatives embedding.symmetric=true",
+            "cosentloss": "embedding.loss=cosent",
+            **dict.fromkeys(("cosinesimilarityloss", "cosine_similarity"), "embedding.loss=cosine"),
+            "tripletloss": "embedding.loss=triplet",
+            "batchhardtripletloss": "embedding.loss=batch_hard_triplet",
+            "batchsemihardtripletloss": "embedding.loss=batch_semi_hard_triplet",
+        },
+    ),
+    row("embedding.pooling", "sentence_pooling_method pooling_mode pooling_type", "mean"),
+    row("embedding.normalize", "normlized normalize_embeddings normalized", "true"),
+    row("embedding.query_prompt", "query_instruction_for_retrieval query_instruction", "'query: '"),
+    row("embedding.document_prompt", "passage_instruction_for_retrieval passage_instruction", "'passage: '"),
+    row(
+        "embedding.scale",
+        "contrastive_temperature infonce_temperature",
+        "20",
+        any_value=False,
+        note=Bilingual("It is 1 / temperature: 0.05 is 20.", "它是 1 / 温度：0.05 写作 20。"),
+    ),
+    row("embedding.negatives", "num_hard_negatives max_negatives infonce_hard_negatives", "7"),
+    row(
+        "embedding.negatives",
+        "train_group_size",
+        "7",
+        any_value=False,
+        note=Bilingual(
+            "A group is a positive and its negatives: 8 are 7 negatives.", "一组是一个正例和它的负例：8 即 7 个负例。"
+        ),
+    ),
     # the training
     row("train.learning_rate", "lr learning_rate peak_lr base_lr max_lr initial_lr lr_rate learningrate", "5e-5"),
     row("train.epochs", "num_train_epochs num_epochs epoch n_epochs max_epochs train_epochs total_epochs", "3"),

@@ -38,4 +38,8 @@ TASK_VALUES: dict[str, str] = {
     "dpo": "preference", "orpo": "preference", "simpo": "preference", "cpo": "preference", "ipo": "preference",
     "rlhf": "preference", "preferences": "preference", "rm": "reward", "reward_model": "reward",
     "reward_modeling": "reward",
+    "embeddings": "embedding", "sentence_embedding": "embedding", "feature_extraction": "embedding",
+    "retrieval": "embedding", "sts": "embedding", "biencoder": "embedding", "bi_encoder": "embedding",
+    "rerank": "reranker", "reranking": "reranker", "crossencoder": "reranker", "cross_encoder": "reranker",
+    "generative_reranker": "reranker",
 }  # fmt: skip
