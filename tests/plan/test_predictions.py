@@ -27,6 +27,7 @@ SAMPLE = [
     Case("convbert", "lora", False, False, "fp32", settings="pointwise"),
     Case("llama", "lora", False, True, "fp32", settings="corda"),
     Case("bert", "full", False, True, "fp32", ranks=2),
+    Case("embedder", "lora", False, True, "fp32"),
 ]
 # and in `make test-long`
 MORE = [
@@ -40,6 +41,9 @@ MORE = [
     Case("bloom", "prefix_tuning", True, True, "nf4"),
     Case("llama", "lora", True, True, "fp32", ranks=2),
     Case("bloom", "lora", False, True, "nf4", ranks=2),
+    Case("embedder", "full", False, False, "fp32"),
+    Case("embedder-llama", "lora", False, True, "bf16"),
+    Case("reranker", "lora", False, True, "fp32"),
 ]
 
 

@@ -1,0 +1,69 @@
+"""Rows of texts that belong together, as published data have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from every_task import make_models
+from tiny import write_jsonl
+
+from siliang.config import EmbeddingConfig, RunConfig
+from siliang.data.examples import Example, Labelled, Related, Scored
+from siliang.tasks.embedding import texts_of
+from siliang.tasks.prepare import prepare_data
+from siliang.types import DataError
+
+PASSAGES = {"is_selected": [0, 1, 0], "passage_text": ["a", "b", "c"]}
+PUBLISHED: list[tuple[dict[str, Any], Example]] = [
+    ({"anchor": "q", "positive": "a"}, Related("q", ("a",))),
+    ({"anchor": "q", "positive": "a", "negative": "b"}, Related("q", ("a",), ("b",))),
+    ({"query": "q", "positive": "a", "negative_1": "b", "negative_2": "c"}, Related("q", ("a",), ("b", "c"))),
+    ({"query": "q", "pos": ["a", "b"], "neg": ["c"], "pos_scores": [1, 2]}, Related("q", ("a", "b"), ("c",))),
+    (
+        {"query": "q", "positive_passages": [{"title": "t", "text": "a"}], "negative_passages": [{"text": "b"}]},
+        Related("q", ("t a",), ("b",)),
+    ),
+    ({"query": "q", "passages": PASSAGES}, Related("q", ("b",), ("a", "c"))),
+    ({"question": "q", "answer": "a"}, Related("q", ("a",))),
+    ({"sentence1": "q", "sentence2": "a", "score": 0.5}, Scored("q", "a", 0.5)),
+    ({"sentence1": "q", "sentence2": "a", "label": "1"}, Scored("q", "a", 1.0)),
+    ({"query": "q", "document": "a", "label": 0}, Scored("q", "a", 0.0)),  # a pair with a label is no positive
+    ({"query": "q", "text": "a", "label": 1}, Scored("q", "a", 1.0)),
+    ({"text": "q", "label": "c"}, Labelled("q", "c")),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), PUBLISHED, ids=[" ".join(row) for row, _ in PUBLISHED])
+def test_published_rows(row: dict[str, Any], expected: Example, tmp_path: Path) -> None:
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", [row])), "test_size": 0.0}
+    values = {"model": str(tmp_path), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
+    (found,) = prepare_data(RunConfig.build(values)).examples.train
+    assert found == expected
+
+
+def test_passages_of_which_none_is_selected(tmp_path: Path) -> None:
+    row = {"query": "q", "passages": PASSAGES | {"is_selected": [0, 0, 0]}}
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", [row]))}
+    values = {"model": str(tmp_path), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
+    with pytest.raises(DataError, match="has no text in 'passages'"):
+        _ = prepare_data(RunConfig.build(values)).examples.train
+
+
+def test_each_positive_is_an_entry() -> None:
+    example = Related("q", ("a", "b"), ("c", "d"))
+    assert texts_of(example, EmbeddingConfig(negatives=1)) == [("q", "a", "c"), ("q", "b", "c")]
+
+
+def test_other_prompts_give_other_tokens(tmp_path: Path) -> None:
+    """Also where tokens are kept in files: prompts are part of what they are known by."""
+    models = make_models(tmp_path / "models")
+    rows = [{"anchor": f"the film {i}", "positive": "was good"} for i in range(2100)]
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "test_size": 0.0}
+    values = {"model": str(models["seq_cls"]), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
+    plain, prompted = (
+        prepare_data(RunConfig.build(values | {"embedding": {"query_prompt": prompt}})).train[0]
+        for prompt in ("", "we liked ")
+    )
+    assert prompted["sequences"][0] == plain["sequences"][0] + 2 and prompted["sequences"][1] == plain["sequences"][1]
