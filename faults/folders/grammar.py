@@ -683,7 +683,7 @@ def _template(chance: Chance, site: Site) -> Sequence[Step]:
         write(site.work / "t.yaml", yaml.safe_dump({chance.choice(keys): chance.choice(fields) for _ in range(5)}))
         values = {"model": "m", "task": "causal_lm", "data": {"train": "x.jsonl", "template": "t.yaml"}, "output": "o"}
         return [lambda: RunConfig.build(values) and None]
-    return [lambda: ChatTemplate(Encoder(tokenizer)).pieces(talk) and None]
+    return [lambda: ChatTemplate(Encoder(tokenizer)).entries([talk]) and None]
 
 
 def _path(chance: Chance) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from siliang.cli.console import as_text, print_product
-from siliang.cli.options import Temperature
+from siliang.cli.options import NewTokens, RepetitionPenalty, Seed, Stop, System, Temperature, TopK, TopP
 from siliang.cli.used_run import Force, Run, TaskId, check_folders, show_hint, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
@@ -31,17 +31,14 @@ def generate(
             ),
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=both(
-                "Maximum tokens to generate. Default: 128, or the positions that the model has left.",
-                "最多生成的词元数。默认 128，或模型剩余的位置数。",
-            ),
-        ),
-    ] = None,
+    max_new_tokens: NewTokens = None,
     temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = None,
+    system: System = "",
+    seed: Seed = None,
     base: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,8 +63,18 @@ def generate(
         from siliang.run_folder import open_run
         from siliang.use.generate import generate as write
         from siliang.use.generate import how_it_is_asked
+        from siliang.use.sampling import Sampling
 
         quiet_loading()
+    sampling = Sampling(
+        max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
     location = next((name for name in reversed(base or []) if name), None)
     with_base = "" in (base or [])
     opened = open_run(run, base=location, force=force, device=find_device())
@@ -83,8 +90,8 @@ def generate(
                 opened,
                 instruction,
                 input,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
+                system=as_text(system, "--system"),
+                sampling=sampling,
                 plain=plain,
                 base=of_base,
             )

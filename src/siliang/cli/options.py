@@ -37,4 +37,49 @@ Lang = Annotated[
 Temperature = Annotated[
     float, typer.Option(min=0.0, help=both("0: always the most probable token.", "0：总是取概率最大的词元。"))
 ]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help=both(
+            "Draw from the most probable tokens that together have this probability.",
+            "只从累计概率达到该值的最可能的词元中抽取。",
+        ),
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=1, help=both("Draw from so many of the most probable tokens.", "只从概率最大的若干词元中抽取。")),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help=both("Above 1: tokens that are there already are less probable.", "大于 1 时，已出现的词元概率降低。")
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=both(
+            "The text ends in front of this word; may be given several times.", "遇到这个词时在它之前结束；可多次给出。"
+        )
+    ),
+]
+System = Annotated[str, typer.Option(help=both("A system message.", "系统消息。"))]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, help=both("The same seed draws the same text.", "相同的种子抽取相同的文本。")),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        min=1,
+        help=both(
+            "Maximum tokens to generate. Default: 128, or the positions that the model has left.",
+            "最多生成的词元数。默认 128，或模型剩余的位置数。",
+        ),
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help=both("One JSON object.", "输出一个 JSON 对象。"))]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siliang.cli.console import as_text, command_line, input_lines, print_json
+from siliang.cli.options import NewTokens, RepetitionPenalty, Seed, Stop, System, Temperature, TopK, TopP
 from siliang.cli.used_run import Base, Force, Run, TaskId, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
@@ -81,6 +82,23 @@ def predict(
             ),
         ),
     ] = None,
+    max_new_tokens: NewTokens = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = None,
+    system: System = "",
+    seed: Seed = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=both(
+                "Texts that are generated at once. Default: that of the training.", "同时生成的文本数。默认与训练相同。"
+            ),
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help=both("One JSON object per line.", "每行输出一个 JSON 对象。"))
     ] = False,
@@ -89,7 +107,7 @@ def predict(
     force: Force = False,
 ) -> None:
     """Predict with a trained run: the class, the labels or the number of a text, the tagged spans in it, the answer to
-    a question, or the reward of an answer.
+    a question, the reward of an answer; with --data, also the texts that a run generates, by the options of sampling.
 
     A file must have the columns that the run was trained on. A tab separates the two texts of a pair, or a question and
     its context. An empty line, or a row without text, gives an empty line.
@@ -112,6 +130,7 @@ def predict(
         from siliang.use.predict import check_predicts, predict_tasks
         from siliang.use.predict import predict as make
         from siliang.use.predict_file import check_output, predict_file
+        from siliang.use.sampling import Sampling
 
         quiet_loading()
     if output is not None:
@@ -119,11 +138,35 @@ def predict(
     opened = open_run(run, base=base, force=force, device=find_device())
     opened.task_id, opened.top, opened.min_confidence = task_id, top, min_confidence
     show_notes(opened.trained.notes if opened.trained else ())
-    check_predicts(opened)
     if data is not None and output is not None:
-        rows = predict_file(opened, str(data), output, progress=_show_progress())
+        how = Sampling(
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+        )
+        if opened.task.prompt is None and (how != Sampling() or system or batch_size):
+            raise ConfigError(
+                Bilingual(
+                    f"{run} does not generate text: it has no use for the options of generating.",
+                    f"{run} 不生成文本：生成文本的选项不适用。",
+                )
+            )
+        rows = predict_file(
+            opened,
+            str(data),
+            output,
+            sampling=how,
+            system=as_text(system, "--system"),
+            batch_size=batch_size,
+            progress=_show_progress(),
+        )
         print(both(f"saved      {output}: {rows:,} rows", f"已保存     {output}：{rows:,} 行"))
         return
+    check_predicts(opened)
     task = opened.task
     given: list[Input] = list(input_lines()) if not texts else []
     tasks: list[int | None] = [None] * len(given)

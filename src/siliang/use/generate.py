@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from siliang.config import RunConfig
 from siliang.data.examples import Conversation, Message, Text
+from siliang.engine.batches import in_steps
 from siliang.engine.written import check_beams, one_plain_answer, positions_of, writing
 from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import OpenedRun
 from siliang.types import ConfigError, ModelError
+from siliang.use.sampling import Drawn, RepetitionPenalty, Sampling, StopWords
 
 NEW_TOKENS = 128  # the default length of an answer
 
@@ -26,26 +29,57 @@ def generate(
     instruction: str,
     input: str = "",
     *,
+    system: str = "",
+    history: Sequence[Message] = (),
+    plain: bool | None = None,
+    base: bool = False,
+    sampling: Sampling | None = None,
     max_new_tokens: int | None = None,
     up_to: int = NEW_TOKENS,
     temperature: float = 0.0,
-    plain: bool | None = None,
-    base: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The model's answer to an instruction, in the run's own template.
 
     Args:
-        max_new_tokens: The maximum number of new tokens. None: `up_to`, or fewer if the model has no more positions.
-        temperature: 0 for the most probable token each time, higher for more varied text.
+        system: A system message.
+        history: The turns before the instruction.
         plain: The instruction is the beginning of a text, to be continued without a template. None: as the run was
             trained, without one on plain texts alone.
         base: Ask the base model, without the adapter.
+        sampling: How it is written; None: by the following three, which are `Sampling`'s.
         on_text: Called with each piece of the answer while it is generated.
 
     Raises:
         ConfigError: The run is a classifier; `base` is set for a fully fine-tuned model; or the prompt with the new
             tokens is longer than the model can read.
+    """
+    plain = run.record.of_texts if plain is None else plain
+    turns = (*([Message("system", system)] if system else []), *history, Message("user", instruction, input))
+    asked = Text(instruction) if plain else Conversation(turns)
+    how = sampling or Sampling(max_new_tokens=max_new_tokens, up_to=up_to, temperature=temperature)
+    return write_texts(run, [asked], how, base=base, on_text=on_text)[0]
+
+
+def write_texts(
+    run: OpenedRun,
+    asked: Sequence[Conversation | Text],
+    sampling: Sampling,
+    *,
+    numbers: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    base: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The model's answers to conversations, and what it writes behind texts, in order.
+
+    Args:
+        numbers: Of the texts, by which each has random numbers of its own. None: 0, 1, ...
+        batch_size: Texts that are written at once. None: train.batch_size.
+        on_text: Called with each piece of the answer while it is generated; for one text.
+
+    Raises:
+        ConfigError: As for `generate`.
     """
     task, tokenizer = run.task, run.tokenizer
     if task.prompt is None:
@@ -64,49 +98,93 @@ def generate(
         )
     if not base:
         run.check_task()
-    plain = run.record.of_texts if plain is None else plain
-    talk = Text(instruction) if plain else Conversation((Message("user", instruction, input),))
-    ids, stop = task.prompt(tokenizer, run.config.data, talk)
-    if not ids:
-        raise ConfigError(
-            Bilingual(
-                "the tokenizer makes no tokens of this text: there is nothing to answer.",
-                "分词器没有从这段文本得到任何词元：没有可回答的内容。",
-            )
-        )
-    max_new_tokens = _room(run, len(ids), max_new_tokens, up_to, base=base)
-    input_ids = torch.tensor([ids], device=run.model.device)
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": temperature > 0,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": stop,
-        "attention_mask": torch.ones_like(input_ids),
-    }
-    if temperature > 0:
-        settings["temperature"] = temperature
-    beams = check_beams(run.model, run.config.model)
+    prompts: list[Asked] = []
     embeddings: Any = run.model.get_input_embeddings()
-    if (most := int(embeddings.weight.shape[0])) <= max(ids):
-        raise ModelError(
-            Bilingual(
-                f"{run.config.model}: its tokenizer has a token {max(ids):,}, and its model {most:,} tokens.",
-                f"{run.config.model}：分词器有编号 {max(ids):,} 的词元，而模型只有 {most:,} 个词元。",
+    most = int(embeddings.weight.shape[0])
+    for number, one in zip(numbers or range(len(asked)), asked, strict=False):
+        ids, stop = task.prompt(tokenizer, run.config.data, one)
+        if not ids:
+            raise ConfigError(
+                Bilingual(
+                    "the tokenizer makes no tokens of this text: there is nothing to answer.",
+                    "分词器没有从这段文本得到任何词元：没有可回答的内容。",
+                )
             )
-        )
+        if most <= max(ids):
+            raise ModelError(
+                Bilingual(
+                    f"{run.config.model}: its tokenizer has a token {max(ids):,}, and its model {most:,} tokens.",
+                    f"{run.config.model}：分词器有编号 {max(ids):,} 的词元，而模型只有 {most:,} 个词元。",
+                )
+            )
+        new = _room(run, len(ids), sampling.max_new_tokens, sampling.up_to, base=base)
+        prompts.append(Asked(ids, tuple(stop), new, number))
+    # texts of one batch have the same limit; the longest come first, so that a lack of memory shows at once
+    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].new, prompts[i].stop, -len(prompts[i].ids)))
+    written: dict[int, str] = {}
+    with run.computing(), writing(run.config.model), run.model.disable_adapter() if base else nullcontext():
+        for _, same in groupby(order, key=lambda i: (prompts[i].new, prompts[i].stop)):
+            for some in in_steps(list(same), batch_size or run.config.train.batch_size):
+                texts = _write(run, [prompts[i] for i in some], sampling, on_text)
+                written |= dict(zip(some, texts, strict=True))
+    return [written[i] for i in range(len(prompts))]
+
+
+class Asked(NamedTuple):
+    """The tokens in front of a text, those that end it, how many it may have, and its number."""
+
+    ids: list[int]
+    stop: tuple[int, ...]
+    new: int
+    number: int
+
+
+def _write(
+    run: OpenedRun, prompts: Sequence[Asked], sampling: Sampling, on_text: Callable[[str], None] | None
+) -> list[str]:
+    """The texts behind some prompts, which are written at once."""
+    task, tokenizer, device = run.task, run.tokenizer, run.model.device
+    width, pad = max(len(p.ids) for p in prompts), tokenizer.pad_token_id
+    gaps = [[width - len(p.ids), len(p.ids)] for p in prompts]
+    left = task.decoder_only  # it writes on from the last column
+    ids = [[pad] * gap + p.ids if left else p.ids + [pad] * gap for p, (gap, _) in zip(prompts, gaps, strict=True)]
+    mask = [[0] * gap + [1] * n if left else [1] * n + [0] * gap for gap, n in gaps]
+    input_ids, attention = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    settings: dict[str, Any] = {
+        "attention_mask": attention,
+        "max_new_tokens": prompts[0].new,
+        "do_sample": False,
+        "pad_token_id": pad,
+        "eos_token_id": list(prompts[0].stop),
+    }
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty is not None:
+        prompt_mask = attention if left else attention[:, :0]
+        processors.append(RepetitionPenalty(sampling.repetition_penalty, prompt_mask))
+        settings["repetition_penalty"] = 1.0
+    if sampling.temperature > 0:
+        processors.append(Drawn(sampling, [p.number for p in prompts]))
+    beams = check_beams(run.model, run.config.model)
+    if processors or sampling.stop:
+        settings["num_beams"] = beams = 1
+    if processors:
+        settings["logits_processor"] = processors
+    start = width if left else 1
+    if sampling.stop:
+        settings["stopping_criteria"] = StoppingCriteriaList([StopWords(sampling.stop, tokenizer, start)])
     streams = beams == 1  # they are not known before the end
-    if on_text is not None and streams:
-        settings["streamer"] = _Pieces(tokenizer, on_text)
+    pieces = None if on_text is None or not streams else _Pieces(tokenizer, on_text, sampling.stop)
+    if pieces is not None:
+        settings["streamer"] = pieces
     if run.model.generation_config.stop_strings is not None:
         settings["tokenizer"] = tokenizer
     settings |= one_plain_answer(run.model)
-    with run.computing(), writing(run.config.model), run.model.disable_adapter() if base else nullcontext():
-        written = run.model.generate(input_ids=input_ids, **settings)
-    answer = written[0] if task.has_encoder else written[0, len(ids) :]
-    text = tokenizer.decode(answer, skip_special_tokens=True)
+    found = run.model.generate(input_ids=input_ids, **settings)
+    texts = tokenizer.batch_decode(found[:, width:] if left else found, skip_special_tokens=True)
+    texts = [sampling.cut(text) for text in texts]
     if on_text is not None and not streams:
-        on_text(text)
-    return text
+        on_text(texts[0])
+    return texts
 
 
 def how_it_is_asked(record: Record) -> Bilingual | None:
@@ -161,12 +239,27 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
 
 
 class _Pieces(TextStreamer):
-    """Passes on each piece of an answer as soon as its words are complete."""
+    """Passes on each piece of an answer as soon as its words are complete, up to a stop word."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop: Sequence[str]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+        self._on_text, self._stop = on_text, stop
+        self._held, self._ended = "", False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._on_text(text)
+        if self._ended:
+            return
+        self._held += text
+        at = min((at for word in self._stop if (at := self._held.find(word)) >= 0), default=-1)
+        if at >= 0:
+            shown, self._held, self._ended = self._held[:at], "", True
+        else:  # what may be the beginning of a stop word waits
+            wait = 0 if stream_end else max((_overlap(self._held, word) for word in self._stop), default=0)
+            shown, self._held = self._held[: len(self._held) - wait], self._held[len(self._held) - wait :]
+        if shown:
+            self._on_text(shown)
+
+
+def _overlap(text: str, word: str) -> int:
+    """The characters at the end of `text` with which `word` may begin."""
+    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)

@@ -94,8 +94,8 @@ def check_predicts(run: OpenedRun) -> None:
     if run.task.predict is None:
         raise ConfigError(
             Bilingual(
-                f"{run.folder} was trained to write text: use `siliang generate`.",
-                f"{run.folder} 是生成文本的运行：请用 `siliang generate`。",
+                f"{run.folder} was trained to write text: use `siliang generate`, or --data FILE --output FILE.",
+                f"{run.folder} 是生成文本的运行：请用 `siliang generate`，或 --data FILE --output FILE。",
             )
         )
 

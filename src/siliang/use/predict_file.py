@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,34 @@ from siliang.language import Bilingual
 from siliang.records import RECORD_NAME
 from siliang.run_folder import OpenedRun
 from siliang.types import ConfigError, InterruptedRunError, OutputError, first_line
+from siliang.use.asked_rows import AskedRow, read_asked
+from siliang.use.generate import write_texts
 from siliang.use.predict import InputRow, check_predicts, predict, predict_tasks, read_rows
+from siliang.use.sampling import Sampling
 
 ROWS = 2048  # that are read, predicted and written at once
+WRITTEN_ROWS = 64  # the same where texts are generated, which takes longer
+TEXT = "text"  # the new column of a run that writes
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 PREFIX = "predicted_"  # of the new columns: the file may have a column `label` of its own
 
 
-def predict_file(run: OpenedRun, source: str, output: Path, *, progress: Callable[[int], None] | None = None) -> int:
+def predict_file(
+    run: OpenedRun,
+    source: str,
+    output: Path,
+    *,
+    sampling: Sampling | None = None,
+    system: str = "",
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> int:
     """Writes the rows of `source` with the run's predictions, in their order and with all their columns.
 
     Args:
+        sampling: How a run that writes text writes it; None: greedily.
+        system: For such a run, a system message for rows without one.
+        batch_size: For such a run, the texts that are written at once.
         output: A new .csv, .tsv, .jsonl or .parquet file.
         progress: Called with the number of rows that are done.
 
@@ -40,23 +57,31 @@ def predict_file(run: OpenedRun, source: str, output: Path, *, progress: Callabl
         The number of rows.
 
     Raises:
-        ConfigError: `output` is of another kind, or the run writes text.
+        ConfigError: `output` is of another kind.
         OutputError: `output` is there already, or its .partial is of another run or other data.
         DataError: A row cannot be read.
         InterruptedRunError: Ctrl-C; the same call resumes.
     """
-    check_predicts(run)
     check_output(output)
     partial = output.with_name(f"{output.name}.partial")
+    task, how = run.task, sampling or Sampling()
+    writes = task.prompt is not None
+    if not writes:
+        check_predicts(run)
     with translate_disk_errors(output.parent):
-        done = _begin(partial, _identity(run, source), output)
-        rows = read_rows(run, source)
+        more = {"sampling": json.dumps(how.values()), "system": system} if writes else {}
+        done = _begin(partial, _identity(run, source) | more, output)
+        rows: Iterator[InputRow | AskedRow] = read_asked(run, source, system) if writes else read_rows(run, source)
         next(islice(rows, done, done), None)  # those that are written already
         try:
             with append(partial) as file:
-                while part := list(islice(rows, ROWS)):
+                while part := list(islice(rows, WRITTEN_ROWS if writes else ROWS)):
                     _check_columns(part, run)
-                    lines = [_line(row, answer) for row, answer in zip(part, _answers(run, part), strict=True)]
+                    if writes:
+                        answers = _texts(run, part, how, done, batch_size)
+                    else:
+                        answers = _answers(run, [row for row in part if isinstance(row, InputRow)])
+                    lines = [_line(row, answer) for row, answer in zip(part, answers, strict=True)]
                     file.write("".join(lines).encode())
                     file.flush()
                     done += len(part)
@@ -135,6 +160,8 @@ def _begin(partial: Path, identity: dict[str, str], output: Path) -> int:
 
 def _new_columns(run: OpenedRun) -> dict[str, object]:
     """What a prediction adds to a row without text, by the prediction's own names; the others repeat the texts."""
+    if run.task.prompt is not None:
+        return {TEXT: None}
     top: dict[str, object] = {"top": None} if run.top > 1 else {}
     return {name: value for name, value in run.task.blank.items() if value != ""} | top
 
@@ -149,7 +176,22 @@ def _answers(run: OpenedRun, rows: list[InputRow]) -> Iterator[dict[str, object]
         yield {f"{PREFIX}{name}": values[name] for name in blank if name in values}
 
 
-def _check_columns(rows: list[InputRow], run: OpenedRun) -> None:
+def _texts(
+    run: OpenedRun, rows: Sequence[InputRow | AskedRow], how: Sampling, first: int, batch_size: int | None
+) -> Iterator[dict[str, object]]:
+    """The text that the run writes for each row.
+
+    Args:
+        first: The number of the first row, from which its random numbers follow.
+    """
+    asked = {first + i: row.asked for i, row in enumerate(rows) if isinstance(row, AskedRow) and row.asked is not None}
+    found = write_texts(run, list(asked.values()), how, numbers=list(asked), batch_size=batch_size)
+    texts = dict(zip(asked, found, strict=True))
+    for i in range(len(rows)):
+        yield {f"{PREFIX}{TEXT}": texts.get(first + i)}
+
+
+def _check_columns(rows: Sequence[InputRow | AskedRow], run: OpenedRun) -> None:
     """Refuses a file that has a column of the name of a new one."""
     new = {f"{PREFIX}{name}" for name in _new_columns(run)}
     if taken := sorted(new & {name for row in rows for name in row.values}):
@@ -161,7 +203,7 @@ def _check_columns(rows: list[InputRow], run: OpenedRun) -> None:
         )
 
 
-def _line(row: InputRow, answer: dict[str, object]) -> str:
+def _line(row: InputRow | AskedRow, answer: dict[str, object]) -> str:
     values = {name: None if value != value else value for name, value in {**row.values, **answer}.items()}  # NaN
     return f"{json.dumps(values, ensure_ascii=False, default=str)}\n"
 

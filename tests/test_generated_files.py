@@ -1,0 +1,140 @@
+"""Texts that a run generates: of a file into a file, in batches, drawn with a seed, and up to a stop word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import refused, run
+from every_task import configured, make_models
+from tiny import write_jsonl
+from transformers import LogitsProcessorList
+
+from siliang.data.examples import Conversation, Message
+from siliang.run_folder import OpenedRun, open_run
+from siliang.train.run import train
+from siliang.types import ConfigError, InterruptedRunError
+from siliang.use import predict_file as module
+from siliang.use.generate import generate, write_texts
+from siliang.use.predict_file import predict_file
+from siliang.use.sampling import RepetitionPenalty, Sampling
+
+TASKS = ("causal_lm", "seq_2_seq_lm")
+QUESTIONS = ["one", "two three", "one two three", "no", "is it good", "one two"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    models, found = make_models(folder), dict[str, Path]()
+    for task in TASKS:
+        found[task] = folder / f"run-{task}"
+        train(configured(task, models, folder).model_copy(update={"output": str(found[task])}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def opened(runs: dict[str, Path]) -> dict[str, OpenedRun]:
+    return {task: open_run(folder) for task, folder in runs.items()}
+
+
+def asked(*questions: str) -> list[Conversation]:
+    return [Conversation((Message("user", question),)) for question in questions]
+
+
+DRAWN = Sampling(8, temperature=1.0, top_p=0.9, top_k=20, repetition_penalty=1.2, seed=3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "how", [Sampling(8), Sampling(8, repetition_penalty=1.5), DRAWN], ids=["greedy", "penalty", "drawn"]
+)
+def test_a_text_is_the_same_alone_and_in_any_batch(opened: dict[str, OpenedRun], task: str, how: Sampling) -> None:
+    talks = asked(*QUESTIONS)
+    alone = [write_texts(opened[task], [talk], how, numbers=[i])[0] for i, talk in enumerate(talks)]
+    assert len(set(alone)) > 1 or task == "seq_2_seq_lm"  # whose base writes nothing but ends
+    for size in (2, 6):
+        assert write_texts(opened[task], talks, how, batch_size=size) == alone
+    if how.temperature:
+        assert write_texts(opened[task], talks, Sampling(8, temperature=1.0, seed=4)) != alone
+
+
+def test_greedy_is_generates_own(opened: dict[str, OpenedRun]) -> None:
+    """That of transformers, with its penalty of repetitions."""
+    own = opened["causal_lm"]
+    ids = torch.tensor([[5, 6, 7]])
+    common: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    wanted = own.model.generate(input_ids=ids, repetition_penalty=1.4, **common)
+    ours = LogitsProcessorList([RepetitionPenalty(1.4, torch.ones_like(ids))])
+    assert own.model.generate(input_ids=ids, logits_processor=ours, **common).tolist() == wanted.tolist()
+
+
+def test_a_text_ends_exactly_in_front_of_a_stop_word(opened: dict[str, OpenedRun]) -> None:
+    own = opened["causal_lm"]
+    whole = generate(own, "one two", sampling=Sampling(10))
+    word = whole.split()[2]
+    pieces: list[str] = []
+    cut = generate(own, "one two", sampling=Sampling(10, stop=("never", word)), on_text=pieces.append)
+    assert cut == whole[: whole.index(word)] and "".join(pieces).strip() == cut.strip()
+    assert write_texts(own, asked("one two", "no"), Sampling(10, stop=(word,)))[0] == cut
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"temperature": -1.0}, "temperature = -1.0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p = 0.0: must be above 0"),
+        ({"top_k": 3}, "no effect at temperature 0"),
+        ({"stop": ("",)}, "stop = "),
+        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+    ],
+)
+def test_settings_that_mean_nothing(wrong: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        Sampling(**wrong)
+
+
+def rows() -> list[dict[str, Any]]:
+    return [{"id": i, "instruction": text, "input": "", "output": "a secret"} for i, text in enumerate(QUESTIONS)]
+
+
+def test_a_file_of_questions(runs: dict[str, Path], opened: dict[str, OpenedRun], tmp_path: Path) -> None:
+    """In order, whatever the batches, without a look at the answers, and with or without their column."""
+    source = write_jsonl(tmp_path / "a.jsonl", [*rows(), {"id": 9, "instruction": "", "input": "", "output": "x"}])
+    output = tmp_path / "out.jsonl"
+    ended = run("predict", runs["causal_lm"], "--data", source, "--output", output, "--max-new-tokens", 6)
+    assert ended.code == 0, ended
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    alone = [generate(opened["causal_lm"], text, max_new_tokens=6) for text in QUESTIONS]
+    assert [row["predicted_text"] for row in found] == [*alone, None] and [r["id"] for r in found] == [*range(6), 9]
+    bare = write_jsonl(tmp_path / "b.jsonl", [{"instruction": text} for text in QUESTIONS])
+    predict_file(opened["causal_lm"], str(bare), tmp_path / "bare.jsonl", sampling=Sampling(6))
+    assert [json.loads(x)["predicted_text"] for x in (tmp_path / "bare.jsonl").read_text().splitlines()] == alone
+    assert "does not generate text" not in ended.err
+
+
+def test_a_stopped_file_resumes_with_the_same_texts(
+    opened: dict[str, OpenedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WRITTEN_ROWS", 4)
+    source, output = str(write_jsonl(tmp_path / "a.jsonl", rows())), tmp_path / "out.jsonl"
+    own = opened["causal_lm"]
+    predict_file(own, source, tmp_path / "whole.jsonl", sampling=DRAWN)
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError, match="Stopped after 4 rows"):
+        predict_file(own, source, output, sampling=DRAWN, progress=stop)
+    predict_file(own, source, output, sampling=DRAWN)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_options_of_generating(runs: dict[str, Path]) -> None:
+    drawn = ("--temperature", 1.0, "--seed", 5, "--top-p", 0.9, "--max-new-tokens", 6, "--system", "is")
+    first, second = (run("generate", runs["causal_lm"], "one", *drawn) for _ in range(2))
+    assert first.code == 0 and first.out == second.out, first
+    assert "no effect at temperature 0" in refused("generate", runs["causal_lm"], "one", "--top-k", 3)
