@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from siliang.callable_rooms import make_callable
 from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.types import MergeError
@@ -123,3 +124,6 @@ def _compared(output: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
 
 def _nan_is_worst(value: float) -> float:
     return float("inf") if value != value else value
+
+
+make_callable(__name__)

@@ -1,0 +1,123 @@
+"""What functions.py takes and returns: settings in several forms, and the results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from siliang.config import RunConfig
+from siliang.language import Bilingual
+from siliang.safety.safe_yaml import read_yaml
+
+if TYPE_CHECKING:  # slow to import
+    from siliang.check import Finding
+    from siliang.records import Comparison, Record
+    from siliang.report.summary import MethodSummary, Recommendation
+
+Settings = RunConfig | Mapping[str, object] | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `check` found.
+
+    Attributes:
+        findings: Errors and warnings, each with a code, its rows, the cause and what to do.
+        counts: Rows and tokens: what `siliang check --json` calls counts.
+    """
+
+    findings: list[Finding]
+    counts: Mapping[str, object]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run can start: there are no errors."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished run.
+
+    Attributes:
+        folder: The run's folder, which the other functions take.
+        record: Its run.json.
+        verdict: Why the run has learned nothing; None if it has, or if that cannot be seen.
+    """
+
+    folder: Path
+    record: Record
+    verdict: str | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the held-out rows at the end."""
+        return dict(self.record.final)
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """A finished comparison.
+
+    Attributes:
+        folder: The comparison's folder.
+        record: Its comparison.json.
+        methods: A summary of each method: the mean metrics over seeds, memory and time.
+        recommendation: The best method, those tied with it, and a much smaller one that is nearly as good.
+        page: The page of the report.
+    """
+
+    folder: Path
+    record: Comparison
+    methods: list[MethodSummary]
+    recommendation: Recommendation
+    page: Path
+
+
+def run_config(settings: Settings | None = None, **changes: object) -> RunConfig:
+    """The settings of a run: those given, with changes.
+
+    Args:
+        settings: None: the changes alone.
+        changes: Settings by name. A mapping changes some settings of a section, `data="a.csv"` means data.train, and
+            `method="lora"` replaces the method.
+
+    Raises:
+        ConfigError: A setting is unknown or missing, or has a value that is not allowed.
+
+    Example:
+        >>> run_config(model="bert", task="seq_cls", data="a.csv", output="run").train.batch_size
+        16
+    """
+    from siliang.train.start_adapter import filled_in
+
+    if isinstance(settings, RunConfig) and not changes:
+        return settings
+    return RunConfig.build(filled_in(values_of(settings, changes)), source=source_of(settings))
+
+
+def values_of(settings: Settings | None, changes: Mapping[str, object]) -> dict[str, object]:
+    """The settings with changes, not yet checked."""
+    if isinstance(settings, RunConfig):
+        values: dict[str, object] = settings.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(settings, Mapping):
+        values = dict(settings)
+    else:
+        values = read_yaml(Path(settings)) if settings is not None else {}
+    for name, change in changes.items():
+        change = os.fspath(change) if isinstance(change, os.PathLike) else change
+        before = values.get(name)
+        if name == "data" and not isinstance(change, Mapping):
+            change = {"train": change}
+        if isinstance(change, Mapping) and isinstance(before, Mapping):
+            change = {**before, **change}
+        values[name] = dict(change) if isinstance(change, Mapping) else change
+    return values
+
+
+def source_of(settings: Settings | None) -> str:
+    """Where settings come from, for errors."""
+    return os.fspath(settings) if isinstance(settings, str | os.PathLike) else Bilingual("the settings", "配置项")

@@ -1,0 +1,382 @@
+"""The commands as functions: what `siliang check, plan, train, eval, predict, generate, compare, merge` do, with typed
+results (docs/python.md).
+
+Settings are a `RunConfig`, a mapping with the content of run.yaml, or the path of a run.yaml. Changes are given by
+name, each a value or a section: `train("run.yaml", output="b", train={"learning_rate": 1e-3})`. All errors are
+`SiliangError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from siliang.config import MeasureName, RunConfig
+from siliang.config.comparison import CompareConfig
+from siliang.data.examples import Example
+from siliang.function_settings import (
+    CheckResult,
+    ComparisonResult,
+    Settings,
+    TrainingResult,
+    run_config,
+    source_of,
+    values_of,
+)
+from siliang.language import Bilingual
+from siliang.types import ConfigError
+from siliang.units import parse_bytes
+
+if TYPE_CHECKING:  # slow to import
+    from siliang.merge import MergeProof
+    from siliang.records import PlanRecord
+    from siliang.run_folder import OpenedRun
+    from siliang.tasks import Prediction
+    from siliang.train.log import Progress
+    from siliang.use.evaluate import Evaluation
+
+
+def open_run(run: str | os.PathLike[str], *, base: str | None = None, force: bool = False) -> OpenedRun:
+    """Loads a run, for several calls of the functions below.
+
+    Args:
+        run: Its folder, or that of a checkpoint in it.
+        base: The present place of its base model, if it was moved.
+        force: Open it even if its base model or its data have changed since its training.
+    """
+    from siliang.hardware import find_device
+    from siliang.run_folder import open_run as opened
+
+    return opened(Path(run), base=base, force=force, device=find_device())
+
+
+def _opened(run: OpenedRun | str | os.PathLike[str]) -> OpenedRun:
+    return open_run(run) if isinstance(run, str | os.PathLike) else run
+
+
+# ---- before a run ----
+
+
+def check(settings: Settings | None = None, **changes: object) -> CheckResult:
+    """Checks data, template and settings without training.
+
+    Args:
+        settings: Of the run.
+        changes: As for `run_config`.
+
+    Raises:
+        DataError: The data cannot be read.
+        ConfigError: A setting is wrong.
+
+    Example:
+        >>> found = check(model="./bert", task="seq_cls", data="reviews.csv")  # doctest: +SKIP
+        >>> [(f.code, str(f.headline)) for f in found.findings]  # doctest: +SKIP
+    """
+    from siliang.check import find, gather_input
+    from siliang.check.counts import count
+    from siliang.hardware import machine
+
+    changes = {"output": "siliang-run"} | changes if _lacks_output(settings) else changes
+    subject = gather_input(run_config(settings, **changes), machine())
+    findings = find(subject)
+    return CheckResult(findings, dict(count(subject)))
+
+
+def plan(
+    settings: Settings | None = None,
+    *,
+    methods: Sequence[str] = (),
+    device: Literal["cpu", "cuda"] | None = None,
+    memory: int | str | None = None,
+    devices: int = 1,
+    **changes: object,
+) -> PlanRecord:
+    """Predicts the memory and time of a run, without loading weights.
+
+    Args:
+        settings: Of the run, with its data.
+        methods: To plan; empty: the run's own.
+        device: None: this machine's.
+        memory: That the run may take: bytes, or a text such as "8GB". None: what is free.
+        devices: Processes that train together.
+        changes: As for `run_config`.
+
+    Returns:
+        `methods` has a plan for each: `peak_bytes`, its parts, `fits`, and the changes with which it fits.
+
+    Raises:
+        ModelError: There is no such model.
+        DataError: The data cannot be read.
+        ConfigError: A setting is wrong.
+    """
+    from siliang.distributed.sharding import fake_mesh
+    from siliang.methods import canonical_name
+    from siliang.plan import plan as make
+    from siliang.plan import target_device
+    from siliang.plan.device import share_memory
+
+    changes = {"output": "siliang-run"} | changes if _lacks_output(settings) else changes
+    config = run_config(settings, **changes)
+    memory_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
+    target = target_device(config, device, memory_bytes=memory_bytes)
+    with fake_mesh(devices) as mesh:
+        names = [canonical_name(name) for name in methods]
+        return make(config, share_memory(target, devices), methods=names, mesh=mesh)
+
+
+def _lacks_output(settings: Settings | None) -> bool:
+    """Whether the settings may be without the output that a run needs, and what is only looked at does not."""
+    return not isinstance(settings, RunConfig) and "output" not in values_of(settings, {})
+
+
+# ---- a run ----
+
+
+def train(
+    settings: Settings | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    **changes: object,
+) -> TrainingResult:
+    """Fine-tunes a base model, and leaves a run folder.
+
+    Args:
+        settings: Of the run.
+        resume: Continue the run in the folder `output` from its last checkpoint.
+        force: With `resume` or an adapter: continue even if the base model or the data have changed.
+        say: Called with each line of the log.
+        progress: Called after each step.
+        changes: As for `run_config`.
+
+    Raises:
+        SiliangError: Something that can be corrected. If no step was made, no files are left.
+        InterruptedRunError: Ctrl-C, SIGTERM, or train.max_time; a checkpoint was saved.
+
+    Example:
+        >>> run = train(model="./bert", task="seq_cls", data="reviews.csv", output="run")  # doctest: +SKIP
+        >>> run.metrics["accuracy"]  # doctest: +SKIP
+    """
+    from siliang.plan.preflight import Planner
+    from siliang.train.run import train as run
+    from siliang.train.types import Listener
+    from siliang.use.learned import what_is_wrong
+
+    config, planner, verdicts = run_config(settings, **changes), Planner(), list[str | None]()
+    listener = Listener(say, progress, lambda trained: verdicts.append(what_is_wrong(trained)))
+    record = run(config, listener, resume=resume, force=force, planner=planner)
+    planner.calibrate(record)
+    return TrainingResult(Path(config.output), record, next(iter(verdicts), None))
+
+
+def evaluate(
+    run: OpenedRun | str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    *,
+    measures: Sequence[MeasureName] | None = None,
+    rows: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """The metrics of a run.
+
+    Args:
+        run: Its folder, or an opened run.
+        data: None: the run's held-out rows.
+        measures: Of the texts that the model writes (docs/measures.md). None: the run's own.
+        rows: For how many rows texts are written. None: evaluation.rows.
+        batch_size: Rows that go through the model at once. None: the run's own.
+
+    Returns:
+        `metrics` by name, and the `signatures` of measures of texts.
+
+    Raises:
+        DataError: There is no row to measure.
+        ConfigError: A measure does not suit the run.
+    """
+    from siliang.use.evaluate import evaluation, with_evaluation
+
+    opened = _opened(run)
+    settings: dict[str, object] = {} if measures is None else {"measures": list(measures)}
+    settings |= {} if rows is None else {"rows": None if rows == "all" else rows}
+    opened = with_evaluation(opened, settings) if settings else opened
+    return evaluation(opened, None if data is None else os.fspath(data), batch_size=batch_size)
+
+
+def predict(
+    run: OpenedRun | str | os.PathLike[str],
+    inputs: Iterable[str | tuple[str, ...] | Example],
+    *,
+    batch_size: int | None = None,
+) -> list[Prediction]:
+    """A prediction for each text, in order.
+
+    Args:
+        run: Its folder, or an opened run.
+        inputs: Texts; pairs of texts; (question, context); or the words of a sentence.
+        batch_size: Rows that go through the model at once. None: the run's own.
+
+    Returns:
+        Each has `predicted`, `probability`, `inputs`, and `values()` for JSON.
+
+    Raises:
+        ConfigError: The run writes text: use `generate`.
+        DataError: A text lacks a part, or is longer than the model can read.
+    """
+    from siliang.use.predict import predict as predictions
+
+    return list(predictions(_opened(run), inputs, batch_size=batch_size))
+
+
+def generate(
+    run: OpenedRun | str | os.PathLike[str],
+    instruction: str,
+    input: str = "",
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    plain: bool | None = None,
+    base: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """The text that a run's model writes, in the run's template.
+
+    Args:
+        run: Its folder, or an opened run.
+        input: Of the instruction.
+        max_new_tokens: None: 128, or as many as the model has positions for.
+        temperature: 0: the most probable token each time.
+        plain: Continue the text without a template. None: as the run was trained.
+        base: Ask the base model, without the adapter.
+        on_text: Called with each piece of the text while it is written.
+
+    Raises:
+        ConfigError: The run does not write, or the text is too long for it.
+    """
+    from siliang.use.generate import generate as write
+
+    return write(
+        _opened(run),
+        instruction,
+        input,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        plain=plain,
+        base=base,
+        on_text=on_text,
+    )
+
+
+def merge(
+    run: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    data: str | os.PathLike[str] | None = None,
+    base: str | None = None,
+    force: bool = False,
+) -> MergeProof:
+    """Merges a run's adapter into its base model, checks that the outputs are equal, and saves a plain model.
+
+    Args:
+        run: Its folder.
+        output: A new folder.
+        dtype: Of the saved model.
+        data: Rows for the check. None: the run's own.
+        base: The present place of the base model, if it was moved.
+        force: Keep the model even if its outputs differ.
+
+    Raises:
+        MergeError: The outputs differ; nothing is written.
+        ConfigError: The run has no adapter.
+    """
+    import torch
+
+    from siliang.run_folder import check_empty
+    from siliang.run_folder import open_run as opened
+    from siliang.use.merge import merge as merged
+
+    numbers = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in numbers:
+        raise ConfigError(
+            Bilingual(
+                f"dtype = {dtype!r}: must be {', '.join(numbers)}.", f"dtype = {dtype!r}：应为 {'、'.join(numbers)}。"
+            )
+        )
+    check_empty(Path(output))
+    loaded = opened(Path(run), base=base, force=force, dtype=numbers[dtype], quantized=False)
+    return merged(loaded, Path(output), data=None if data is None else os.fspath(data), force=force)
+
+
+def compare(
+    settings: CompareConfig | Settings | None = None,
+    *,
+    jobs: int = 1,
+    ray: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    lang: Literal["en", "zh"] = "en",
+    **changes: object,
+) -> ComparisonResult:
+    """Trains several methods with several seeds on the same rows, and writes a page.
+
+    Args:
+        settings: Those of compare.yaml: of a run without `method`, with `methods` and `seeds`. A comparison in the
+            folder `output` is resumed.
+        jobs: Runs at the same time.
+        ray: The address of a Ray cluster, or "local". None: processes of this machine.
+        force: Resume even if the base model or the data have changed.
+        say: Called with each line of the log.
+        lang: The language of the page.
+        changes: As for `run_config`, `methods` and `seeds` among them.
+
+    Raises:
+        SiliangError: Something that can be corrected.
+        InterruptedRunError: Ctrl-C or SIGTERM; the same call resumes.
+    """
+    from siliang.compare.run import CompareListener
+    from siliang.compare.run import compare as run_all
+    from siliang.report.gather import gather
+    from siliang.report.page import write_page
+    from siliang.report.summary import recommend, summarize
+
+    if isinstance(settings, CompareConfig):
+        if changes:
+            names = ", ".join(changes)
+            raise ConfigError(
+                Bilingual(
+                    f"compare: {names} beside a CompareConfig: give the settings as a mapping or a file.",
+                    f"compare：{names} 不能与 CompareConfig 同时给出：请用映射或文件给出配置。",
+                )
+            )
+        config = settings
+    else:
+        config = CompareConfig.build(values_of(settings, changes), source=source_of(settings))
+    record = run_all(config, CompareListener(say=say), jobs=jobs, ray=ray, force=force)
+    folder = Path(config.run.output)
+    data = gather([folder])
+    page = folder / "report.html"
+    write_page(data, page, language=lang)
+    methods = summarize(data)
+    return ComparisonResult(folder, record, methods, recommend(methods, data), page)
+
+
+__all__ = [
+    "CheckResult",
+    "ComparisonResult",
+    "Settings",
+    "TrainingResult",
+    "check",
+    "compare",
+    "evaluate",
+    "generate",
+    "merge",
+    "open_run",
+    "plan",
+    "predict",
+    "run_config",
+    "train",
+]

@@ -1,0 +1,167 @@
+"""siliang's commands as functions: the same results as the commands, from settings in each of their forms."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import run as command
+from every_task import configured, make_models
+from tiny import WORDS
+
+import siliang
+from siliang.config import RunConfig
+from siliang.records import Record
+from siliang.safety.safe_yaml import dump_yaml
+from siliang.types import ConfigError, SiliangError
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NAMES = ("check", "plan", "train", "evaluate", "predict", "generate", "compare", "merge")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def config(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return configured("seq_cls", models, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def result(config: RunConfig) -> siliang.TrainingResult:
+    return siliang.train(config)
+
+
+def test_each_function_is_documented_whatever_was_imported() -> None:
+    import siliang.merge
+    import siliang.train.run
+    from siliang import functions
+
+    for name in NAMES:
+        function = getattr(functions, name)
+        assert callable(getattr(siliang, name)), name
+        assert inspect.signature(getattr(siliang, name)) == inspect.signature(function), name
+        assert "Raises:" in function.__doc__ and name in siliang.__all__
+
+
+def test_settings_in_each_form_are_the_same(config: RunConfig, tmp_path: Path) -> None:
+    values = config.model_dump(mode="json", exclude_unset=True)
+    (tmp_path / "run.yaml").write_text(dump_yaml(values))
+    same = [siliang.run_config(form) for form in (config, values, tmp_path / "run.yaml", str(tmp_path / "run.yaml"))]
+    assert all(one == config for one in same)
+    changed = siliang.run_config(config, data={"max_length": 16}, train={"epochs": 2.0}, method="bitfit")
+    assert (changed.data.max_length, changed.data.train) == (16, config.data.train)
+    assert (changed.train.epochs, changed.train.batch_size, changed.method.name) == (2.0, 4, "bitfit")
+    assert siliang.run_config(config, data=tmp_path / "b.csv").data.train == str(tmp_path / "b.csv")
+
+
+def test_what_is_looked_at_before_a_run(config: RunConfig, tmp_path: Path) -> None:
+    values = config.model_dump(mode="json", exclude_unset=True)
+    del values["output"]
+    found = siliang.check(values)
+    (tmp_path / "run.yaml").write_text(dump_yaml(values))
+    shown = json.loads(command("check", tmp_path / "run.yaml", "--json").out)
+    assert found.ok and [f.as_dict() for f in found.findings] == shown["findings"] and found.counts == shown["counts"]
+    plan = siliang.plan(config, methods=["lora", "bitfit"], memory="64GB", device="cpu")
+    assert [method.method for method in plan.methods] == ["lora", "bitfit"]
+    assert all(method.fits and method.peak_bytes for method in plan.methods)
+
+
+def test_a_run_is_trained_and_used(result: siliang.TrainingResult, config: RunConfig, tmp_path: Path) -> None:
+    assert result.folder == Path(config.output) and result.record.final == Record.read(result.folder).final
+    assert result.metrics["accuracy"] == result.record.final["accuracy"]
+    opened = siliang.open_run(result.folder)
+    assert siliang.evaluate(opened).metrics == json.loads(command("eval", result.folder, "--json").out)
+    texts = [" ".join(WORDS[i : i + 4]) for i in range(3)]
+    found = siliang.predict(opened, texts)
+    lines = [json.loads(line) for line in command("predict", result.folder, *texts, "--json").out.splitlines()]
+    assert [p.values() for p in found] == lines and found == siliang.predict(str(result.folder), texts)
+    proof = siliang.merge(result.folder, tmp_path / "merged")
+    assert proof.holds and (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_a_run_that_writes(models: dict[str, Path], tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = configured("causal_lm", models, tmp_path)
+    result = siliang.train(config, say=lines.append, method="prompt_tuning", train={"max_steps": 3})
+    assert any(line.startswith(("model", "模型")) for line in lines) and result.record.steps[-1].step == 3
+    measured = siliang.evaluate(result.folder, measures=["rouge_l", "chrf"], rows=5)
+    assert measured.metrics["written"] == 5 and measured.signatures.keys() == {"rouge_l", "chrf"}
+    pieces: list[str] = []
+    text = siliang.generate(result.folder, WORDS[3], max_new_tokens=4, on_text=pieces.append)
+    assert text == "".join(pieces)
+
+
+def test_a_comparison(config: RunConfig, tmp_path: Path) -> None:
+    values = config.model_dump(mode="json", exclude_unset=True)
+    del values["method"]
+    values |= {"methods": ["bitfit", "head"], "seeds": 1, "accept": ["SL042"], "output": str(tmp_path / "cmp")}
+    found = siliang.compare(values)
+    assert [method.label for method in found.methods] == ["bitfit", "head"] and found.record.status == "completed"
+    assert found.page.is_file() and {trial.status for trial in found.record.trials} == {"completed"}
+
+
+def test_errors_are_siliangs(result: siliang.TrainingResult, config: RunConfig, tmp_path: Path) -> None:
+    cases: list[tuple[Any, str]] = [
+        (lambda: siliang.train({"modle": "m"}), "modle"),
+        (lambda: siliang.train(config, train={"learning_rte": 1.0}), "learning_rte"),
+        (lambda: siliang.check(tmp_path / "none.yaml"), "none.yaml"),
+        (lambda: siliang.evaluate(tmp_path), "not a run's folder"),
+        (lambda: siliang.generate(result.folder, "a"), "siliang predict"),
+        (lambda: siliang.evaluate(result.folder, measures=["bleu"]), "seq_cls has other metrics"),
+        (lambda: siliang.merge(result.folder, tmp_path, dtype="int8"), "float32"),  # type: ignore[arg-type]
+    ]
+    for call, says in cases:
+        with pytest.raises(SiliangError) as caught:
+            call()
+        assert says in str(caught.value), says
+    with pytest.raises(ConfigError, match="output is missing"):
+        siliang.run_config({"model": "m", "task": "seq_cls", "data": {"train": "a.csv"}})
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells one after the other, in a folder of their own, with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "reviews.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"]).replace('"max_steps": 60', '"max_steps": 6')
+            exec(compile(source, f"cell {number}", "exec"), names)
+    assert names["proof"].holds and names["run"].record.steps[-1].step == 6
+    assert (tmp_path / "reviews-merged" / "model.safetensors").is_file()
+
+
+SCRIPT = """
+import siliang
+
+run = siliang.train("run.yaml", output="b", train={"learning_rate": 1e-3})
+accuracy: float = run.metrics["accuracy"]
+measured = siliang.evaluate(run.folder, measures=["bleu"], rows="all")
+signature: str = measured.signatures["bleu"]
+opened = siliang.open_run(run.folder)
+labels: list[str] = [p.predicted for p in siliang.predict(opened, ["a", "b"])]
+text: str = siliang.generate(opened, "say")
+codes: list[str] = [f.code for f in siliang.check(model="m", task="seq_cls", data="a.csv").findings]
+peak: int = siliang.plan("run.yaml", memory="8GB").methods[0].peak_bytes
+best = siliang.compare("compare.yaml", seeds=2).recommendation.best
+holds: bool = siliang.merge(run.folder, "merged").holds
+"""
+
+
+@pytest.mark.long
+def test_a_script_passes_pyrights_strict_mode(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    settings = {"typeCheckingMode": "strict", "extraPaths": [str(Path(siliang.__file__).parents[1])]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    ended = subprocess.run(
+        [sys.executable, "-m", "pyright", "-p", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout
