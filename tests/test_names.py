@@ -25,6 +25,8 @@ def build(*assignments: str, method: str = "lora", folder: Path | None = None) -
     task = "embedding" if any(text.startswith("embedding.") for text in assignments) else "causal_lm"
     values: dict[str, Any] = {"model": "m", "task": task, "data": {"train": "d.csv"}, "output": "o"}
     values |= {"method": {"name": method}, "train": {"eval_every": 5}}  # which train.best and train.patience need
+    if any(assignment.startswith("classification.") for assignment in assignments):  # of that task alone
+        values["task"] = "seq_cls"
     if folder is not None:  # DeepSpeed's settings go with its strategy alone
         (folder / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
         values["distributed"] = {"strategy": "deepspeed"}

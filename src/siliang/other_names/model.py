@@ -213,6 +213,22 @@ ROWS: tuple[Row, ...] = (
     row("data.columns.messages", "messages_column field_messages conversation_column conversations_column", "talk"),
     row("data.columns.instruction", "instruction_column prompt_column field_instruction query_column", "question"),
     row("data.columns.output", "output_column response_column field_output", "reply"),
+    row(
+        "classification.problem",
+        "problem_type label_type multi_label is_multilabel",
+        "several_labels",
+        values={
+            "single_label_classification": "classification.problem=one_label",
+            "multi_label_classification": "classification.problem=several_labels",
+            "regression": "classification.problem=number",
+            "true": "classification.problem=several_labels",
+            "false": "classification.problem=one_label",
+        },
+    ),
+    row("classification.class_weights", "class_weight pos_weight loss_weights label_weights", "balanced"),
+    row("classification.focal_gamma", "focal_loss_gamma gamma_focal", "2.0"),
+    row("classification.threshold", "classification_threshold decision_threshold", "0.5"),
+    row("classification.label_separator", "label_delimiter label_sep multi_label_separator", ";"),
     row("data.labels", "label_names class_names label_list classes label_names_list", "[bad, good]"),
     row(
         "data.workers",

@@ -65,6 +65,15 @@ def begin(
                 f"classification.{chooses[0]} 需要验证集：请设置 data.eval、data.test_size 或 data.validation_size。",
             )
         )
+    if config.data.streaming and section.class_weights == "balanced":
+        raise ConfigError(
+            Bilingual(
+                "classification.class_weights = balanced counts all training rows, which data.streaming does not read: "
+                "give {label: weight}.",
+                "classification.class_weights = balanced 要统计全部训练样本，而 data.streaming 不会先读完：请给出 "
+                "{label: weight}。",
+            )
+        )
     weights: list[float] | None = None
     names = labels or []
     if section.class_weights == "balanced" and task.labels.weights is not None:
