@@ -70,7 +70,9 @@ def ours(given: argparse.Namespace) -> dict[str, float]:
         "method": {"name": "lora", "r": 8, "lora_alpha": 16},
         "data": {"train": str(given.output / "train.jsonl"), "eval": str(given.output / "eval.jsonl")}
         | {"max_length": LENGTH},
-        "train": {"batch_size": STEP, "epochs": given.epochs, "learning_rate": RATE, "precision": "fp32"},
+        # as one batch, which is run once: several would be run twice, in less memory
+        "train": {"batch_size": STEP, "tokens_at_once": 2 * STEP * LENGTH, "epochs": given.epochs}
+        | {"learning_rate": RATE, "precision": "fp32"},
         "output": str(given.output / "run"),
     }
     config = RunConfig.build(values)
