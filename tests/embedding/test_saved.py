@@ -14,6 +14,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from siliang.config import RunConfig
 from siliang.run_folder import open_run
 from siliang.train.run import train
+from siliang.train.start_adapter import filled_in
 from siliang.use.merge import merge
 from siliang.use.predict import predict
 
@@ -86,6 +87,15 @@ def test_a_model_of_sentence_transformers(models: dict[str, Path], tmp_path: Pat
     opened = SentenceTransformer(str(tmp_path / "run" / "adapter"), device="cpu")
     assert opened.prompts == {"query": "we : ", "document": "a : "} and opened[1].pooling_mode == "cls"
     assert np.abs(opened.encode(TEXTS) - vectors(tmp_path / "run", TEXTS)).max() < 1e-5
+
+
+def test_an_adapter_that_is_trained_further_keeps_its_vectors(models: dict[str, Path], tmp_path: Path) -> None:
+    config = trained("embedding", models["seq_cls"], models, tmp_path, embedding={"pooling": "cls"} | PROMPTS)
+    values: dict[str, object] = {"adapter": str(tmp_path / "run"), "data": {"train": config.data.train}}
+    values |= {"output": "more"}
+    more = RunConfig.build(filled_in(values | {"embedding": {"scale": 30.0}}))
+    assert more.embedding is not None and more.embedding.pooling == "cls" and more.embedding.scale == 30.0
+    assert more.embedding.query_prompt == PROMPTS["query_prompt"]
 
 
 @pytest.mark.parametrize("kind", ["seq_cls", "causal_lm"])

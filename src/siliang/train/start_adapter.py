@@ -24,6 +24,10 @@ HUB_FIELDS = ("task_type", "base_model_name_or_path", "inference_mode", "auto_ma
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "siliang_training.safetensors")
 
 
+# Settings of sections that say what the model's outputs are, and so belong to the adapter.
+OUTPUTS = {"embedding": ("pooling", "normalize", "query_prompt", "document_prompt"), "reranker": ("loss",)}
+
+
 @dataclass(frozen=True)
 class StartAdapter:
     """An adapter that is trained further.
@@ -77,6 +81,10 @@ class StartAdapter:
         for name in own:
             if known.get(name) is not None and name not in values and not (with_model and name == "revision"):
                 values[name] = str(known[name]) if name == "task" else known[name]
+        for section, names in OUTPUTS.items():
+            of_run, given_here = self.run.get(section), values.get(section) or {}
+            if isinstance(of_run, dict) and isinstance(given_here, dict) and str(values.get("task")).lower() == section:
+                values[section] = {name: of_run[name] for name in names if name in of_run} | given_here
         data = values.get("data")
         if isinstance(data, dict) and self.record is not None:
             text = {name: self.run["data"].get(name) for name in ("template", "template_arguments", "add_tokens")}
