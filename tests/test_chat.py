@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import refused, run
+
+from siliang.data.examples import Message
+from siliang.run_folder import open_run
+from siliang.use.generate import generate
 
 QUICK = ("--set", "train.max_steps=2", "--set", "data.max_length=32")
 
@@ -77,3 +82,24 @@ def test_wishes_that_cannot_be_followed(folders: dict[str, Path]) -> None:
     (folders["base"] / "generation_config.json").write_text(json.dumps({"stop_strings": ["film"]}))  # of words: no
     for words in (("generate", folders["llama"], "say one"), ("generate", folders["llama"], "say", "--base")):
         assert "generation_config.json" in refused(*words)
+
+
+def test_a_chat_keeps_its_turns(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each answer is that of the whole conversation; /reset begins anew, /save writes what was said."""
+    (folders["base"] / "generation_config.json").unlink(missing_ok=True)
+    saved = tmp_path / "said.jsonl"
+    lines = f"say one\nsay two\n/save {saved}\n/save {saved}\n/reset\nsay two\n/system is\nsay two\n"
+    ended = run("chat", folders["llama"], "--max-new-tokens", 4, stdin=lines.encode())
+    assert ended.code == 0 and "exists already" in ended.err, ended
+    name = str(folders["llama"])
+    answers = [line.removeprefix(f"{name}:").strip() for line in ended.out.splitlines() if line.startswith(name)]
+    rows = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
+    assert [row["model"] for row in rows] == ["base", name]
+    assert [m["role"] for m in rows[1]["messages"]] == ["user", "assistant"] * 2
+    opened = open_run(folders["llama"], dtype=torch.float32)  # as the chat computes
+    turns = [Message(m["role"], m["content"]) for m in rows[1]["messages"]]
+    first = generate(opened, "say one", max_new_tokens=4)
+    second = generate(opened, "say two", history=turns[:2], max_new_tokens=4)
+    third = generate(opened, "say two", max_new_tokens=4)
+    fourth = generate(opened, "say two", system="is", max_new_tokens=4)
+    assert answers == [text.strip() for text in (first, second, third, fourth)]

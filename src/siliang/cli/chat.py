@@ -13,8 +13,9 @@ from siliang.cli.console import as_text, input_lines, rich_console
 from siliang.cli.options import Temperature
 from siliang.cli.used_run import Base, Force, TaskId, check_folders, show_hint, show_notes
 from siliang.environment import importing
-from siliang.language import Bilingual, both
+from siliang.language import Bilingual, both, local
 from siliang.terminal import StreamedText, clean_standard_streams, one_line, raw_stream
+from siliang.types import OutputError
 
 if TYPE_CHECKING:
     from siliang.use.chat import Chat
@@ -45,8 +46,8 @@ def chat(
 ) -> None:
     """Ask the base model and any number of runs the same questions, and show the answers side by side.
 
-    Each line is a separate question. Without a terminal, questions are read from standard input. An empty line ends
-    the chat.
+    Each model keeps its own conversation. /reset begins a new one, /system TEXT sets the system message, /save FILE
+    writes the conversations. Without a terminal, questions are read from standard input. An empty line ends the chat.
     """
     check_folders(*runs)
     with importing():
@@ -63,8 +64,34 @@ def chat(
     for prompt in _prompts():
         if not sys.stdin.isatty():
             print(f"> {prompt}", flush=True)
+        if _obeyed(opened, prompt):
+            continue
         answer = _columns if side_by_side else _one_by_one
         answer(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+def _obeyed(opened: Chat, line: str) -> bool:
+    """Follows a command; False for a question."""
+    command, _, rest = line.partition(" ")
+    match command:
+        case "/reset":
+            opened.reset()
+            print(both("a new conversation begins", "开始新的对话"))
+        case "/system":
+            opened.system = rest.strip()
+            opened.reset()
+            print(both("the system message is set, and a new conversation begins", "已设置系统消息，开始新的对话"))
+        case "/save" if rest.strip():
+            path = Path(rest.strip()).expanduser()
+            try:
+                opened.save(path)
+            except OutputError as error:  # the chat goes on
+                print(local(error.args[0]), file=sys.stderr)
+            else:
+                print(both(f"saved      {path}", f"已保存     {path}"))
+        case _:
+            return False
+    return True
 
 
 def _prompts() -> Iterator[str]:

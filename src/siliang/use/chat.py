@@ -3,6 +3,7 @@ turn."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 
 import torch
 
+from siliang.data.examples import Conversation, Message
+from siliang.engine.written import positions_of
+from siliang.files import write_text
 from siliang.language import Bilingual
 from siliang.models.load import load_model
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, find_run, load_base, load_run_tokenizer
 from siliang.tasks import TASKS, Task, task_of
-from siliang.types import ConfigError
-from siliang.use.generate import generate, how_it_is_asked
+from siliang.types import ConfigError, OutputError
+from siliang.use.generate import NEW_TOKENS, generate, how_it_is_asked
 from siliang.use.predict import predict
 
 BASE = "base"
@@ -28,6 +32,7 @@ class Chat:
     Attributes:
         names: The models, in order: each base, unless its head would be new, and the runs.
         writes: They generate text; otherwise they predict a class.
+        system: The system message of the conversation.
         notes: Changes since training that `force` accepted.
         how: How a run is asked, of those that were trained on plain texts.
     """
@@ -53,6 +58,8 @@ class Chat:
             ModelError: A base model is missing or has changed.
         """
         self._device, self._task_id = device, task_id
+        self.system = ""
+        self._turns: dict[str, list[Message]] = {}
         self._runs = [_Closed(folder, base, force) for folder in folders]
         for folder, run in zip(folders, self._runs, strict=True):
             task = run.task
@@ -97,10 +104,48 @@ class Chat:
             found[name] = run
         return found
 
+    def reset(self) -> None:
+        """Forgets the turns, not the system message."""
+        self._turns.clear()
+
+    def save(self, path: Path) -> None:
+        """Writes the conversation with each model as a line of JSON, as rows of the layout messages.
+
+        Raises:
+            OutputError: The file exists, or its folder does not.
+        """
+        if path.exists() or not path.parent.is_dir():
+            raise OutputError(
+                Bilingual(
+                    f"{path} exists already, or has no folder: choose another name.",
+                    f"{path} 已存在，或所在的文件夹不存在：请换个名称。",
+                )
+            )
+        system = [Message("system", self.system)] if self.system else []
+        rows = [
+            {"model": name, "messages": [{"role": m.role, "content": m.content} for m in (*system, *turns)]}
+            for name, turns in self._turns.items()
+        ]
+        write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+
+    def _history(self, name: str, run: OpenedRun, prompt: str, new: int, *, base: bool) -> list[Message]:
+        """The turns with a model that fit in front of a question and its answer; the oldest go first."""
+        turns = list(self._turns.get(name, []))
+        limit = positions_of(run.model, base=base).reads
+        assert run.task.prompt is not None
+        while turns and limit is not None:
+            system = [Message("system", self.system)] if self.system else []
+            talk = Conversation((*system, *turns, Message("user", prompt)))
+            if len(run.task.prompt(run.tokenizer, run.config.data, talk)[0]) + min(new, limit // 2) <= limit:
+                break
+            del turns[:2]
+        return turns
+
     def answer(
         self, name: str, prompt: str, on_text: Callable[[str], None], *, max_new_tokens: int | None, temperature: float
     ) -> str:
-        """The output of one model; `on_text` is called with each piece while it is generated.
+        """The output of one model; `on_text` is called with each piece while it is generated. A model that writes
+        conversations has the turns before.
 
         Raises:
             SiliangError: The prompt is longer than the model can read.
@@ -109,14 +154,21 @@ class Chat:
         closed = self._of_base[name] if of_base else self._by_name[name]
         with self._open(closed) as run:
             if self.writes:
-                return generate(
+                keeps = run.task.decoder_only and not run.record.of_texts
+                room = max_new_tokens or NEW_TOKENS
+                text = generate(
                     run,
                     prompt,
+                    system=self.system if keeps else "",
+                    history=self._history(name, run, prompt, room, base=of_base) if keeps else (),
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     base=of_base,
                     on_text=on_text,
                 )
+                if keeps:
+                    self._turns.setdefault(name, []).extend((Message("user", prompt), Message("assistant", text)))
+                return text
             predicted = next(predict(run, [prompt]))
         probability = predicted.probability
         text = predicted.predicted if probability is None else f"{predicted.predicted} ({probability:.2f})"
