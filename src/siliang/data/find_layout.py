@@ -40,6 +40,10 @@ QUESTIONS, ANSWERED = ("question", "query"), ("sentence", "text")
 # likewise, where the pair has a score
 SCORED_FIRST, SCORED_SECOND = ("query", "question", "anchor"), ("document", "passage", "answer", "response", "positive")
 PAIRS = ("sentence-pair", "scored-pair")  # layouts of two texts
+SCORES = Bilingual(
+    " Scores of pairs are for task=embedding, or task=reranker, too.",
+    "句对的分数也可用 task=embedding 或 task=reranker。",
+)
 # other names of the text column of a classification: used if exactly one of them is there
 TEXTS = ("review", "sentence", "content", "comment", "tweet", "utterance", "document", "评论", "内容", "文本")
 # other names of the label column: proposed in the error, not used
@@ -215,6 +219,8 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
         best, keys = LAYOUTS["sentence-pair"], {getattr(columns, n): n for n in LAYOUTS["sentence-pair"].needs}
     likely, other = _labels_of_others(free, found) if "label" in best.needs and columns.label in missing else ("", "")
     lacking = columns.label if other else missing[0]
+    if other and _resolve(LAYOUTS["scored-pair"], found, columns) is not None:
+        other = together(other, SCORES)
     wrong = Bilingual(
         f"{source} has no column {lacking!r}; it has {there}.{other}",
         f"{source} 没有列 {lacking!r}；它有 {there}。{local(other, 'zh')}",
