@@ -46,6 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
         ([["a"], [], ["a", "b"]], "several_labels", None, "are lists, such as ['a']"),
         (["['a', 'b']", "[]", '["a"]'], "several_labels", None, "are lists"),
         (["a", "b", "a;b", "b;c", "c"], "several_labels", ";", "separated by ';'"),
+        (["x", "y", "x;y"], "several_labels", ";", "separated by ';'"),
         ([0.5, 2, 3.25], "number", None, "with decimals, such as 0.5"),
         (["1", "2", "5", "2"], "one_label", None, "where their order counts: ordered"),
         ([i % 15 for i in range(25)], "number", None, "15 different numbers in 25 rows"),

@@ -151,11 +151,12 @@ def joined(found: Collection[str]) -> str | None:
     for mark in (",", ";", "|", "/", " "):
         several = [name for name in found if mark in name.strip()]
         parts = {part.strip() for name in found for part in name.split(mark)}
-        if len(several) < 2 or len(parts) >= len(found) or not all(parts):
+        known = all(part in found for part in parts)
+        if len(several) < (1 if known else 2) or len(parts) >= len(found) or not all(parts):
             continue
         if mark == " " and not all(map(is_whole, parts)):  # words have blanks between them
             continue
-        if len(several) * 2 > len(found) or all(part in found for part in parts):
+        if len(several) * 2 > len(found) or known:
             return mark
     return None
 
