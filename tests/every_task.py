@@ -19,6 +19,7 @@ TASKS = (
 # of seq_cls, whose labels say what it learns
 PROBLEMS = ("several_labels", "number", "ordered")
 PROMPTS = {"name": "prompt_tuning", "num_virtual_tokens": 3}
+LOSSES = {("preference", "full"): "simpo", ("kto", "lora"): "kto"}  # of preferences, beside DPO's
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "r": 4},
     "full": {"name": "full"},
@@ -88,18 +89,28 @@ def rows_of(task: str, n: int = 23) -> list[dict[str, Any]]:
     return rows
 
 
+def rated_rows(n: int = 23) -> list[dict[str, Any]]:
+    """The answers of the pairs, each alone and marked as good or bad."""
+    pairs = rows_of("preference", n)
+    names = [("chosen", "rejected")[i % 3 == 1] for i in range(n)]
+    return [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row, name in zip(pairs, names, strict=True)
+    ]
+
+
 def configured(task: str, models: dict[str, Path], folder: Path, method: str = "lora", **train: Any) -> RunConfig:
-    """A run of two steps on all of the task's rows, of which it measures a part."""
-    data = write_jsonl(folder / f"{task}.jsonl", rows_of(task))
+    """A run of two steps on all of the task's rows, of which it measures a part; "kto" is preference with that loss."""
+    data = write_jsonl(folder / f"{task}.jsonl", rated_rows() if task == "kto" else rows_of(task))
     settings = {"max_steps": 2, "batch_size": 4, "precision": "fp32", "learning_rate": 1e-3}
     values = {
-        "model": str(models[task]),
-        "task": "seq_cls" if task in PROBLEMS else task,
+        "model": str(models["preference" if task == "kto" else task]),
+        "task": {"kto": "preference"}.get(task, "seq_cls" if task in PROBLEMS else task),
         "method": METHODS[method],
         "data": {"train": str(data), "test_size": 0.5, "max_length": 24, "stride": 4, "max_target_length": 8},
         "train": settings | train,
         "classification": {"problem": "ordered"} if task == "ordered" else None,  # the others are seen in the labels
-        "preference": {"loss": "simpo"} if task == "preference" and method == "full" else None,
+        "preference": {"loss": loss} if (loss := LOSSES.get((task, method))) else None,
         "accept": ["SL042", "SL045"],
         "output": str(folder / "run"),
     }

@@ -124,7 +124,7 @@ def test_tasks_of_other_names(name: str, ours: str) -> None:
         ("truncation_strategy=left", "not its beginning"),
         ("truncation_strategy=right", "`data.too_long=cut`"),
         ("template=default", "data.template"),
-        ("stage=dpo", "siliang does not have it"),
+        ("stage=ppo", "siliang does not have it"),
         ("quantization=true", "as in `quantization.bits=4`"),
         ("data_seed=1", "train.seed sets the order"),
         ("packing=true", "`train.packing=true`"),

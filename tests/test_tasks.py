@@ -27,6 +27,7 @@ from siliang.engine.batches import StepCollator
 from siliang.engine.evaluate import evaluate, mean_loss, metrics_of
 from siliang.engine.step import Engine
 from siliang.tasks import TASKS, Task
+from siliang.tasks.rated import RATED
 from siliang.tasks.task import EVAL_LOSS
 from siliang.types import TASK_HEADS, TRAINED_TASKS, DataError, ModelError, TaskType
 
@@ -56,7 +57,9 @@ def test_who_asks_for_a_task_by_its_name() -> None:
 
 def test_each_task_is_a_row() -> None:
     assert set(TASKS) == set(TRAINED_TASKS)
-    assert {layout for task in TASKS.values() for layout in task.data.layouts} == set(LAYOUTS)
+    # besides the tasks' own: answers that are good or bad, with preference.loss = kto
+    layouts = {layout for task in TASKS.values() for layout in task.data.layouts}
+    assert layouts | set(RATED.layouts) == set(LAYOUTS) and not layouts & set(RATED.layouts)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.title)

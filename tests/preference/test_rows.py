@@ -10,15 +10,17 @@ from tiny import word_tokenizer, write_jsonl
 
 from siliang.check import find
 from siliang.check.input import gather_input
-from siliang.config import Columns, DataConfig
+from siliang.config import Columns, DataConfig, RunConfig
 from siliang.data.encode import IGNORED
-from siliang.data.examples import Example, Message, Ranked, from_json, to_json
+from siliang.data.examples import Example, Message, Ranked, Rated, from_json, to_json
 from siliang.data.find_layout import find_layout
 from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet, tokenize
 from siliang.engine.batches import sequences_of
+from siliang.tasks import task_of
 from siliang.tasks.preference import PREFERENCE
 from siliang.tasks.ranked import answers_of
+from siliang.types import DataError
 
 Q, GOOD, BAD = "what is one", "one is one", "two"
 ASKED = [{"role": "user", "content": Q}]
@@ -207,3 +209,54 @@ def test_check_names_contradictions_lengths_and_refusals(tmp_path: Path) -> None
     assert "SL044" in findings(longer + other_way, tmp_path / "both")
     refusing = [row | {"chosen": "Sorry, I cannot"} for row in plain]
     assert "SL046" in findings(refusing, tmp_path / "refusing")
+
+
+# ---- answers that are good or bad ----
+
+KTO = task_of(
+    RunConfig.build(
+        {"model": "-", "task": "preference", "preference": {"loss": "kto"}, "data": {"train": "-"}, "output": "-"}
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "completion": GOOD, "label": True},
+        {"prompt": ASKED, "completion": ANSWERS[0], "label": 1},
+        {"question": Q, "answer": GOOD, "label": "true"},
+        {"instruction": Q, "input": "", "output": GOOD, "kto_tag": True},
+        {"messages": WHOLE[0], "label": 1.0},
+        {"messages": WHOLE[0], "kto_tag": True},
+    ],
+)
+def test_an_answer_with_a_mark(row: dict[str, Any]) -> None:
+    layout, columns = find_layout("auto", row, KTO.data, Columns(), "rows.jsonl")
+    found = layout.example(row, columns)
+    assert isinstance(found, Rated)
+    assert found == Rated((Message("user", Q),), (Message("assistant", GOOD),), True)
+    assert from_json(to_json(found)) == found
+    other = layout.example(row | {columns.label: "maybe"}, columns)
+    assert isinstance(other, str) and "has 'maybe' in" in other and "neither true nor false" in other
+
+
+def test_each_task_says_which_rows_the_other_loss_reads() -> None:
+    row = {"prompt": Q, "completion": GOOD, "label": True}
+    with pytest.raises(DataError, match=r"which task=preference with preference\.loss=kto learns from"):
+        find_layout("auto", row, PREFERENCE.data, Columns(), "rows.jsonl")
+    with pytest.raises(DataError, match=r"they are for task=preference \(with any loss but kto\), or task=reward"):
+        find_layout("auto", ROWS["TRL, texts"], KTO.data, Columns(), "rows.jsonl")
+
+
+def test_the_second_sequence_has_the_answer_of_the_row_before() -> None:
+    examples = [
+        Rated((Message("user", asked),), (Message("assistant", answer),), good)
+        for asked, answer, good in (("what", "one", True), ("is", "two", False), ("say", "three", True))
+    ]
+    tokenizer: Any = word_tokenizer()
+    rows = tokenize(examples, tokenizer, DataConfig.model_validate({"train": "-"}), KTO.data)
+    answers = [[part["input_ids"][-2] for part in sequences_of(rows[i])] for i in range(3)]
+    one, two, three = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("one", "two", "three"))
+    assert answers == [[one, three], [two, one], [three, two]]
+    assert [rows[i]["desirable"] for i in range(3)] == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]

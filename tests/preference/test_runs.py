@@ -27,6 +27,7 @@ from siliang.train.run import train
 from siliang.train.saving import read_state
 from siliang.train.types import Listener, Progress
 from siliang.types import ConfigError, InterruptedRunError
+from siliang.use.evaluate import evaluate
 from siliang.use.generate import generate
 from siliang.use.predict import predict
 
@@ -42,7 +43,7 @@ def losses(record: Record) -> list[float]:
     return [line.loss for line in record.steps if line.loss is not None]
 
 
-@pytest.mark.parametrize("task", ["preference", "reward"])
+@pytest.mark.parametrize("task", ["preference", "kto", "reward"])
 def test_stopped_in_the_second_epoch_and_resumed_to_the_same_bits(
     task: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -66,8 +67,8 @@ def test_stopped_in_the_second_epoch_and_resumed_to_the_same_bits(
     with pytest.raises(InterruptedRunError):
         train(config, Listener(progress=stop))
     state = read_state(tmp_path / "parts" / "run" / "checkpoints" / "checkpoint-6")
-    assert (state["reference"] is not None) == (task == "preference")
-    if task == "preference":
+    assert (state["reference"] is not None) == (task != "reward")
+    if task != "reward":
         assert len(state["reference"]["keys"]) == 22  # both answers of all 11 rows
         again = ReferenceStore()
         again.load_state_dict(state["reference"])
@@ -77,6 +78,10 @@ def test_stopped_in_the_second_epoch_and_resumed_to_the_same_bits(
     parts = tmp_path / "parts" / "run" / "adapter" / "adapter_model.safetensors"
     assert parts.read_bytes() == adapter.read_bytes()
     assert resumed.final == whole.final
+    found = evaluate(open_run(tmp_path / "whole" / "run"))
+    assert {name: found[name] for name in whole.final if name in found} == {
+        name: value for name, value in whole.final.items() if name in found
+    }
 
 
 def test_a_run_that_learned_preferences_writes(models: dict[str, Path], tmp_path: Path) -> None:
@@ -105,13 +110,14 @@ def test_a_reward_model_rewards_answers(models: dict[str, Path], tmp_path: Path)
     assert told == [pytest.approx(better.reward, abs=1e-4), pytest.approx(better.reward, abs=1e-4), None]
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo", "kto"])
 def test_losses_do_not_depend_on_how_a_step_is_cut(loss: str, models: dict[str, Path], tmp_path: Path) -> None:
     found: list[list[float]] = []
     for batch_size in (4, 1):
         (folder := tmp_path / str(batch_size)).mkdir()
         cut: dict[str, Any] = {"batch_size": batch_size, "gradient_accumulation": 4 // batch_size}
-        config = configured("preference", models, folder, max_steps=6, log_every=1, learning_rate=5e-3, **cut)
+        task = "kto" if loss == "kto" else "preference"
+        config = configured(task, models, folder, max_steps=6, log_every=1, learning_rate=5e-3, **cut)
         values = config.model_dump(mode="json") | {"preference": {"loss": loss}}
         found.append(losses(train(type(config).build(values))))
     assert found[0] == pytest.approx(found[1], rel=1e-5) and len(set(found[0])) > 4

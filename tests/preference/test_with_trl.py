@@ -10,10 +10,11 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from every_task import configured, make_models
+from every_task import configured, make_models, rated_rows
+from tiny import write_jsonl
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer  # pyright: ignore
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer  # pyright: ignore
 from trl.experimental.cpo import CPOTrainer  # pyright: ignore
 from trl.experimental.orpo import ORPOTrainer  # pyright: ignore
 
@@ -116,6 +117,45 @@ def test_losses_of_a_training_are_those_of_trl(loss: str, models: dict[str, Path
     )
     losses = assert_losses_of(trainer, train(config), steps)
     assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
+
+
+class AnswersInOrder(InOrder, KTOTrainer):
+    """KTO's."""
+
+
+def test_losses_of_kto_are_those_of_trl(models: dict[str, Path], tmp_path: Path) -> None:
+    steps = 30
+    data = write_jsonl(tmp_path / "rated.jsonl", rated_rows())
+    settings = {"loss": "kto", "beta": 0.3, "desirable_weight": 1.5}
+    values = begun("preference", models, tmp_path, steps, preference=settings).model_dump(mode="json")
+    values["data"]["train"] = str(data)
+    config = RunConfig.build(values)
+    (tmp_path / "untrained").mkdir()
+    untrained = config.model_copy(update={"output": str(tmp_path / "untrained")})
+    prepare(untrained, Listener(), tmp_path / "untrained").model.save_pretrained(tmp_path / "start")
+    base = AutoModelForCausalLM.from_pretrained(models["preference"])
+    trainer = AnswersInOrder(
+        model=peft.PeftModel.from_pretrained(base, str(tmp_path / "start"), is_trainable=True),
+        args=KTOConfig(
+            str(tmp_path / "trl"), max_steps=steps, beta=0.3, desirable_weight=1.5, max_length=None, **AS_OURS
+        ),
+        train_dataset=Dataset.from_list([_rated_ids(entry) for entry in in_order(config)]),
+        processing_class=AutoTokenizer.from_pretrained(models["preference"]),
+    )
+    losses = assert_losses_of(trainer, train(config), steps)
+    assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
+
+
+def _rated_ids(row: dict[str, Any]) -> dict[str, Any]:
+    """An answer as TRL has it after its tokenization."""
+    own, other = sequences_of(row)
+    first = next(i for i, x in enumerate(own["labels"]) if x != -100)
+    return {
+        "prompt_ids": own["input_ids"][:first],
+        "completion_ids": own["input_ids"][first:],
+        "KL_completion_ids": other["input_ids"][first:],
+        "label": row["desirable"][0] > 0,
+    }
 
 
 def _ids(row: dict[str, Any]) -> dict[str, list[int]]:

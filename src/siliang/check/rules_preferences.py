@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
-from siliang.data.examples import Ranked
+from siliang.data.examples import Ranked, Rated
 from siliang.language import Bilingual
 
 FEWEST = 20  # pairs of which a share says something
@@ -21,19 +21,21 @@ REFUSAL = re.compile(
 
 
 def contradictory_pairs(s: CheckInput) -> Iterator[Problem]:
-    """Pairs of answers that occur in both orders.
+    """Pairs of answers that occur in both orders, or answers that are marked as good and as bad.
 
-    Cause: For the same prompt, one row prefers an answer to another, and a second row prefers the other. What the model
-    learns from the one it unlearns from the other.
+    Cause: For the same prompt, one row prefers an answer to another, and a second row prefers the other; or the same
+    answer to it is good in one row and bad in another. What the model learns from the one it unlearns from the other.
 
     Fix: Decide which answer is better, and remove the other row.
 
-    同一对回答出现了两种顺序
+    同一对回答出现了两种顺序，或同一回答既标为好又标为坏
 
-    原因：同一个提问，一条样本认为甲比乙好，另一条认为乙比甲好；模型从一条学到的，又被另一条抵消。
+    原因：同一个提问，一条样本认为甲比乙好，另一条认为乙比甲好；或者同一回答在一条样本中标为好，在另一条中标为坏。
+    模型从一条学到的，又被另一条抵消。
 
     办法：确定哪个回答更好，删除另一条。
     """
+    yield from _marked_twice(s)
     first: dict[tuple[str, str, str], int] = {}
     found: list[int] = []
     for number, example in _ranked(s):
@@ -45,6 +47,23 @@ def contradictory_pairs(s: CheckInput) -> Iterator[Problem]:
         message = Bilingual(
             f"{len(found):,} training rows have the answers of another row in the opposite order",
             f"{len(found):,} 条训练样本的两个回答与另一条相同，但顺序相反",
+        )
+        yield Problem(message, s.places(found), len(found))
+
+
+def _marked_twice(s: CheckInput) -> Iterator[Problem]:
+    marks: dict[tuple[str, str], bool] = {}
+    found: list[int] = []
+    for number, example in enumerate(s.examples.train):
+        if not isinstance(example, Rated):
+            return
+        key = example.input_text, example.ranked.words[0]
+        if marks.setdefault(key, example.desirable) != example.desirable:
+            found.append(number)
+    if found:
+        message = Bilingual(
+            f"{len(found):,} training rows have the answer of another row, with the opposite mark",
+            f"{len(found):,} 条训练样本的回答与另一条相同，但好坏相反",
         )
         yield Problem(message, s.places(found), len(found))
 

@@ -18,6 +18,8 @@ LayoutName = Literal[
     "rejected-messages",
     "responses",
     "output-list",
+    "rated-answer",
+    "rated-messages",
     "messages",
     "sharegpt",
     "alpaca",
@@ -153,9 +155,9 @@ class Columns(Section):
 
     句对中的第二段文本。"""
     label: str = "label"
-    """The class of a text.
+    """The class of a text; with preference.loss = kto, whether an answer is good: true or false, or 1 or 0.
 
-    文本的类别。"""
+    文本的类别；在 preference.loss = kto 时是回答的好坏：true 或 false，或 1 或 0。"""
     tokens: str = "tokens"
     """The words (or characters) of a sentence, for token_cls.
 

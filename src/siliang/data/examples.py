@@ -221,6 +221,46 @@ class Ranked(Example):
 
 
 @dataclass(frozen=True)
+class Rated(Example):
+    """A conversation that ends with an answer, which is good or bad.
+
+    Attributes:
+        prompt_messages: The turns that the answer follows, of which nothing is learned.
+        answer: Its turns.
+        tools: As a conversation has it.
+    """
+
+    prompt_messages: tuple[Message, ...]
+    answer: tuple[Message, ...]
+    desirable: bool
+    tools: str = ""
+
+    @property
+    def ranked(self) -> Ranked:
+        """The prompt with its one answer."""
+        return Ranked(self.prompt_messages, (self.answer,), self.tools)
+
+    @property
+    def texts(self) -> list[str]:
+        return self.ranked.texts
+
+    @property
+    def input_text(self) -> str:
+        return self.ranked.input_text
+
+    def prompt(self, beginning: int) -> PromptAndTarget | None:
+        return self.ranked.prompt(beginning) if self.desirable else None
+
+    def values(self) -> dict[str, object]:
+        return {**self.ranked.values(), "desirable": self.desirable}
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Rated:
+        ranked = Ranked.from_values({name: value for name, value in values.items() if name != "desirable"})
+        return cls(ranked.prompt_messages, ranked.answers[0], values["desirable"], ranked.tools)
+
+
+@dataclass(frozen=True)
 class Text(Example):
     """A text that is learned whole."""
 
@@ -410,7 +450,7 @@ class Prepared(Example):
 KINDS: dict[str, type[Example]] = {
     kind.__name__: kind
     for kind in (
-        *(Conversation, Ranked, Text, Labelled, SeveralLabels, Tagged),
+        *(Conversation, Ranked, Rated, Text, Labelled, SeveralLabels, Tagged),
         *(Span, SourceTarget, Related, Scored, Prepared),
     )
 }

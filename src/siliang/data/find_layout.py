@@ -33,6 +33,8 @@ OPTIONAL_ALIASES: dict[str, tuple[str, ...]] = {
     "negative": ("negatives", "neg", "negative_passages", "hard_negatives", "hard_negative"),
     "scores": ("ratings",),
 }
+RATED = ("rated-answer", "rated-messages")  # layouts of answers that are good or bad
+RATED_ALIASES = {"label": ("kto_tag",), "completion": ("response", "answer", "output")}
 FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
 SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")
 # whose names say that they are one: what is asked, and a text that answers it or not
@@ -142,6 +144,8 @@ def _question_and_text(found: Collection[str], columns: Columns) -> tuple[str, s
 
 
 def _aliases(layout: RowLayout, need: str) -> tuple[str, ...]:
+    if layout.name in RATED and need in RATED_ALIASES:
+        return RATED_ALIASES[need]
     if layout.name in PAIRS and need in ("text", "text_pair"):
         first, second = (SCORED_FIRST, SCORED_SECOND) if layout.name == "scored-pair" else ((), ())
         return {"text": (*FIRST_OF_PAIR, *first), "text_pair": (*SECOND_OF_PAIR, *second)}[need]
@@ -198,9 +202,10 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
     if {columns.chosen, columns.rejected} <= {*found} and LAYOUTS["chosen-rejected"] not in suited:
         return Bilingual(
             f"{source} has a better and a worse answer, {columns.chosen!r} and {columns.rejected!r}: they are for "
-            "task=preference, or task=reward. To learn one of them as it is, name its column with data.columns.",
+            "task=preference (with any loss but kto), or task=reward. To learn one of them as it is, name its column "
+            "with data.columns.",
             f"{source} 有较好和较差的回答 {columns.chosen!r} 和 {columns.rejected!r}："
-            "请用 task=preference 或 task=reward。"
+            "请用 task=preference（kto 之外的损失函数）或 task=reward。"
             "若只学习其中之一，请用 data.columns 指定它的列。",
         )
 

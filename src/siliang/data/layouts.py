@@ -13,6 +13,7 @@ from siliang.data.examples import Labelled, Prepared, SeveralLabels, SourceTarge
 from siliang.data.label_cells import LabelReader, one_label
 from siliang.data.preferences import read_chosen_rejected, read_messages_rejected
 from siliang.data.rankings import read_output_list, read_ranking
+from siliang.data.rated import read_rated_answer, read_rated_messages
 from siliang.data.related import NEGATIVE_COLUMNS, read_related, read_scored
 from siliang.data.turns import read_messages, read_pair
 from siliang.language import Bilingual
@@ -197,6 +198,14 @@ LAYOUTS: dict[str, RowLayout] = {
             optional=("scores", "prompt", "instruction", "input", "messages", *BESIDE_TURNS),
             fixed_optional=("conversations", "history"),
         ),
+        RowLayout(
+            "rated-answer",
+            ("completion", "label"),
+            read_rated_answer,
+            optional=("prompt", "instruction", "input", *BESIDE_TURNS),
+            fixed_optional=("conversations", "history"),
+        ),
+        RowLayout("rated-messages", ("messages", "label"), read_rated_messages, optional=BESIDE_TURNS),
         RowLayout(
             "output-list",
             ("instruction", "output"),

@@ -6,6 +6,7 @@ from siliang.language import Bilingual
 
 PAIRS = (Bilingual("better and worse answers", "较好和较差的回答"), ("preference", "reward"))
 RANKED = (Bilingual("several answers to a prompt, in an order", "同一提问的多个回答及其排序"), ("preference", "reward"))
+RATED = (Bilingual("answers marked as good or bad", "标为好或坏的回答"), ("preference with preference.loss=kto",))
 TALKS = (Bilingual("conversations", "对话"), ("causal_lm",))
 ANSWERS = (Bilingual("instructions and answers", "指令和回答"), ("causal_lm", "seq_2_seq_lm"))
 RELATED = ("embedding", "reranker")
@@ -15,6 +16,8 @@ IN_WORDS: dict[str, tuple[Bilingual, tuple[str, ...]]] = {
     "rejected-messages": PAIRS,
     "responses": RANKED,
     "output-list": RANKED,
+    "rated-answer": RATED,
+    "rated-messages": RATED,
     "messages": TALKS,
     "sharegpt": TALKS,
     "alpaca": ANSWERS,

@@ -26,7 +26,14 @@ BatchFunction = Callable[[dict[str, list[str]], list[int]], TokenColumns]  # exa
 
 
 def map_examples(
-    examples: ExampleSet, function: BatchFunction, features: Features, key: str, data: DataConfig, *, cached: bool
+    examples: ExampleSet,
+    function: BatchFunction,
+    features: Features,
+    key: str,
+    data: DataConfig,
+    *,
+    cached: bool,
+    one_process: bool,
 ) -> Dataset:
     """The table that a function makes of the batches of examples.
 
@@ -34,6 +41,7 @@ def map_examples(
         function: From a batch of examples as JSON, and their numbers.
         key: The name of the table among those that are kept.
         cached: Keep it in a file.
+        one_process: The function depends on which examples are in a batch.
 
     Raises:
         DataError: One of the processes was killed.
@@ -49,7 +57,7 @@ def map_examples(
         prune(folder)
         file = str(folder / f"{key}.arrow")
     workers = data.workers or (max(1, os.cpu_count() or 1) if n >= PARALLEL_ROWS else 1)
-    workers = min(workers, max(1, n // BATCH))
+    workers = 1 if one_process else min(workers, max(1, n // BATCH))
     if sys.stderr.isatty() and cached:
         enable_progress_bars()
     else:

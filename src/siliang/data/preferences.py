@@ -173,7 +173,7 @@ def checked(ranked: Ranked, values: Values, c: Columns, columns: Sequence[str]) 
             )
         if any(m.role == "assistant" and not m.content.strip() and not m.calls for m in answer):
             return Bilingual(f"has an empty answer in {name!r}", f"的 {name!r} 中有空的回答")
-    if not ranked.pairs:
+    if len(ranked.answers) > 1 and not ranked.pairs:
         return Bilingual(f"has the same text in {where}: neither is better", f"的 {where_zh} 文本相同，分不出好坏")
     answers = tuple(tuple(replace(m, trained=True) for m in a) for a in ranked.answers)
     return replace(ranked, prompt_messages=tuple(prompt), answers=answers)

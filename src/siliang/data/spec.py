@@ -58,6 +58,7 @@ class DataSpec:
         sequences: An entry is several sequences that stay in one batch, such as a chosen and a rejected answer: one
             behind the other in `input_ids`, their lengths in the column `sequences`.
         templated: Conversations are written in a template (`data.template`).
+        neighbours: The entries of an example depend on examples near it: one process encodes them, some at a time.
         one_layout: Sources of different layouts cannot be mixed.
         adapt: Turns the example that a layout gives into this task's kind, or says what is wrong with it.
         read_label: How the label of a row is read.
@@ -75,6 +76,7 @@ class DataSpec:
     windows: bool = False
     sequences: bool = False
     templated: bool = False
+    neighbours: bool = False
     one_layout: bool = False
     adapt: Callable[[Example], Example | str] | None = None
     encoded_with: str = ""

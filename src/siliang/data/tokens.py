@@ -213,6 +213,7 @@ def tokenize(
             key,
             data,
             cached=len(examples) >= CACHED_ROWS,
+            one_process=spec.neighbours,
         )
     else:
         table = _small_table(examples, work, judge, spec, tasks=data.columns.task_id is not None)
@@ -323,8 +324,11 @@ def _rows_of_table(
         return []
     try:
         made = _in_time(work, examples)
-    except DataError:  # of one of them: each by itself
+    except DataError:  # of one of them: each by itself, and then those that can be used once more
         made = [_alone(work, example) for example in examples]
+        good = [i for i, entries in enumerate(made) if not any(BAD in entry for entry in entries)]
+        for i, entries in zip(good, work([examples[i] for i in good]) if good else (), strict=True):
+            made[i] = entries
     found: list[list[dict[str, object]]] = []
     for number, example, entries in zip(numbers, examples, made, strict=True):
         if judge is not None and (problem := judge.problem(example, entries)):

@@ -31,10 +31,19 @@ ROWS: tuple[Row, ...] = (
             "pt": "task=causal_lm",
             "pretrain": "task=causal_lm",
             "seq2seq": "task=seq_2_seq_lm",
+            "dpo": "task=preference",
+            "rlhf": "task=preference",
+            "kto": "task=preference preference.loss=kto",
+            "orpo": "task=preference preference.loss=orpo",
+            "simpo": "task=preference preference.loss=simpo",
+            "cpo": "task=preference preference.loss=cpo",
+            "rm": "task=reward",
         },
         lacks=dict.fromkeys(
-            ("rm", "ppo", "dpo", "kto", "orpo", "grpo", "rlhf"),
-            Bilingual("siliang does not have it: it learns from answers.", "siliang 没有它：它从答案中学习。"),
+            ("ppo", "grpo"),
+            Bilingual(
+                "siliang does not have it: it learns from given answers.", "siliang 没有它：它从给定的答案中学习。"
+            ),
         ),
     ),
     # the method

@@ -110,6 +110,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "byte_perplexity": ("perplexity per byte", "每字节困惑度"),
     "bits_per_byte": ("bits per byte", "每字节比特数"),
     "margin": ("margin of rewards", "奖励差"),
+    "kl": ("distance from the base model (KL)", "与基座模型的距离（KL）"),
     "ndcg_at_10": ("nDCG@10", "nDCG@10"),
     "recall_at_1": ("recall@1", "召回率@1"),
     "recall_at_10": ("recall@10", "召回率@10"),

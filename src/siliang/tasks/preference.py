@@ -20,6 +20,7 @@ from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.causal_lm import prompt
 from siliang.tasks.ranked import answers_of, encoder, show, synthetic_row
+from siliang.tasks.rated import with_ratings
 from siliang.tasks.task import EntryValues, HeldOutAnswers, Metric, Reply, StepLoss, Task
 from siliang.types import TaskType
 
@@ -61,7 +62,8 @@ def step_loss(settings: PreferenceConfig) -> StepLoss:
 
 def with_settings(task: Task, config: RunConfig) -> Task:
     """The task with the loss of a run."""
-    return with_loss(task, config.preference or PreferenceConfig())
+    settings = config.preference or PreferenceConfig()
+    return with_ratings(task, settings) if settings.loss == "kto" else with_loss(task, settings)
 
 
 def with_loss(task: Task, settings: PreferenceConfig) -> Task:

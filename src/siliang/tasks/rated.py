@@ -1,0 +1,193 @@
+"""Answers that are marked as good or bad: a model that writes learns from each of them alone.
+
+KTO, Ethayarajh et al. 2024, arXiv 2402.01306, with c: the log-probability of an answer, c' that of the base model, and
+z: how far the model is from the base model, estimated on answers to other prompts, (y, y') likewise; z has no gradient.
+
+    good   w+ (1 - sigmoid(beta ((c - c') - z)))         z = max(0, mean(y - y'))
+    bad    w- (1 - sigmoid(beta (z - (c - c'))))
+
+An entry is two sequences: a prompt with its answer, and the same prompt with the answer of the row before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from siliang.config import DataConfig, PreferenceConfig
+from siliang.data.chat import ChatTemplate
+from siliang.data.conversations import writer
+from siliang.data.encode import IGNORED, Encoder
+from siliang.data.entries import Rows
+from siliang.data.examples import Ranked, Rated
+from siliang.data.prepared import EvalRows
+from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
+from siliang.language import Bilingual
+from siliang.models.tokenizer import Tokenizer
+from siliang.records import Verdict
+from siliang.tasks.ranked import encode_ranked
+from siliang.tasks.task import EntryValues, HeldOutAnswers, Metric, Reply, Shown, StepLoss, Task
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+
+    from siliang.data.batch import Batch
+
+KL = Metric("kl", higher=False)
+CHANCE = 0.5
+
+
+# ---- tokens ----
+
+
+def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode:
+    """Makes the function that turns examples into entries.
+
+    Raises:
+        ConfigError: The tokenizer has no end-of-sequence token.
+    """
+    made = Encoder(tokenizer)
+    made.need_eos()
+    return partial(encode_rated, made, writer(data.template, made, data.template_arguments), data)
+
+
+def encode_rated(encoder: Encoder, template: ChatTemplate, data: DataConfig, examples: Sequence[Rated]) -> list[Rows]:
+    """Each answer behind its prompt, with the answer of the example before it as the second sequence."""
+    others = [examples[-1:], examples[:-1]]
+    before = [example for part in others for example in part]
+    pairs = [
+        Ranked(one.prompt_messages, (one.answer, other.answer), one.tools, (0, 1))
+        for one, other in zip(examples, before, strict=True)
+    ]
+    made = encode_ranked(encoder, template, data, pairs, every=True)
+    for example, rows in zip(examples, made, strict=True):
+        for row in rows:
+            row["desirable"] = [float(example.desirable)] * len(row.get("sequences", ()))
+    return made
+
+
+def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
+    """The prompt and the answer, and whether it is good."""
+    first = row["sequences"][0]
+    learned = frozenset(i for i in range(first) if row["labels"][i] != IGNORED)
+    target = Bilingual("good", "好") if row["desirable"][0] else Bilingual("bad", "坏")
+    return Shown(row["input_ids"][:first], learned=learned, target=target)
+
+
+def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
+    """An answer of so many tokens, and another one."""
+    tokens = [1] * 2 * length
+    return {"input_ids": tokens, "labels": tokens, "sequences": [length, length], "desirable": [1.0, 1.0]}
+
+
+# ---- loss ----
+
+
+def values(output: Tensor, batch: Batch) -> Tensor:
+    """(log-probability of the labelled tokens, their number, whether the answer is good) of each sequence, (S, 3)."""
+    import torch
+
+    from siliang.tasks.preference import log_probabilities
+
+    return torch.cat((log_probabilities(output, batch), batch.inputs["desirable"][:, None].to(output.dtype)), -1)
+
+
+def gains(own: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(c - c', whether the answer is good, z), (N,), (N,) and a scalar without a gradient."""
+    import torch
+
+    found, base = torch.stack(list(own)), torch.stack(list(reference))  # (N, 2, 3)
+    gained = found[..., 0] - base[..., 0]
+    return gained[:, 0], found[:, 0, 2] > 0, gained[:, 1].detach().mean().clamp(min=0)
+
+
+def step_loss(s: PreferenceConfig) -> StepLoss:
+    """The loss of these settings."""
+    import torch
+
+    def loss(own: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+        gained, good, z = gains(own, reference)
+        over = s.beta * (gained - z)
+        losses = torch.where(
+            good, s.desirable_weight * (1 - over.sigmoid()), s.undesirable_weight * (1 - (-over).sigmoid())
+        )
+        return losses.sum()
+
+    return StepLoss(values, loss, reference=True)
+
+
+# ---- metrics ----
+
+
+def measure(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
+    """The share of answers whose gain over z says whether they are good; rewards; z."""
+    gained, good, z = _of(found)
+    right = (gained > z) == good
+    means = {
+        name: float((s.beta * gained[where]).mean()) if bool(where.any()) else 0.0
+        for name, where in (("chosen_reward", good), ("rejected_reward", ~good))
+    }
+    margin = means["chosen_reward"] - means["rejected_reward"]
+    return {"accuracy": float(right.float().mean()), "margin": margin, **means, KL.name: float(z)}
+
+
+def replies(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
+    """Whether the model takes each answer for good."""
+    numbers = rows.tokens.column("row").tolist()
+    gained, _, z = _of(found)
+    words = {True: "good", False: "bad"}
+    for entry, likely in zip(found, (gained > z).tolist(), strict=True):
+        example = rows.examples[numbers[entry]]
+        assert isinstance(example, Rated)
+        text = f"{example.prompt_messages[-1].text}\n{example.ranked.words[0]}"
+        yield (
+            numbers[entry],
+            Reply(text, words[example.desirable], words[likely], likely == example.desirable),
+        )
+
+
+def _of(found: Mapping[int, EntryValues]) -> tuple[Tensor, Tensor, Tensor]:
+    return gains([v.values for v in found.values()], [v.reference for v in found.values() if v.reference is not None])
+
+
+def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
+    """Good answers have not gained on bad ones."""
+    return "not above chance" if final.get("margin", 1.0) <= 0 else None
+
+
+RATED = DataSpec(
+    name="preference",
+    layouts=("rated-answer", "rated-messages"),
+    columns={
+        "input_ids": NUMBERS,
+        "labels": LABELS,
+        "desirable": TokenColumn(kind="float32", target=True),
+    },
+    encoder=encoder,
+    label_per_token=True,
+    next_token=True,
+    sequences=True,
+    neighbours=True,
+    templated=True,
+)
+
+
+def with_ratings(task: Task, settings: PreferenceConfig) -> Task:
+    """The task of preferences, learned from answers that are good or bad."""
+    return replace(
+        task,
+        data=RATED,
+        show=show,
+        synthetic_row=synthetic_row,
+        legend=(
+            Bilingual("green: the answer, after ->: whether it is good", "绿色：回答；-> 之后：好或坏"),
+            Bilingual("[[...]]: the answer, after ->: whether it is good", "[[...]]：回答；-> 之后：好或坏"),
+        ),
+        step_loss=step_loss(settings),
+        measure=partial(measure, settings),
+        replies=partial(replies, settings),
+        metrics=(*task.metrics, KL),
+        verdict=verdict,
+    )
