@@ -20,7 +20,7 @@ from siliang.config import DataConfig, PreferenceConfig
 from siliang.data.chat import ChatTemplate
 from siliang.data.conversations import writer
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.entries import Rows
+from siliang.data.entries import Rows, TokenEntry
 from siliang.data.examples import Ranked, Rated
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
@@ -37,6 +37,12 @@ if TYPE_CHECKING:  # slow to import
 
 KL = Metric("kl", higher=False)
 CHANCE = 0.5
+
+
+class RatedEntry(TokenEntry, total=False):
+    """An entry, with whether the answer is good for each of its sequences."""
+
+    desirable: list[float]
 
 
 # ---- tokens ----
@@ -62,10 +68,10 @@ def encode_rated(encoder: Encoder, template: ChatTemplate, data: DataConfig, exa
         for one, other in zip(examples, before, strict=True)
     ]
     made = encode_ranked(encoder, template, data, pairs, every=True)
-    for example, rows in zip(examples, made, strict=True):
-        for row in rows:
-            row["desirable"] = [float(example.desirable)] * len(row.get("sequences", ()))
-    return made
+    return [
+        [RatedEntry(**row, desirable=[float(example.desirable)] * len(row.get("sequences", ()))) for row in rows]
+        for example, rows in zip(examples, made, strict=True)
+    ]
 
 
 def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
