@@ -19,7 +19,7 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.causal_lm import prompt
-from siliang.tasks.ranked import answers_of, encoder, show, synthetic_row
+from siliang.tasks.ranked import answers_of, encoder, log_probabilities, show, synthetic_row
 from siliang.tasks.rated import with_ratings
 from siliang.tasks.task import EntryValues, HeldOutAnswers, Metric, Reply, StepLoss, Task
 from siliang.types import TaskType
@@ -27,23 +27,12 @@ from siliang.types import TaskType
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
 
-    from siliang.data.batch import Batch
 
 ACCURACY, MARGIN = Metric("accuracy"), Metric("margin")
 CHANCE = 0.5
 
 
 # ---- loss ----
-
-
-def log_probabilities(output: Tensor, batch: Batch) -> Tensor:
-    """(log-probability of the labelled tokens, their number) of each sequence, (S, 2)."""
-    import torch
-
-    assert batch.targets is not None
-    zero = output.new_zeros(len(batch.lengths))
-    sums = (zero.index_add(0, batch.targets[1], x) for x in (output, torch.ones_like(output)))
-    return torch.stack(tuple(sums), -1)
 
 
 def step_loss(settings: PreferenceConfig) -> StepLoss:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from siliang.config import DataConfig
 from siliang.data.chat import ChatTemplate
@@ -16,6 +16,11 @@ from siliang.data.prepared import EvalRows
 from siliang.data.spec import Encode
 from siliang.models.tokenizer import Tokenizer
 from siliang.tasks.task import Shown
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+
+    from siliang.data.batch import Batch
 
 NO_LIMIT = 2**31 - 1  # of tokens
 
@@ -99,6 +104,16 @@ def _entry(answers: list[TokenEntry], before: int, limit: int, keep: int) -> Tok
         "lost": before - len(input_ids),
         "lost_answer": lost,
     }
+
+
+def log_probabilities(output: Tensor, batch: Batch) -> Tensor:
+    """(log-probability of the labelled tokens, their number) of each sequence, (S, 2)."""
+    import torch
+
+    assert batch.targets is not None
+    zero = output.new_zeros(len(batch.lengths))
+    sums = (zero.index_add(0, batch.targets[1], x) for x in (output, torch.ones_like(output)))
+    return torch.stack(tuple(sums), -1)
 
 
 def answers_of(found: Iterable[int], rows: EvalRows) -> Iterator[tuple[int, Ranked, str, str]]:

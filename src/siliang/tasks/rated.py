@@ -27,7 +27,7 @@ from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.language import Bilingual
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
-from siliang.tasks.ranked import encode_ranked
+from siliang.tasks.ranked import encode_ranked, log_probabilities
 from siliang.tasks.task import EntryValues, HeldOutAnswers, Metric, Reply, Shown, StepLoss, Task
 
 if TYPE_CHECKING:  # slow to import
@@ -94,8 +94,6 @@ def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
 def values(output: Tensor, batch: Batch) -> Tensor:
     """(log-probability of the labelled tokens, their number, whether the answer is good) of each sequence, (S, 3)."""
     import torch
-
-    from siliang.tasks.preference import log_probabilities
 
     return torch.cat((log_probabilities(output, batch), batch.inputs["desirable"][:, None].to(output.dtype)), -1)
 
