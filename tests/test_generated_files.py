@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from commands import refused, run
 from every_task import configured, make_models
 from tiny import write_jsonl
-from transformers import LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LogitsProcessorList
 
 from siliang.data.examples import Conversation, Message
 from siliang.run_folder import OpenedRun, open_run
@@ -39,6 +40,35 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def opened(runs: dict[str, Path]) -> dict[str, OpenedRun]:
     return {task: open_run(folder) for task, folder in runs.items()}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_merged_model_and_an_adapter_of_peft_write_as_the_run_does(
+    task: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Neither has a run: both are asked in the tokenizer's own template, which merging saves."""
+    run_folder, merged, of_peft = runs[task], tmp_path / "merged", tmp_path / "of-peft"
+    assert run("merge", run_folder, "--output", merged).code == 0
+    record = json.loads((run_folder / "run.json").read_text())
+    kind = {"causal_lm": AutoModelForCausalLM, "seq_2_seq_lm": AutoModelForSeq2SeqLM}[task]
+    base: Any = kind.from_pretrained(record["config"]["model"])
+    peft.PeftModel.from_pretrained(base, str(run_folder / "adapter")).save_pretrained(str(of_peft))
+    config = json.loads((of_peft / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = record["config"]["model"]
+    (of_peft / "adapter_config.json").write_text(json.dumps(config))
+    expected = run("generate", run_folder, "one two", "--max-new-tokens", 6)
+    assert expected.code == 0, expected
+    for folder in (merged, of_peft):
+        found = run("generate", folder, "one two", "--max-new-tokens", 6)
+        assert (found.code, found.out) == (0, expected.out), found
+    chat = run("chat", merged, "--max-new-tokens", 6, stdin=b"one two\n")
+    assert chat.code == 0 and expected.out.strip() in chat.out, chat
+    del config["base_model_name_or_path"]
+    (of_peft / "adapter_config.json").write_text(json.dumps(config))
+    assert "give it with --base" in refused("generate", of_peft, "one")
+    config["task_type"] = "SEQ_CLS"
+    (of_peft / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "x"}))
+    assert "its model is not one that writes" in refused("generate", of_peft, "one")
 
 
 def asked(*questions: str) -> list[Conversation]:

@@ -42,14 +42,14 @@ def open_run(run: str | os.PathLike[str], *, base: str | None = None, force: boo
     """Loads a run, for several calls of the functions below.
 
     Args:
-        run: Its folder, or that of a checkpoint in it.
+        run: Its folder, or that of a checkpoint in it; or a model that writes, or such an adapter, alone.
         base: The present place of its base model, if it was moved.
         force: Open it even if its base model or its data have changed since its training.
     """
     from siliang.hardware import find_device
-    from siliang.run_folder import open_run as opened
+    from siliang.run_folder import find_run_or_model, open_trained
 
-    return opened(Path(run), base=base, force=force, device=find_device())
+    return open_trained(find_run_or_model(Path(run), base=base, force=force), device=find_device())
 
 
 def _opened(run: OpenedRun | str | os.PathLike[str]) -> OpenedRun:

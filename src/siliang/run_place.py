@@ -18,6 +18,7 @@ ADAPTER = "adapter"  # the trained adapter
 MODEL = "model"  # the trained model, for full fine-tuning
 CHECKPOINTS = "checkpoints"
 TRACKERS = "trackers"  # what experiment trackers write (train/tracking.py)
+MODEL_CONFIG = "config.json"  # of a model of transformers
 PREFIX = "checkpoint-"  # followed by the step
 
 
@@ -47,6 +48,15 @@ def find_place(folder: Path) -> tuple[Path, Path | None]:
     raise no_run_error(folder)
 
 
+def is_model_alone(folder: Path) -> bool:
+    """Whether the folder holds a model or an adapter that is no run's."""
+    try:
+        find_place(folder)
+    except ConfigError:
+        return any((folder / name).is_file() for name in (ADAPTER_CONFIG, MODEL_CONFIG))
+    return False
+
+
 def no_run_error(folder: Path) -> ConfigError:
     """The error for a folder that is not a run's."""
     hint = _hint(folder)
@@ -69,7 +79,12 @@ def _hint(folder: Path) -> str:
         run = next((p.parent for p in sorted(folder.glob(f"runs/*/*/{CONFIG_NAME}"))), folder / "runs" / "...")
         return f" It holds a comparison: name one of its runs, such as {run}."
     if (folder / ADAPTER_CONFIG).is_file():
-        return " It holds an adapter alone: train it further with siliang train --adapter, and use that run."
+        return Bilingual(
+            " It holds an adapter alone: generate and chat take one that writes; others are trained further with "
+            "siliang train --adapter, and the new run is used.",
+            "其中只有一个适配器：generate 和 chat 可以使用生成文本的适配器；其他适配器请用 siliang train --adapter "
+            "继续训练，再使用新的运行。",
+        )
     if folder.name == CHECKPOINTS and (found := checkpoints(folder)):
         return f" Name one of its checkpoints, such as {list(found.values())[-1]}."
     return ""

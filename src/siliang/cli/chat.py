@@ -49,7 +49,7 @@ def chat(
     Each model keeps its own conversation. /reset begins a new one, /system TEXT sets the system message, /save FILE
     writes the conversations. Without a terminal, questions are read from standard input. An empty line ends the chat.
     """
-    check_folders(*runs)
+    check_folders(*runs, or_models=True)
     with importing():
         from siliang.cli.show import quiet_loading
         from siliang.hardware import find_device

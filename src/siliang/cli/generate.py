@@ -56,11 +56,11 @@ def generate(
 ) -> None:
     """Generate text with a trained run."""
     instruction, input = as_text(instruction, Bilingual("the instruction", "指令")), as_text(input, "--input")
-    check_folders(run)
+    check_folders(run, or_models=True)
     with importing():
         from siliang.cli.show import quiet_loading
         from siliang.hardware import find_device
-        from siliang.run_folder import open_run
+        from siliang.run_folder import find_run_or_model, open_trained
         from siliang.use.generate import generate as write
         from siliang.use.generate import how_it_is_asked
         from siliang.use.sampling import Sampling
@@ -77,7 +77,7 @@ def generate(
     )
     location = next((name for name in reversed(base or []) if name), None)
     with_base = "" in (base or [])
-    opened = open_run(run, base=location, force=force, device=find_device())
+    opened = open_trained(find_run_or_model(run, base=location, force=force), device=find_device())
     opened.task_id = task_id
     show_notes(opened.trained.notes if opened.trained else ())
     if plain is None and (how := how_it_is_asked(opened.record)) is not None:

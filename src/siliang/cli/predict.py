@@ -112,7 +112,7 @@ def predict(
     A file must have the columns that the run was trained on. A tab separates the two texts of a pair, or a question and
     its context. An empty line, or a row without text, gives an empty line.
     """
-    check_folders(run)
+    check_folders(run, or_models=True)
     if (data is None) != (output is None) or (data is not None and (texts or context is not None)):
         raise ConfigError(
             Bilingual(
@@ -125,7 +125,7 @@ def predict(
     with importing():
         from siliang.cli.show import quiet_loading
         from siliang.hardware import find_device
-        from siliang.run_folder import open_run
+        from siliang.run_folder import find_run_or_model, open_trained
         from siliang.types import DataError
         from siliang.use.predict import check_predicts, predict_tasks
         from siliang.use.predict import predict as make
@@ -135,7 +135,7 @@ def predict(
         quiet_loading()
     if output is not None:
         check_output(output)
-    opened = open_run(run, base=base, force=force, device=find_device())
+    opened = open_trained(find_run_or_model(run, base=base, force=force), device=find_device())
     opened.task_id, opened.top, opened.min_confidence = task_id, top, min_confidence
     show_notes(opened.trained.notes if opened.trained else ())
     if data is not None and output is not None:

@@ -80,16 +80,20 @@ def _names_a_model(text: str) -> bool:
     )
 
 
-def check_folders(*runs: Path) -> None:
+def check_folders(*runs: Path, or_models: bool = False) -> None:
     """Checks the folders before the import of torch and transformers, which takes seconds.
+
+    Args:
+        or_models: A model or an adapter alone will do.
 
     Raises:
         ConfigError: A folder is not a run's folder.
     """
-    from siliang.run_place import find_place
+    from siliang.run_place import find_place, is_model_alone
 
     for run in runs:
-        find_place(run)
+        if not (or_models and is_model_alone(run)):
+            find_place(run)
 
 
 def show_hint(run: Path, hint: str) -> None:

@@ -3,6 +3,7 @@ the folder."""
 
 from siliang.run_folder.changes import changed_base, changed_data, hashes, sources_of, what_changed
 from siliang.run_folder.layout import check_empty, create_output, read_config, write_config
+from siliang.run_folder.model_alone import find_run_or_model
 from siliang.run_folder.opened import (
     OpenedRun,
     TrainedRun,
@@ -32,6 +33,7 @@ __all__ = [
     "checkpoints",
     "create_output",
     "find_run",
+    "find_run_or_model",
     "hashes",
     "load_base",
     "load_run_tokenizer",

@@ -17,7 +17,7 @@ from siliang.files import write_text
 from siliang.language import Bilingual
 from siliang.models.load import load_model
 from siliang.peft_api.model import PeftModel
-from siliang.run_folder import OpenedRun, find_run, load_base, load_run_tokenizer
+from siliang.run_folder import OpenedRun, find_run_or_model, load_base, load_run_tokenizer
 from siliang.tasks import TASKS, Task, task_of
 from siliang.types import ConfigError, OutputError
 from siliang.use.generate import NEW_TOKENS, generate, how_it_is_asked
@@ -211,7 +211,7 @@ class _Closed:
     """A run whose model is not loaded."""
 
     def __init__(self, folder: Path, base: str | None, force: bool) -> None:
-        self.trained = find_run(folder, base=base, force=force)
+        self.trained = find_run_or_model(folder, base=base, force=force)
         self.config, self.record, self.has_adapter = self.trained.config, self.trained.record, self.trained.has_adapter
         self.tokenizer = load_run_tokenizer(self.trained)
 
