@@ -20,6 +20,7 @@ from siliang.compare.trials import run_config
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.records import Predicted, Record
+from siliang.tasks import settled
 from siliang.train.run import train
 
 
@@ -79,7 +80,7 @@ def test_what_a_run_changed_to_fit_is_not_another_setting(
         "seeds": 1,
     }
     comparison = CompareConfig.build(values)
-    config = run_config(comparison, trials.test_trials(comparison, {})[0], tmp_path / "out", {})
+    config, _ = settled(run_config(comparison, trials.test_trials(comparison, {})[0], tmp_path / "out", {}))
 
     def smaller(config: RunConfig, *rest: Any) -> tuple[RunConfig, Predicted]:
         half = {"batch_size": 4, "gradient_accumulation": 2}
