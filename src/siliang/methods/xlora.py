@@ -242,8 +242,11 @@ class XLora(Method[XLoraConfig]):
 
     name = "xlora"
     config = XLoraConfig
-    learning_rate = 1e-3
-    learning_rate_source = Bilingual("not measured yet", "尚未实测")
+    learning_rate = 3e-3
+    learning_rate_source = Bilingual(
+        "measured: on stories260K 3e-3, 9e-3 and 2.7e-2 differ by less than 0.01 in loss after 100 steps",
+        "实测：在 stories260K 上训练 100 步，3e-3、9e-3 与 2.7e-2 的损失相差不到 0.01",
+    )
     trains = Bilingual("a small network that mixes trained LoRA adapters", "组合已训练 LoRA 适配器的小网络")
     why_not_mergeable = WHY_NOT_MERGED
     needs_settings = True
