@@ -260,3 +260,32 @@ def test_the_second_sequence_has_the_answer_of_the_row_before() -> None:
     one, two, three = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("one", "two", "three"))
     assert answers == [[one, three], [two, one], [three, two]]
     assert [rows[i]["desirable"] for i in range(3)] == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
+
+
+def rated(asked: str, answer: str, good: bool = True) -> Rated:
+    return Rated((Message("user", asked),), (Message("assistant", answer),), good)
+
+
+def kto_rows(examples: list[Rated], **settings: Any) -> TokenSet:
+    tokenizer: Any = word_tokenizer()
+    return tokenize(examples, tokenizer, DataConfig.model_validate({"train": "-", **settings}), KTO.data)
+
+
+def test_the_other_answer_is_one_to_another_prompt() -> None:
+    """Rows with a weight stand twice, and good and bad answers to a prompt one behind the other."""
+    examples = [rated("what", "one"), rated("what", "one"), rated("what", "two", False), rated("is", "three")]
+    rows, tokenizer = kto_rows(examples), word_tokenizer()
+    others = [sequences_of(rows[i])[1]["input_ids"][-2] for i in range(4)]
+    two, three = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("two", "three"))
+    assert others == [three, three, three, two]
+    alone = kto_rows([rated("what", "one"), rated("what", "two")])
+    assert [alone[i]["sequences"] for i in range(2)] == [[len(alone[i]["input_ids"])] for i in range(2)]
+
+
+def test_another_rows_answer_neither_cuts_nor_drops_a_row() -> None:
+    asked, long = " ".join(["one", "two", "three"] * 12), " ".join(["four"] * 60)
+    short = sequences_of(kto_rows([rated(asked, "one"), rated("is", "two")], max_length=64)[0])[0]
+    beside = kto_rows([rated(asked, "one"), rated("is", long)], max_length=64)
+    assert sequences_of(beside[0])[0] == short and beside.column("lost_answer").tolist()[0] == 0
+    kept = kto_rows([rated(asked, "one"), rated("is", long)], max_length=64, too_long="drop")
+    assert len(kept) == 1 and sequences_of(kept[0])[0] == short

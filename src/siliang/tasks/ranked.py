@@ -36,14 +36,9 @@ def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode
     return partial(encode_ranked, made, writer(data.template, made, data.template_arguments), data)
 
 
-def encode_ranked(
-    encoder: Encoder, template: ChatTemplate, data: DataConfig, examples: Sequence[Ranked], *, every: bool = False
-) -> list[Rows]:
+def encode_ranked(encoder: Encoder, template: ChatTemplate, data: DataConfig, examples: Sequence[Ranked]) -> list[Rows]:
     """Each answer behind its prompt, as one sequence. An entry is a pair of them, the better one first, or one answer
     alone.
-
-    Args:
-        every: An entry is the first two answers of each example, equal or not.
     """
     whole = data.model_copy(update={"max_length": NO_LIMIT})
 
@@ -63,7 +58,7 @@ def encode_ranked(
             if (shorter := shorter.without_oldest_round()) is None:
                 break
             answers = written(shorter.conversations)
-        groups: list[tuple[int, ...]] = [(0, 1)] if every else [*example.pairs] or [(0,)]
+        groups: list[tuple[int, ...]] = [*example.pairs] or [(0,)]
         rows.append(
             [
                 _entry([answers[i] for i in group], sum(before[i] for i in group), data.max_length, len(encoder.start))

@@ -6,7 +6,7 @@ z: how far the model is from the base model, estimated on answers to other promp
     good   w+ (1 - sigmoid(beta ((c - c') - z)))         z = max(0, mean(y - y'))
     bad    w- (1 - sigmoid(beta (z - (c - c'))))
 
-An entry is two sequences: a prompt with its answer, and the same prompt with the answer of the row before it.
+An entry is two sequences: a prompt with its answer, and the same prompt with the answer of a row before it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from siliang.config import DataConfig, PreferenceConfig
 from siliang.data.chat import ChatTemplate
 from siliang.data.conversations import writer
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.entries import Rows, TokenEntry
+from siliang.data.entries import TokenEntry, token_labels
 from siliang.data.examples import Ranked, Rated
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
@@ -36,7 +36,6 @@ if TYPE_CHECKING:  # slow to import
     from siliang.data.batch import Batch
 
 KL = Metric("kl", higher=False)
-CHANCE = 0.5
 
 
 class RatedEntry(TokenEntry, total=False):
@@ -59,19 +58,39 @@ def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode
     return partial(encode_rated, made, writer(data.template, made, data.template_arguments), data)
 
 
-def encode_rated(encoder: Encoder, template: ChatTemplate, data: DataConfig, examples: Sequence[Rated]) -> list[Rows]:
-    """Each answer behind its prompt, with the answer of the example before it as the second sequence."""
-    others = [examples[-1:], examples[:-1]]
-    before = [example for part in others for example in part]
-    pairs = [
-        Ranked(one.prompt_messages, (one.answer, other.answer), one.tools, (0, 1))
-        for one, other in zip(examples, before, strict=True)
-    ]
-    made = encode_ranked(encoder, template, data, pairs, every=True)
+def encode_rated(
+    encoder: Encoder, template: ChatTemplate, data: DataConfig, examples: Sequence[Rated]
+) -> list[list[RatedEntry]]:
+    """Each answer behind its prompt, and behind it the prompt with an answer to another one, where there is one."""
+    own = encode_ranked(encoder, template, data, [example.ranked for example in examples])
+    others = [with_other_answer(examples, i) for i in range(len(examples))]
+    never_dropped = data.model_copy(update={"too_long": "cut"})
+    made = iter(encode_ranked(encoder, template, never_dropped, [other for other in others if other is not None]))
+    mismatched = [None if other is None else next(made)[0] for other in others]
     return [
-        [RatedEntry(**row, desirable=[float(example.desirable)] * len(row.get("sequences", ()))) for row in rows]
-        for example, rows in zip(examples, made, strict=True)
+        [_entry(entry, other, example.desirable) for entry in rows]
+        for example, rows, other in zip(examples, own, mismatched, strict=True)
     ]
+
+
+def with_other_answer(examples: Sequence[Rated], i: int) -> Ranked | None:
+    """The prompt of an example with the answer of the nearest one before it, in a circle, that has another prompt."""
+    one = examples[i]
+    before = (examples[i - step] for step in range(1, len(examples)))
+    other = next((e for e in before if e.prompt_messages != one.prompt_messages), None)
+    return None if other is None else Ranked(one.prompt_messages, (other.answer,), one.tools)
+
+
+def _entry(own: TokenEntry, other: TokenEntry | None, desirable: bool) -> RatedEntry:
+    """Both sequences as one entry. What was cut is counted of the row's own."""
+    parts = [own] if other is None or "sequences" not in own else [own, other]  # a row that is dropped stays so
+    joined: TokenEntry = {
+        **own,
+        "input_ids": [x for part in parts for x in part["input_ids"]],
+        "labels": [x for part in parts for x in token_labels(part)],
+        "sequences": [n for part in parts for n in part.get("sequences", [])],
+    }
+    return RatedEntry(**joined, desirable=[float(desirable)] * len(joined["sequences"]))
 
 
 def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
@@ -99,12 +118,19 @@ def values(output: Tensor, batch: Batch) -> Tensor:
 
 
 def gains(own: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(c - c', whether the answer is good, z), (N,), (N,) and a scalar without a gradient."""
+    """(c - c', whether the answer is good, z), (N,), (N,) and a scalar without a gradient.
+
+    Args:
+        own: Of each entry (1 or 2, 3): its answer, and another prompt's if it has one.
+        reference: Likewise, of the base model.
+    """
     import torch
 
-    found, base = torch.stack(list(own)), torch.stack(list(reference))  # (N, 2, 3)
-    gained = found[..., 0] - base[..., 0]
-    return gained[:, 0], found[:, 0, 2] > 0, gained[:, 1].detach().mean().clamp(min=0)
+    gained = [a[:, 0] - b[:, 0] for a, b in zip(own, reference, strict=True)]
+    good = torch.stack([a[0, 2] for a in own]) > 0
+    others = [g[1] for g in gained if len(g) > 1]
+    z = torch.stack(others).detach().mean().clamp(min=0) if others else gained[0].new_zeros(())
+    return torch.stack([g[0] for g in gained]), good, z
 
 
 def step_loss(s: PreferenceConfig) -> StepLoss:
@@ -128,13 +154,13 @@ def step_loss(s: PreferenceConfig) -> StepLoss:
 def measure(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
     """The share of answers whose gain over z says whether they are good; rewards; z."""
     gained, good, z = _of(found)
-    right = (gained > z) == good
+    right = (gained - z).sign() * (2 * good.float() - 1)  # a tie is half right, as before training
     means = {
         name: float((s.beta * gained[where]).mean()) if bool(where.any()) else 0.0
         for name, where in (("chosen_reward", good), ("rejected_reward", ~good))
     }
     margin = means["chosen_reward"] - means["rejected_reward"]
-    return {"accuracy": float(right.float().mean()), "margin": margin, **means, KL.name: float(z)}
+    return {"accuracy": float((right + 1).mean()) / 2, "margin": margin, **means, KL.name: float(z)}
 
 
 def replies(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
@@ -142,14 +168,12 @@ def replies(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRow
     numbers = rows.tokens.column("row").tolist()
     gained, _, z = _of(found)
     words = {True: "good", False: "bad"}
-    for entry, likely in zip(found, (gained > z).tolist(), strict=True):
+    for entry, over in zip(found, (gained - z).tolist(), strict=True):
         example = rows.examples[numbers[entry]]
         assert isinstance(example, Rated)
         text = f"{example.prompt_messages[-1].text}\n{example.ranked.words[0]}"
-        yield (
-            numbers[entry],
-            Reply(text, words[example.desirable], words[likely], likely == example.desirable),
-        )
+        correct = over != 0 and (over > 0) == example.desirable
+        yield numbers[entry], Reply(text, words[example.desirable], words[over > 0], correct)
 
 
 def _of(found: Mapping[int, EntryValues]) -> tuple[Tensor, Tensor, Tensor]:
