@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +135,9 @@ def killed_then_finished(settings: Path) -> tuple[Path, dict[str, str], str]:
         for line in process.stdout:
             if re.match(r" +4/12 ", line):
                 break
-        workers = [p for p in psutil.process_iter() if its_worker(p)]
+        until = time.monotonic() + 20  # on a busy machine the next worker may not have begun
+        while not (workers := [p for p in psutil.process_iter() if its_worker(p)]) and time.monotonic() < until:
+            time.sleep(0.05)
         process.kill()
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert len(workers) == 1 and not alive  # nobody trains on into a folder that is somebody else's now
