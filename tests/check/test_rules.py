@@ -228,12 +228,20 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
         lambda c: c([*BETTER_AND_WORSE, BETTER_AND_WORSE[0] | {"chosen": "two", "rejected": "one"}], **ON_PAIRS),
     ),
     "SL045": (
-        "the chosen answer is the longer one in 100% of 30 training rows",
+        "the chosen answer is the longer one in 100% of 30 training pairs",
         lambda c: c([row | {"chosen": "one two three"} for row in BETTER_AND_WORSE], **ON_PAIRS),
     ),
     "SL046": (
         "30 of 30 chosen answers refuse where the rejected one does not",
         lambda c: c([row | {"chosen": "Sorry, I cannot"} for row in BETTER_AND_WORSE], **ON_PAIRS),
+    ),
+    "SL049": (
+        "all answers of the training rows are marked as good",
+        lambda c: c(
+            [{"prompt": f"say {i}", "completion": "one two", "label": True} for i in range(20)],
+            **ON_PAIRS,
+            preference={"loss": "kto"},
+        ),
     ),
     "SL050": (
         "1 training rows have the same text twice",

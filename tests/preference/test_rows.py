@@ -124,6 +124,11 @@ def test_speakers_are_named_at_the_beginning_of_a_line() -> None:
         ({"instruction": Q, "output": GOOD}, "task=causal_lm learns single answers"),
         ({"instruction": Q, "output": [GOOD]}, "has no list of two answers or more in 'output'"),
         ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "images": ["a.png"]}, "siliang trains on text alone"),
+        ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "margin": 2.0}, "has 'margin', by which some programs shift"),
+        (
+            {"chosen": WHOLE[0], "rejected": [{"role": "user", "content": "say two"}, *ANSWERS[1]]},
+            "asks one thing in 'chosen' and another in 'rejected'",
+        ),
     ],
 )
 def test_a_row_that_is_no_pair_says_why(row: dict[str, Any], why: str) -> None:

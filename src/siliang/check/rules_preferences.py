@@ -38,8 +38,7 @@ def contradictory_pairs(s: CheckInput) -> Iterator[Problem]:
     yield from _marked_twice(s)
     first: dict[tuple[str, str, str], int] = {}
     found: list[int] = []
-    for number, example in _ranked(s):
-        asked, chosen, rejected = example.input_text, example.words[0], example.words[-1]
+    for number, asked, chosen, rejected in _pairs(s):
         first.setdefault((asked, chosen, rejected), number)
         if (asked, rejected, chosen) in first:
             found.append(number)
@@ -68,6 +67,29 @@ def _marked_twice(s: CheckInput) -> Iterator[Problem]:
         yield Problem(message, s.places(found), len(found))
 
 
+def one_kind_of_answer(s: CheckInput) -> Iterator[Problem]:
+    """All answers are marked as good, or all as bad.
+
+    Cause: KTO pushes good answers up and bad ones down. With one kind alone the model learns nothing about the
+    difference; good answers alone are learned better by task=causal_lm.
+
+    Fix: Add answers of the other kind, or learn the good ones with task=causal_lm.
+
+    所有回答都标为好，或都标为坏
+
+    原因：KTO 提高好回答、压低坏回答的概率。只有一种时，模型学不到二者的差别；如果全是好回答，用 task=causal_lm 学习
+    更好。
+
+    办法：加入另一种回答，或用 task=causal_lm 学习好回答。
+    """
+    marks = {example.desirable for example in s.examples.train if isinstance(example, Rated)}
+    if len(marks) == 1 and len(s.examples.train) > 1:
+        word, word_zh = ("good", "好") if marks == {True} else ("bad", "坏")
+        yield Problem(
+            Bilingual(f"all answers of the training rows are marked as {word}", f"训练样本的回答全部标为{word_zh}")
+        )
+
+
 def length_decides(s: CheckInput) -> Iterator[Problem]:
     """One kind of answer is nearly always the longer one.
 
@@ -85,7 +107,7 @@ def length_decides(s: CheckInput) -> Iterator[Problem]:
     办法：看几条样本。若写反了，用 data.columns.chosen 和 data.columns.rejected 交换两列。preference 任务可改用除以长度
     的损失（preference.loss=sigmoid_norm 或 simpo）。如果长短本应如此，用 accept: [SL045] 接受此项。
     """
-    lengths = [(len(example.words[0]), len(example.words[-1])) for _, example in _ranked(s)]
+    lengths = [(len(chosen), len(rejected)) for _, _, chosen, rejected in _pairs(s)]
     differing = [(a, b) for a, b in lengths if a != b]
     if len(differing) < FEWEST:
         return
@@ -96,8 +118,8 @@ def length_decides(s: CheckInput) -> Iterator[Problem]:
     percent = 100 * max(share, 1 - share)
     yield Problem(
         Bilingual(
-            f"the {longer} answer is the longer one in {percent:.0f}% of {len(differing):,} training rows",
-            f"{len(differing):,} 条训练样本中有 {percent:.0f}% 是{longer_zh}回答更长",
+            f"the {longer} answer is the longer one in {percent:.0f}% of {len(differing):,} training pairs",
+            f"{len(differing):,} 对训练回答中有 {percent:.0f}% 是{longer_zh}回答更长",
         )
     )
 
@@ -130,6 +152,14 @@ def refusals_preferred(s: CheckInput) -> Iterator[Problem]:
             f"（相反的有 {rejected:,} 个）",
         )
         yield Problem(message, s.places(chosen), len(chosen))
+
+
+def _pairs(s: CheckInput) -> Iterator[tuple[int, str, str, str]]:
+    """(number of the training row, prompt, better answer, worse answer) of each pair."""
+    for number, example in _ranked(s):
+        words = example.words
+        for better, worse in example.pairs:
+            yield number, example.input_text, words[better], words[worse]
 
 
 def _ranked(s: CheckInput) -> Iterator[tuple[int, Ranked]]:

@@ -66,6 +66,7 @@ RULES: dict[str, Rule] = {
         Rule("SL046", "warning", preferences.refusals_preferred, "rows"),
         Rule("SL047", "warning", labels.rare_labels, "rows"),
         Rule("SL048", "warning", labels.far_numbers),
+        Rule("SL049", "error", preferences.one_kind_of_answer),
         Rule("SL050", "warning", related.same_texts, "rows"),
         Rule("SL051", "warning", related.wrong_negatives, "rows"),
         Rule("SL052", "error", related.nothing_to_compare, "rows"),

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from siliang.data.chat_entries import Frame, Selection, View, Written, fill, places
-from siliang.data.chat_messages import CLOSE, OPEN, ChatMessage, TalkWithPlaces
+from siliang.data.chat_messages import CLOSE, OPEN, THOUGHT, ChatMessage, TalkWithPlaces
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.jinja import Arguments
@@ -122,11 +122,15 @@ class ChatTemplate:
 
     def _reasoning_field(self, talk: Conversation) -> str:
         """The name of the template's field for an answer's reasoning."""
-        if not any(m.reasoning for m in talk.messages):
+        has_field = any(m.reasoning for m in talk.messages)
+        has_tags = any(m.role == "assistant" and THOUGHT.match(m.content) for m in talk.messages)
+        if not has_field and not has_tags:
             return ""
         text = self._renderer.text()
+        if not has_field and "think" in text:
+            return ""
         found = next((name for name in ("reasoning_content", "thinking", "reasoning") if name in text), None)
-        if found is None:
+        if found is None or not has_field:
             raise DataError(
                 Bilingual(
                     f"has reasoning with an answer, which {self._called} does not support: use the template of a "

@@ -30,6 +30,11 @@ SPEAKERS = re.compile(r"(?:^|\n)\s*(Human|Assistant): ?")  # of HH-RLHF, at the 
 def read_chosen_rejected(values: Values, c: Columns) -> Result:
     """A row with the columns chosen and rejected."""
     refuse_media(values)
+    if given(values.get("margin")):
+        return Bilingual(
+            "has 'margin', by which some programs shift the loss of rewards, and siliang does not: remove the column",
+            "有 'margin'：有的程序用它平移奖励的损失，而 siliang 不用：请去掉这一列",
+        )
     answers = [answer_of(values.get(name), name) for name in (c.chosen, c.rejected)]
     prompt = prompt_of(values, c)
     return _ranked(values, c, prompt, *answers)
@@ -118,6 +123,12 @@ def _ranked(
     if whole[0]:
         common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(rejected))
         common = min(common, len(chosen) - 1, len(rejected) - 1)
+        if not any(m.role == "user" for m in chosen[:common]):
+            return Bilingual(
+                f"asks one thing in {c.chosen!r} and another in {c.rejected!r}: {_short(chosen[:-1])} and "
+                f"{_short(rejected[:-1])}",
+                f"的 {c.chosen!r} 与 {c.rejected!r} 提问不同：{_short(chosen[:-1])} 与 {_short(rejected[:-1])}",
+            )
         before = chosen[:common]
         system_turns = [m for m in prompt if m.role == "system" and m not in before]
         if prompt and before and not _same(prompt, before) and prompt != chosen:

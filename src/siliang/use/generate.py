@@ -55,6 +55,14 @@ def generate(
             tokens is longer than the model can read.
     """
     plain = run.record.of_texts if plain is None else plain
+    if plain and (unused := "input" if input else "system" if system else "history" if history else None):
+        raise ConfigError(
+            Bilingual(
+                f"{unused} has no place where a text is continued without a template: leave it out, or use --template "
+                "(plain=False in Python).",
+                f"不用模板直接续写时没有 {unused} 的位置：请去掉，或使用 --template（Python 中为 plain=False）。",
+            )
+        )
     turns = (*([Message("system", system)] if system else []), *history, Message("user", instruction, input))
     asked = Text(instruction) if plain else Conversation(turns)
     how = sampling or Sampling(max_new_tokens=max_new_tokens, up_to=up_to, temperature=temperature)
