@@ -82,6 +82,8 @@ def compare(
         DataError: `siliang check` finds an error in the data.
         InterruptedRunError: Ctrl-C or SIGTERM stopped the comparison.
     """
+    if (record := Path(config.run.output) / COMPARISON_NAME).is_file():
+        Comparison.open(record)  # a damaged one is refused before the data is read
     run, why = settled(config.run)
     config = replace(config, run=run)
     return _ComparisonRun(config, why, listener or CompareListener(), jobs, ray, force).run()
