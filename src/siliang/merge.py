@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from siliang.callable_rooms import make_callable
+from siliang.callable_packages import make_callable
 from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.types import MergeError

@@ -4,7 +4,7 @@
 code (SL001 ...) and a line in `table.RULES`. Its docstring is the page of `siliang check --explain`, in both languages.
 """
 
-from siliang.callable_rooms import make_callable
+from siliang.callable_packages import make_callable
 from siliang.check.finding import RATE_FACTOR, SEVERITIES, Finding, Problem, Rule
 from siliang.check.input import CheckInput, gather_input
 from siliang.check.table import RULES, find, find_rule, stop_on_errors

@@ -1,7 +1,7 @@
 """What a method is: how it attaches itself to a base model, and what else it does while it is trained and saved.
 
 To add a method: one file with its equation, its config and a subclass of `Method`, and one row in `__init__.py`.
-siliang.adapters puts what `attach` gives into the model and takes it out again. Other rooms ask a method for its
+siliang.adapters puts what `attach` gives into the model and takes it out again. Other packages ask a method for its
 attributes, and full fine-tuning is known by its `config` of None.
 """
 

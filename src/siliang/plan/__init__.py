@@ -1,7 +1,7 @@
 """The memory plan: runs the training step on fake tensors before anything is loaded, and finds changes with which the
 run fits."""
 
-from siliang.callable_rooms import make_callable
+from siliang.callable_packages import make_callable
 from siliang.plan.device import Device, target_device
 from siliang.plan.fake_run import Baseline, FakeRun
 from siliang.plan.methods import plan

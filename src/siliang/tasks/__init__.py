@@ -1,6 +1,6 @@
 """What is learned: one file a task, and the table of them.
 
-A task's row says all that the other rooms ask: the rows and tokens that it learns from, the model, the loss, the
+A task's row says all that the other packages ask: the rows and tokens that it learns from, the model, the loss, the
 metrics, the verdict, what the plan and the display of tokens take, and how a trained run is used.
 """
 

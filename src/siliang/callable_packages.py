@@ -15,7 +15,7 @@ from typing import Any
 FUNCTIONS = "siliang.functions"
 
 
-class CallableRoom(ModuleType):
+class CallablePackage(ModuleType):
     """A package that calls the function of its name in functions.py."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -32,4 +32,4 @@ class CallableRoom(ModuleType):
 
 def make_callable(name: str) -> None:
     """Makes the package or module of this name callable."""
-    sys.modules[name].__class__ = CallableRoom
+    sys.modules[name].__class__ = CallablePackage
