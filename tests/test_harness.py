@@ -16,11 +16,18 @@ from peft import PeftModel
 from tiny import WORDS, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from siliang.config import RunConfig
 from siliang.run_folder import open_run
 from siliang.train.run import train
 from siliang.types import ConfigError
 from siliang.use import harness
 from siliang.use.harness import run_harness
+
+TEMPLATE = (
+    "{{ style | default('the') }} {% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,39 @@ def test_one_file_some_rows_and_the_runs_template(trained: Path, own_tasks: Path
     assert "write_word" not in shown.out
     result = run_harness(open_run(trained), [str(own_tasks / "choose.yaml")], chat=True)
     assert result.rows == {"choose_word": 16}
+
+
+def test_chat_asks_in_the_template_and_with_the_arguments_of_the_training(
+    models: dict[str, Path], own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    config = configured("causal_lm", models, tmp_path)
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["data"] |= {"template": str(tmp_path / "mine.jinja"), "template_arguments": {"style": "good"}}
+    train(RunConfig.build(values))
+    asked: list[str] = []
+    make: Any = huggingface.HFLM
+
+    class Watched(make):
+        def apply_chat_template(self, *arguments: Any, **more: Any) -> str:
+            asked.append(super().apply_chat_template(*arguments, **more))
+            return asked[-1]
+
+    monkeypatch.setattr(huggingface, "HFLM", Watched)
+    run_harness(open_run(Path(config.output)), [str(own_tasks / "choose.yaml")], rows=2, chat=True)
+    assert asked and all(text.startswith("good") for text in asked), asked
+
+
+def test_a_run_on_plain_texts_has_no_template_to_ask_in(
+    models: dict[str, Path], own_tasks: Path, tmp_path: Path
+) -> None:
+    config = configured("causal_lm", models, tmp_path)
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": " ".join(WORDS[i : i + 5])} for i in range(12)])
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["data"] |= {"train": str(data)}
+    train(RunConfig.build(values))
+    says = refused("eval", config.output, "--harness", own_tasks / "choose.yaml", "--chat")
+    assert "trained without one" in says and "leave --chat out" in says
 
 
 def test_what_cannot_be_run_is_one_line(

@@ -65,9 +65,8 @@ def merge(
         import torch
 
         from siliang.cli.show import quiet_loading
-        from siliang.run_folder import check_empty, open_run
+        from siliang.run_folder import check_empty, open_run, served_tokenizer
         from siliang.use.merge import merge as merge_run
-        from siliang.use.merge import served_tokenizer
 
         quiet_loading()
     check_empty(output)

@@ -15,6 +15,7 @@ from siliang.run_folder.opened import (
     open_trained,
     weight_dtype,
 )
+from siliang.run_folder.served import served_tokenizer
 from siliang.run_place import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, PREFIX, TRACKERS, checkpoints
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "open_run",
     "open_trained",
     "read_config",
+    "served_tokenizer",
     "sources_of",
     "weight_dtype",
     "what_changed",

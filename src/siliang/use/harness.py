@@ -16,10 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from siliang.data.jinja import with_chat_template
 from siliang.engine.written import positions_of
 from siliang.language import Bilingual, local
-from siliang.run_folder import OpenedRun
+from siliang.run_folder import OpenedRun, served_tokenizer
 from siliang.tasks import task_of
 from siliang.types import ConfigError, first_line, nearest
 
@@ -56,7 +55,7 @@ def run_harness(
         tasks: Names of lm-eval's own tasks; .yaml files of tasks, or folders of such files. Their code runs.
         rows: The first so many rows of each task. None: all.
         few_shot: Examples in front of each question. None: the task's own number.
-        chat: Ask in the run's template, as in training.
+        chat: Ask in the run's template, with its arguments, as in training.
         batch_size: Rows that go through the model at once. None: train.batch_size.
 
     Raises:
@@ -112,7 +111,15 @@ def _run(
     manager, names = _find_tasks(tasks)
     task, tokenizer = task_of(run.config), run.tokenizer
     if chat:
-        tokenizer, _ = with_chat_template(tokenizer, run.config.data.template, run.record.layout)
+        tokenizer, template = served_tokenizer(run)
+        if run.record.layouts and not template:
+            raise ConfigError(
+                Bilingual(
+                    f"--chat asks in the template of the training, and {run.folder} was trained without one: leave "
+                    "--chat out.",
+                    f"--chat 使用训练时的模板提问，而 {run.folder} 训练时没有模板：请去掉 --chat。",
+                )
+            )
     model = make_model(
         pretrained=run.model,
         tokenizer=tokenizer,

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from siliang.data.collate import PadCollator
-from siliang.data.jinja import with_chat_template
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import sequences_of
 from siliang.files import creating_folder
@@ -20,7 +18,7 @@ from siliang.language import Bilingual, local
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.models.save import save_model
 from siliang.peft_api.model import PeftModel
-from siliang.run_folder import OpenedRun, create_output, find_run, open_trained
+from siliang.run_folder import OpenedRun, create_output, find_run, open_trained, served_tokenizer
 from siliang.types import ConfigError, DataError, MergeError, message_of
 from siliang.use.evaluate import eval_rows
 
@@ -81,15 +79,6 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
                 output.rmdir()
         raise
     return proof
-
-
-def served_tokenizer(run: OpenedRun) -> tuple[Any, str]:
-    """The run's tokenizer with the chat template that it was trained with, and which that is, in words."""
-    if not run.task.decoder_only:
-        return run.tokenizer, ""
-    return with_chat_template(
-        run.tokenizer, run.config.data.template, run.record.layouts, run.config.data.template_arguments
-    )
 
 
 def _samples(run: OpenedRun, tokens: TokenSet) -> Iterator[dict[str, Tensor]]:
