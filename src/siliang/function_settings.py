@@ -104,18 +104,24 @@ def values_of(settings: Settings | None, changes: Mapping[str, object]) -> dict[
     if isinstance(settings, RunConfig):
         values: dict[str, object] = settings.model_dump(mode="json", exclude_unset=True)
     elif isinstance(settings, Mapping):
-        values = dict(settings)
+        values = {name: _section(name, value) for name, value in settings.items()}
     else:
         values = read_yaml(Path(settings)) if settings is not None else {}
     for name, change in changes.items():
         change = os.fspath(change) if isinstance(change, os.PathLike) else change
-        before = values.get(name)
-        if name == "data" and not isinstance(change, Mapping):
-            change = {"train": change}
+        before = _section(name, values.get(name))
+        if name == "data":
+            change = _section(name, change)
         if isinstance(change, Mapping) and isinstance(before, Mapping):
             change = {**before, **change}
         values[name] = dict(change) if isinstance(change, Mapping) else change
     return values
+
+
+def _section(name: str, value: object) -> object:
+    """A section that is written as its one value: `method: ia3`, `data: a.csv`."""
+    alone = {"data": "train", "method": "name"}.get(name)
+    return value if alone is None or value is None or isinstance(value, Mapping) else {alone: value}
 
 
 def source_of(settings: Settings | None) -> str:
