@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LogitsProc
 from siliang.data.examples import Conversation, Message
 from siliang.run_folder import OpenedRun, open_run
 from siliang.train.run import train
-from siliang.types import ConfigError, InterruptedRunError
+from siliang.types import ConfigError, DataError, InterruptedRunError
 from siliang.use import predict_file as module
+from siliang.use.asked_rows import read_asked
 from siliang.use.generate import generate, write_texts
 from siliang.use.predict_file import predict_file
 from siliang.use.sampling import RepetitionPenalty, Sampling
@@ -168,3 +170,49 @@ def test_options_of_generating(runs: dict[str, Path]) -> None:
     first, second = (run("generate", runs["causal_lm"], "one", *drawn) for _ in range(2))
     assert first.code == 0 and first.out == second.out, first
     assert "no effect at temperature 0" in refused("generate", runs["causal_lm"], "one", "--top-k", 3)
+
+
+USER, ANSWER = {"role": "user", "content": "one two"}, {"role": "assistant", "content": "no"}
+ASKED_ALONE: tuple[dict[str, Any], ...] = (
+    {"prompt": "one two"},
+    {"question": "one two"},
+    {"prompt": [USER]},
+    {"instruction": "one two"},
+    {"messages": [USER]},
+    {"messages": [USER, ANSWER]},
+    {"conversations": [{"from": "human", "value": "one two"}]},
+    {"prompt": "one two", "completion": "no", "label": False},
+    {"prompt": "one two", "chosen": "no", "rejected": "no"},
+    {"messages": [USER, ANSWER], "rejected_response": "good"},
+)
+IN_PAIRS: tuple[dict[str, Any], ...] = (
+    {"prompt": "one two", "chosen": "no", "rejected": "is"},
+    {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "is"}]},
+    {"conversations": [{"from": "human", "value": "one two"}], "chosen": "no", "rejected": "is"},
+)
+IN_A_LIST: tuple[dict[str, Any], ...] = ({"prompt": "one two", "responses": ["a", "b"], "scores": [1, 2]},)
+RATED: tuple[dict[str, Any], ...] = ({"prompt": "one two", "completion": "no", "label": True},)
+
+
+@pytest.mark.parametrize("task", ["preference", "kto"])
+def test_a_file_for_a_run_of_preferences(task: str, tmp_path: Path) -> None:
+    """Its rows need no answers, and the answers that they have are not what is asked."""
+    config = configured(task, make_models(tmp_path), tmp_path)
+    train(config)
+    own = open_run(Path(config.output))
+    wanted = generate(own, "one two", sampling=Sampling(6))
+    with_answers = {"preference": IN_PAIRS, "kto": RATED}[task]
+    for i, row in enumerate((*ASKED_ALONE, *with_answers)):
+        source = write_jsonl(tmp_path / f"{i}.jsonl", [row, dict.fromkeys(row, "")])
+        output = tmp_path / f"{i}-out.jsonl"
+        assert predict_file(own, str(source), output, sampling=Sampling(6)) == 2, row
+        found = [json.loads(line)["predicted_text"] for line in output.read_text().splitlines()]
+        assert found == [wanted, None], row
+    in_a_list = own.record.model_copy(update={"layout": "responses", "columns": {}})
+    for row in IN_A_LIST:
+        source = write_jsonl(tmp_path / "list.jsonl", [row])
+        (read,) = read_asked(replace(own, record=in_a_list), str(source))
+        assert read.asked == Conversation((Message("user", "one two"),)), row
+    nothing = write_jsonl(tmp_path / "nothing.jsonl", [{"chosen": "no", "rejected": "is", "id": 1}])
+    with pytest.raises(DataError, match=r"has no question.*'prompt'.*it has 'chosen', 'rejected', 'id'"):
+        predict_file(own, str(nothing), tmp_path / "none.jsonl")

@@ -132,6 +132,7 @@ _WITHOUT_LOSS = Task(
     metrics=(ACCURACY, MARGIN),
     quality=ACCURACY,
     verdict=verdict,
+    inputs_layouts=("prompt-completion", "alpaca", "messages", "sharegpt"),
     prompt=prompt,
     example_prompt="an instruction",
 )

@@ -1,7 +1,7 @@
 """What a task is: a row of the table in `tasks/__init__.py`.
 
-`Task` is an interface of plain fields and functions. The rooms above ask for a field and never for a task by name, so
-that a new task is one file and one row.
+`Task` is an interface of plain fields and functions. The packages that import it ask for a field and never for a task
+by name, so that a new task is one file and one row.
 """
 
 from __future__ import annotations
@@ -278,8 +278,8 @@ class Task:
         majority: The share of the rows that have the most frequent class; None where there are no classes.
 
         inputs: The parts of a row that are given to predict, the optional ones among them.
-        inputs_layouts: The names of the layouts by which rows are read that are given to predict, if not by `inputs`;
-            the first that fits is used.
+        inputs_layouts: The names of the layouts by which rows are read that are given to predict, if not by `inputs`,
+            or by those of the training; the first that fits is used.
         predict: Predictions for the user's texts; None for a model that writes.
         blank: The values of an empty line among the texts, for JSON.
         prompt: The tokens that a model that writes is given, and those that end its answer; from the tokenizer, the

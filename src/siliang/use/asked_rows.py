@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from siliang.config import Columns
-from siliang.data.cells import BadRow
-from siliang.data.examples import Conversation, Message, SourceTarget, Text
+from siliang.data.cells import BadRow, given
+from siliang.data.examples import Conversation, Message, Ranked, Rated, SourceTarget, Text
 from siliang.data.find_layout import find_layout
 from siliang.data.layouts import LAYOUTS
 from siliang.data.reading import DataRow, Reading
+from siliang.data.refused import PREFERENCES, WANTED
 from siliang.data.sources import open_source
 from siliang.data.text_files import kind_of
 from siliang.data.turns import listed
@@ -19,7 +20,8 @@ from siliang.language import Bilingual, local
 from siliang.run_folder import OpenedRun
 from siliang.types import DataError, message_of
 
-ANSWERS = ("output", "completion", "target", "chosen", "rejected")  # columns that the file need not have
+ANSWERS = ("output", "completion", "target")  # columns that the file need not have
+JUDGED = ("chosen", "rejected", "responses", "scores", "label")  # answers to choose from, and how good they are
 ANSWER = "-"  # in place of an answer that is not there
 
 
@@ -65,22 +67,36 @@ def read_asked(run: OpenedRun, source: str, system: str = "") -> Iterator[AskedR
 
 
 def _asked(run: OpenedRun, row: DataRow) -> Conversation | Text | None:
-    spec, columns = run.task.data, run.config.data.columns.model_copy(update={"task_id": None})
+    spec, read_by = run.task.data, run.task.inputs_layouts
+    known = {n: c for n, c in run.record.columns.items() if n in Columns.model_fields}
+    columns = run.config.data.columns.model_copy(update={"task_id": None, **known})
     values = dict(row.values)
+    layouts = [name for name in run.record.layouts if name in LAYOUTS]
+    if read_by:
+        if (question := _question(layouts, values, columns)) is not None:
+            return question
+        spec, layouts = replace(spec, layouts=read_by), list(read_by)
+        judged = {*(getattr(columns, name) for name in JUDGED), *PREFERENCES, *WANTED}
+        values = {name: value for name, value in row.values.items() if name not in judged}
     for name in ANSWERS:
-        column = str(run.record.columns.get(name, getattr(columns, name)))
-        if name in run.record.columns or column in values:
+        column = str(getattr(columns, name))
+        if read_by or name in known or column in values:
             values[column] = ANSWER
-    for name in (run.record.columns.get("messages", columns.messages), "conversations"):
+    for name in (columns.messages, "conversations"):
         if name in values and isinstance(turns := listed(values[name]), list):
             values[name] = _answered(turns)
-    known = {n: c for n, c in run.record.columns.items() if n in Columns.model_fields}
-    columns = columns.model_copy(update=known)
-    layouts = [name for name in run.record.layouts if name in LAYOUTS]
     name = layouts[0] if len(layouts) == 1 else "auto"
-    layout, columns = find_layout(name, values, spec, columns, row.where)
-    cells = [str(values.get(getattr(columns, need), "")).strip() for need in layout.needs]
-    if layout.needs and all(cell in ("", ANSWER) for cell in cells):
+    try:
+        layout, columns = find_layout(name, values, spec, columns, row.where)
+    except DataError:
+        if not read_by:
+            raise
+        answers = [value for name, value in row.values.items() if name not in values]
+        if answers and all(map(_is_blank, answers)):
+            return None
+        raise _no_question(row, columns) from None
+    cells = [values.get(name) for name in (*layout.fixed, *(getattr(columns, need) for need in layout.needs))]
+    if all(cell == ANSWER or _is_blank(cell) for cell in cells):
         return None
     try:
         found = layout.example(values, columns)
@@ -103,6 +119,31 @@ def _asked(run: OpenedRun, row: DataRow) -> Conversation | Text | None:
         Bilingual(
             f"{row.where} is not a question, a conversation or a text that a run can answer.",
             f"{row.where} 不是运行可以回答的问题、对话或文本。",
+        )
+    )
+
+
+def _question(layouts: Sequence[str], values: dict[str, object], columns: Columns) -> Conversation | None:
+    """What is asked in a row that has its answers, as in training; None where it is not such a row."""
+    for layout in map(LAYOUTS.__getitem__, layouts):
+        if all(name in values for name in (*layout.fixed, *(getattr(columns, need) for need in layout.needs))):
+            found = layout.example(values, columns)
+            if isinstance(found, Ranked | Rated):
+                return Conversation(found.prompt_messages, found.tools)
+    return None
+
+
+def _is_blank(cell: object) -> bool:
+    return not given(cell) or (isinstance(cell, str) and not cell.strip())
+
+
+def _no_question(row: DataRow, columns: Columns) -> DataError:
+    names = (columns.prompt, columns.instruction, columns.messages, "conversations")
+    there, wanted = ", ".join(map(repr, row.values)), ", ".join(map(repr, names))
+    return DataError(
+        Bilingual(
+            f"{row.where} has no question, which is in a column {wanted}; it has {there}.",
+            f"{row.where} 没有提问，提问应在 {wanted} 中的一列；它有 {there}。",
         )
     )
 
