@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from siliang.config import EvaluationConfig, RunConfig
@@ -180,11 +180,11 @@ def room(model: nn.Module, task: Task, asked: Mapping[int, HeldOutQuestion], con
     wanted = (config.evaluation or EvaluationConfig()).max_new_tokens
     positions = positions_of(model)
     longest = 0 if task.has_encoder else max(len(question.prompt) for question in asked.values())
-    limit = positions.writes if task.has_encoder else positions.reads
-    if limit is None:
+    left = room_behind(positions, longest, has_encoder=task.has_encoder)
+    if left is None:
         return wanted or config.data.max_target_length
-    if longest + (wanted or 1) > limit:
-        words = positions.in_words(limit)
+    if (wanted or 1) > left:
+        words = positions.in_words(left + longest)
         raise ConfigError(
             Bilingual(
                 f"evaluation.max_new_tokens = {wanted or 1:,} behind a prompt of {longest:,} tokens is more than the "
@@ -193,7 +193,18 @@ def room(model: nn.Module, task: Task, asked: Mapping[int, HeldOutQuestion], con
                 f" {words.zh}：请减小 evaluation.max_new_tokens 或 data.max_length。",
             )
         )
-    return wanted or min(config.data.max_target_length, limit - longest)
+    return wanted or min(config.data.max_target_length, left)
+
+
+def room_behind(positions: Positions, prompt: int, *, has_encoder: bool) -> int | None:
+    """The most tokens that a model with these positions can write behind a prompt of so many; None: any number.
+
+    Args:
+        has_encoder: The prompt is the encoder's, and takes none of the positions of what is written.
+    """
+    if has_encoder:
+        return positions.writes  # the last one is not read again, in whose place the start is
+    return None if positions.reads is None else positions.reads - prompt
 
 
 def positions_of(model: nn.Module, *, base: bool = False) -> Positions:
@@ -251,8 +262,22 @@ def writing(name: str) -> Iterator[None]:
         ) from error
 
 
+def padded_prompts(prompts: Sequence[Sequence[int]], pad: int, *, left: bool) -> dict[str, Tensor]:
+    """The inputs of generate for prompts that are answered at once: input_ids and attention_mask, (N, T).
+
+    Args:
+        left: Put the padding in front: a decoder writes on from the last column.
+    """
+    width = max(map(len, prompts))
+    ids, mask = torch.full((len(prompts), width), pad), torch.zeros(len(prompts), width, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        own = slice(width - len(prompt), width) if left else slice(len(prompt))
+        ids[i, own], mask[i, own] = torch.tensor(prompt), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def _options(model: Any, tokenizer: Any, config: RunConfig, task: Task) -> dict[str, Any]:
-    """The settings of generate for greedy text."""
+    """The settings of generate without sampling: greedy, or with the beams of the model's generation_config."""
     check_beams(model, config.model)
     options: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
     options |= one_plain_answer(model)
@@ -274,17 +299,8 @@ def _write(
     options: Mapping[str, Any],
 ) -> list[str]:
     """The texts for some entries, which are written at once."""
-    prompts = [list(asked[i].prompt) for i in entries]
-    width = max(map(len, prompts))
-    gaps = [width - len(ids) for ids in prompts]
-    pad = tokenizer.pad_token_id
-    if task.decoder_only:  # it writes on from the last column
-        ids = [[pad] * gap + own for own, gap in zip(prompts, gaps, strict=True)]
-        mask = [[0] * gap + [1] * len(own) for own, gap in zip(prompts, gaps, strict=True)]
-    else:
-        ids = [own + [pad] * gap for own, gap in zip(prompts, gaps, strict=True)]
-        mask = [[1] * len(own) + [0] * gap for own, gap in zip(prompts, gaps, strict=True)]
-    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    batch = padded_prompts([asked[i].prompt for i in entries], tokenizer.pad_token_id, left=task.decoder_only)
+    width = batch["input_ids"].shape[1]
     rows = tokens.__getitems__(list(entries))
     if TASK_IDS in rows[0] and isinstance(model, PeftModel):
         batch[TASK_IDS] = torch.tensor([row[TASK_IDS] for row in rows])

@@ -7,13 +7,12 @@ from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from siliang.config import RunConfig
 from siliang.data.examples import Conversation, Message, Text
 from siliang.engine.batches import in_steps
-from siliang.engine.written import check_beams, one_plain_answer, positions_of, writing
+from siliang.engine.written import check_beams, one_plain_answer, padded_prompts, positions_of, room_behind, writing
 from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
@@ -151,15 +150,11 @@ def _write(
     run: OpenedRun, prompts: Sequence[Asked], sampling: Sampling, on_text: Callable[[str], None] | None
 ) -> list[str]:
     """The texts behind some prompts, which are written at once."""
-    task, tokenizer, device = run.task, run.tokenizer, run.model.device
-    width, pad = max(len(p.ids) for p in prompts), tokenizer.pad_token_id
-    gaps = [[width - len(p.ids), len(p.ids)] for p in prompts]
-    left = task.decoder_only  # it writes on from the last column
-    ids = [[pad] * gap + p.ids if left else p.ids + [pad] * gap for p, (gap, _) in zip(prompts, gaps, strict=True)]
-    mask = [[0] * gap + [1] * n if left else [1] * n + [0] * gap for gap, n in gaps]
-    input_ids, attention = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    tokenizer, pad = run.tokenizer, run.tokenizer.pad_token_id
+    left = run.task.decoder_only
+    batch = {n: x.to(run.model.device) for n, x in padded_prompts([p.ids for p in prompts], pad, left=left).items()}
+    width, attention = batch["input_ids"].shape[1], batch["attention_mask"]
     settings: dict[str, Any] = {
-        "attention_mask": attention,
         "max_new_tokens": prompts[0].new,
         "do_sample": False,
         "pad_token_id": pad,
@@ -187,7 +182,7 @@ def _write(
     if run.model.generation_config.stop_strings is not None:
         settings["tokenizer"] = tokenizer
     settings |= one_plain_answer(run.model)
-    found = run.model.generate(input_ids=input_ids, **settings)
+    found = run.model.generate(**batch, **settings)
     texts = tokenizer.batch_decode(found[:, width:] if left else found, skip_special_tokens=True)
     texts = [sampling.cut(text) for text in texts]
     if on_text is not None and not streams:
@@ -222,7 +217,7 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
             Bilingual(f"max_new_tokens = {wanted:,} must be 1 or more.", f"max_new_tokens = {wanted:,}：至少为 1。")
         )
     task, positions = run.task, positions_of(run.model, base=base)
-    limit, room = positions.reads, None
+    limit = positions.reads
     if limit is not None and tokens > limit - task.decoder_only:
         raise ConfigError(
             Bilingual(
@@ -230,17 +225,15 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
                 f"提示有 {tokens:,} 个词元，而模型有{positions.in_words(limit).zh}：请缩短提示。",
             )
         )
-    if task.has_encoder:
-        room = None if positions.writes is None else positions.writes - 1  # one begins the target
-    elif limit is not None:
-        room = limit - tokens
+    room = room_behind(positions, tokens, has_encoder=task.has_encoder)
     if room is not None and wanted is not None and wanted > room:
+        words = positions.in_words(room if task.has_encoder else room + tokens)
         raise ConfigError(
             Bilingual(
                 f"max_new_tokens = {wanted:,} behind a prompt of {tokens:,} tokens is more than the model's "
-                f"{positions.in_words(limit if limit is not None else room)}: at most {room:,} can be written.",
+                f"{words}: at most {room:,} can be written.",
                 f"提示有 {tokens:,} 个词元，再加 max_new_tokens = {wanted:,} 就超出了模型的 "
-                f"{positions.in_words(limit if limit is not None else room).zh}：最多能生成 {room:,} 个。",
+                f"{words.zh}：最多能生成 {room:,} 个。",
             )
         )
     return wanted if wanted is not None else (up_to if room is None else min(up_to, room))
