@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from siliang.data.examples import Related
 from siliang.language import Bilingual
 from siliang.secrets import shortened
@@ -27,3 +29,10 @@ def only_pair(example: Related) -> Related:
             )
         )
     return Related(example.anchor, example.positives)
+
+
+def two_texts(given: str | Sequence[str]) -> tuple[str, str] | None:
+    """Two texts, given as a pair or as one text with a tab between them; None where there are not two, or one is
+    blank."""
+    parts = given.split("\t") if isinstance(given, str) else given
+    return (parts[0], parts[1]) if len(parts) == 2 and all(part.strip() for part in parts) else None

@@ -19,6 +19,7 @@ from siliang.secrets import shortened
 from siliang.tasks.losses import WithLogits
 from siliang.tasks.preference import ACCURACY, MARGIN, verdict
 from siliang.tasks.ranked import answers_of, encoder
+from siliang.tasks.related_texts import two_texts
 from siliang.tasks.task import EntryValues, Reply, Shown, StepLoss, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
@@ -122,9 +123,8 @@ def predict(run: Trained, pairs: Iterable[str | tuple[str, str] | Conversation])
 def _example(run: Trained, pair: str | tuple[str, str] | Conversation) -> Ranked:
     if isinstance(pair, Conversation):
         return Ranked(pair.messages[:-1], (pair.messages[-1:],), pair.tools)
-    parts = pair.split("\t") if isinstance(pair, str) else pair
-    if len(parts) != 2 or not all(part.strip() for part in parts):
-        given = shortened("\t".join(parts), 60)
+    if (parts := two_texts(pair)) is None:
+        given = shortened(pair if isinstance(pair, str) else "\t".join(pair), 60)
         raise DataError(
             Bilingual(
                 f"{run.name} rewards answers to prompts, and {given!r} is not both.\n"
