@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from commands import run as command
 from every_task import configured, make_models
-from tiny import WORDS
+from tiny import WORDS, write_jsonl
 
 import siliang
 from siliang.config import RunConfig
@@ -21,7 +21,7 @@ from siliang.safety.safe_yaml import dump_yaml
 from siliang.types import ConfigError, SiliangError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NAMES = ("check", "plan", "train", "evaluate", "predict", "generate", "compare", "merge")
+NAMES = ("check", "plan", "train", "evaluate", "predict", "predict_file", "generate", "compare", "merge")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,17 @@ def test_settings_in_each_form_are_the_same(config: RunConfig, tmp_path: Path) -
     assert siliang.run_config(config, data=tmp_path / "b.csv").data.train == str(tmp_path / "b.csv")
 
 
+def test_a_section_that_is_written_as_one_value_keeps_it(tmp_path: Path) -> None:
+    short = {"model": "m", "task": "seq_cls", "method": "ia3", "data": "a.csv", "output": "run"}
+    (tmp_path / "run.yaml").write_text(dump_yaml(short | {"data": {"train": "a.csv"}}))
+    for form in (short, tmp_path / "run.yaml"):
+        found = siliang.run_config(form, method={"init_ia3_weights": False}, data={"max_length": 16})
+        assert (found.method.name, found.method.arguments) == ("ia3", {"init_ia3_weights": False})
+        assert (found.data.train, found.data.max_length) == ("a.csv", 16)
+        assert siliang.run_config(form, method="bitfit").method.name == "bitfit"
+    assert siliang.run_config(short).data.train == "a.csv"
+
+
 def test_what_is_looked_at_before_a_run(config: RunConfig, tmp_path: Path) -> None:
     values = config.model_dump(mode="json", exclude_unset=True)
     del values["output"]
@@ -85,6 +96,15 @@ def test_a_run_is_trained_and_used(result: siliang.TrainingResult, config: RunCo
     found = siliang.predict(opened, texts)
     lines = [json.loads(line) for line in command("predict", result.folder, *texts, "--json").out.splitlines()]
     assert [p.values() for p in found] == lines and found == siliang.predict(str(result.folder), texts)
+    unsure = siliang.predict(opened, texts, top=2, min_confidence=1.0)
+    options = ("--top", "2", "--min-confidence", "1", "--json")
+    lines = [json.loads(line) for line in command("predict", result.folder, *texts, *options).out.splitlines()]
+    assert [p.values() for p in unsure] == lines and siliang.predict(opened, texts) == found
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    assert siliang.predict_file(opened, data, tmp_path / "out.jsonl", top=2) == 3
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["predicted_label"] for row in rows] == [p.predicted for p in found]
+    assert [len(row["predicted_top"]) for row in rows] == [2, 2, 2]
     proof = siliang.merge(result.folder, tmp_path / "merged")
     assert proof.holds and (tmp_path / "merged" / "model.safetensors").is_file()
 
@@ -99,6 +119,17 @@ def test_a_run_that_writes(models: dict[str, Path], tmp_path: Path) -> None:
     pieces: list[str] = []
     text = siliang.generate(result.folder, WORDS[3], max_new_tokens=4, on_text=pieces.append)
     assert text == "".join(pieces)
+    how: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "top_k": 9, "top_p": 0.9, "seed": 3}
+    how |= {"repetition_penalty": 1.2}
+    options = [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    drawn = siliang.generate(result.folder, WORDS[3], system=WORDS[5], stop=[WORDS[0]], **how)
+    shown = command("generate", result.folder, WORDS[3], "--system", WORDS[5], "--stop", WORDS[0], *options)
+    assert drawn == shown.out.rstrip("\n")
+    data = write_jsonl(tmp_path / "asked.jsonl", [{"instruction": WORDS[3]}])
+    sampling = siliang.Sampling(**how)
+    assert siliang.predict_file(result.folder, data, tmp_path / "out.jsonl", sampling=sampling) == 1
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert row["predicted_text"] == siliang.generate(result.folder, WORDS[3], **how)
 
 
 def test_a_comparison(config: RunConfig, tmp_path: Path) -> None:
@@ -117,6 +148,8 @@ def test_errors_are_siliangs(result: siliang.TrainingResult, config: RunConfig, 
         (lambda: siliang.check(tmp_path / "none.yaml"), "none.yaml"),
         (lambda: siliang.evaluate(tmp_path), "not a run's folder"),
         (lambda: siliang.generate(result.folder, "a"), "siliang predict"),
+        (lambda: siliang.predict(result.folder, ["a"], top=0), "1 or more"),
+        (lambda: siliang.predict(result.folder, ["a"], min_confidence=2.0), "0 to 1"),
         (lambda: siliang.evaluate(result.folder, measures=["bleu"]), "seq_cls has other metrics"),
         (lambda: siliang.merge(result.folder, tmp_path, dtype="int8"), "float32"),  # type: ignore[arg-type]
     ]
@@ -150,7 +183,8 @@ measured = siliang.evaluate(run.folder, measures=["bleu"], rows="all")
 signature: str = measured.signatures["bleu"]
 opened = siliang.open_run(run.folder)
 labels: list[str] = [p.predicted for p in siliang.predict(opened, ["a", "b"])]
-text: str = siliang.generate(opened, "say")
+text: str = siliang.generate(opened, "say", top_p=0.9, temperature=0.8, stop=["end"])
+rows: int = siliang.predict_file(opened, "a.csv", "b.csv", sampling=siliang.Sampling(seed=1))
 codes: list[str] = [f.code for f in siliang.check(model="m", task="seq_cls", data="a.csv").findings]
 peak: int = siliang.plan("run.yaml", memory="8GB").methods[0].peak_bytes
 best = siliang.compare("compare.yaml", seeds=2).recommendation.best

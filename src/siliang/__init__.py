@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         open_run,
         plan,
         predict,
+        predict_file,
         run_config,
         train,
     )
@@ -165,6 +166,7 @@ if TYPE_CHECKING:
     )
     from siliang.safety.permissions import allow_code
     from siliang.types import PeftType, SiliangError, TaskType
+    from siliang.use.sampling import Sampling
 
 __version__ = "0.1.0"
 
@@ -260,6 +262,7 @@ _HOME = {
     "RandLoraModel": "siliang.peft_api.tuners",
     "RoadConfig": "siliang.methods.road",
     "RoadModel": "siliang.peft_api.tuners",
+    "Sampling": "siliang.use.sampling",
     "ShiraConfig": "siliang.methods.shira",
     "ShiraModel": "siliang.peft_api.tuners",
     "SiliangError": "siliang.types",
@@ -302,6 +305,7 @@ _HOME = {
     "open_run": "siliang.functions",
     "plan": "siliang.functions",
     "predict": "siliang.functions",
+    "predict_file": "siliang.functions",
     "prepare_model_for_kbit_training": "siliang.peft_api.functions",
     "preprocess_corda": "siliang.peft_api.data_initializations",
     "preprocess_loraga": "siliang.peft_api.data_initializations",
@@ -406,6 +410,7 @@ __all__ = [
     "RandLoraModel",
     "RoadConfig",
     "RoadModel",
+    "Sampling",
     "ShiraConfig",
     "ShiraModel",
     "SiliangError",
@@ -448,6 +453,7 @@ __all__ = [
     "open_run",
     "plan",
     "predict",
+    "predict_file",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",

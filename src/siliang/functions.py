@@ -8,14 +8,12 @@ name, each a value or a section: `train("run.yaml", output="b", train={"learning
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from siliang.config import MeasureName, RunConfig
+from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
-from siliang.data.examples import Example
 from siliang.function_settings import (
     CheckResult,
     ComparisonResult,
@@ -26,34 +24,13 @@ from siliang.function_settings import (
     values_of,
 )
 from siliang.language import Bilingual
+from siliang.run_functions import evaluate, generate, merge, open_run, predict, predict_file
 from siliang.types import ConfigError
 from siliang.units import parse_bytes
 
 if TYPE_CHECKING:  # slow to import
-    from siliang.merge import MergeProof
     from siliang.records import PlanRecord
-    from siliang.run_folder import OpenedRun
-    from siliang.tasks import Prediction
     from siliang.train.log import Progress
-    from siliang.use.evaluate import Evaluation
-
-
-def open_run(run: str | os.PathLike[str], *, base: str | None = None, force: bool = False) -> OpenedRun:
-    """Loads a run, for several calls of the functions below.
-
-    Args:
-        run: Its folder, or that of a checkpoint in it; or a model that writes, or such an adapter, alone.
-        base: The present place of its base model, if it was moved.
-        force: Open it even if its base model or its data have changed since its training.
-    """
-    from siliang.hardware import find_device
-    from siliang.run_folder import find_run_or_model, open_trained
-
-    return open_trained(find_run_or_model(Path(run), base=base, force=force), device=find_device())
-
-
-def _opened(run: OpenedRun | str | os.PathLike[str]) -> OpenedRun:
-    return open_run(run) if isinstance(run, str | os.PathLike) else run
 
 
 # ---- before a run ----
@@ -173,144 +150,6 @@ def train(
     return TrainingResult(Path(config.output), record, next(iter(verdicts), None))
 
 
-def evaluate(
-    run: OpenedRun | str | os.PathLike[str],
-    data: str | os.PathLike[str] | None = None,
-    *,
-    measures: Sequence[MeasureName] | None = None,
-    rows: int | Literal["all"] | None = None,
-    batch_size: int | None = None,
-) -> Evaluation:
-    """The metrics of a run.
-
-    Args:
-        run: Its folder, or an opened run.
-        data: None: the run's held-out rows.
-        measures: Of the texts that the model writes (docs/measures.md). None: the run's own.
-        rows: For how many rows texts are written. None: evaluation.rows.
-        batch_size: Rows that go through the model at once. None: the run's own.
-
-    Returns:
-        `metrics` by name, and the `signatures` of measures of texts.
-
-    Raises:
-        DataError: There is no row to measure.
-        ConfigError: A measure does not suit the run.
-    """
-    from siliang.use.evaluate import evaluation, with_evaluation
-
-    opened = _opened(run)
-    settings: dict[str, object] = {} if measures is None else {"measures": list(measures)}
-    settings |= {} if rows is None else {"rows": None if rows == "all" else rows}
-    opened = with_evaluation(opened, settings) if settings else opened
-    return evaluation(opened, None if data is None else os.fspath(data), batch_size=batch_size)
-
-
-def predict(
-    run: OpenedRun | str | os.PathLike[str],
-    inputs: Iterable[str | tuple[str, ...] | Example],
-    *,
-    batch_size: int | None = None,
-) -> list[Prediction]:
-    """A prediction for each text, in order.
-
-    Args:
-        run: Its folder, or an opened run.
-        inputs: Texts; pairs of texts; (question, context); or the words of a sentence.
-        batch_size: Rows that go through the model at once. None: the run's own.
-
-    Returns:
-        Each has `predicted`, `probability`, `inputs`, and `values()` for JSON.
-
-    Raises:
-        ConfigError: The run writes text: use `generate`.
-        DataError: A text lacks a part, or is longer than the model can read.
-    """
-    from siliang.use.predict import predict as predictions
-
-    return list(predictions(_opened(run), inputs, batch_size=batch_size))
-
-
-def generate(
-    run: OpenedRun | str | os.PathLike[str],
-    instruction: str,
-    input: str = "",
-    *,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    plain: bool | None = None,
-    base: bool = False,
-    on_text: Callable[[str], None] | None = None,
-) -> str:
-    """The text that a run's model writes, in the run's template.
-
-    Args:
-        run: Its folder, or an opened run.
-        input: Of the instruction.
-        max_new_tokens: None: 128, or as many as the model has positions for.
-        temperature: 0: the most probable token each time.
-        plain: Continue the text without a template. None: as the run was trained.
-        base: Ask the base model, without the adapter.
-        on_text: Called with each piece of the text while it is written.
-
-    Raises:
-        ConfigError: The run does not write, or the text is too long for it.
-    """
-    from siliang.use.generate import generate as write
-
-    return write(
-        _opened(run),
-        instruction,
-        input,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        plain=plain,
-        base=base,
-        on_text=on_text,
-    )
-
-
-def merge(
-    run: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    data: str | os.PathLike[str] | None = None,
-    base: str | None = None,
-    force: bool = False,
-) -> MergeProof:
-    """Merges a run's adapter into its base model, checks that the outputs are equal, and saves a plain model.
-
-    Args:
-        run: Its folder.
-        output: A new folder.
-        dtype: Of the saved model.
-        data: Rows for the check. None: the run's own.
-        base: The present place of the base model, if it was moved.
-        force: Keep the model even if its outputs differ.
-
-    Raises:
-        MergeError: The outputs differ; nothing is written.
-        ConfigError: The run has no adapter.
-    """
-    import torch
-
-    from siliang.run_folder import check_empty
-    from siliang.run_folder import open_run as opened
-    from siliang.use.merge import merge as merged
-
-    numbers = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in numbers:
-        raise ConfigError(
-            Bilingual(
-                f"dtype = {dtype!r}: must be {', '.join(numbers)}.", f"dtype = {dtype!r}：应为 {'、'.join(numbers)}。"
-            )
-        )
-    check_empty(Path(output))
-    loaded = opened(Path(run), base=base, force=force, dtype=numbers[dtype], quantized=False)
-    return merged(loaded, Path(output), data=None if data is None else os.fspath(data), force=force)
-
-
 def compare(
     settings: CompareConfig | Settings | None = None,
     *,
@@ -377,6 +216,7 @@ __all__ = [
     "open_run",
     "plan",
     "predict",
+    "predict_file",
     "run_config",
     "train",
 ]

@@ -77,6 +77,11 @@ def check_predicts(run: OpenedRun) -> None:
         ConfigError: The run writes text, or an option is not for it.
     """
     hooks = run.task.labels
+    if run.top < 1:
+        raise ConfigError(Bilingual(f"top = {run.top}: must be 1 or more.", f"top = {run.top}：至少为 1。"))
+    if run.min_confidence is not None and not 0 <= run.min_confidence <= 1:
+        shown = f"min_confidence = {run.min_confidence:g}"
+        raise ConfigError(Bilingual(f"{shown}: must be 0 to 1.", f"{shown}：应为 0 到 1。"))
     if run.top > 1 and not (hooks and hooks.ranks):
         raise ConfigError(
             Bilingual(

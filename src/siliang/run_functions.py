@@ -1,0 +1,259 @@
+"""What is done with a trained run, as functions (docs/python.md): what `siliang eval, predict, generate, merge` do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from siliang.config import MeasureName
+from siliang.data.examples import Example
+from siliang.language import Bilingual
+from siliang.types import ConfigError
+
+if TYPE_CHECKING:  # slow to import
+    from siliang.merge import MergeProof
+    from siliang.run_folder import OpenedRun
+    from siliang.tasks import Prediction
+    from siliang.use.evaluate import Evaluation
+    from siliang.use.sampling import Sampling
+
+
+def open_run(run: str | os.PathLike[str], *, base: str | None = None, force: bool = False) -> OpenedRun:
+    """Loads a run, for several calls of the functions below.
+
+    Args:
+        run: Its folder, or that of a checkpoint in it; or a model that writes, or such an adapter, alone.
+        base: The present place of its base model, if it was moved.
+        force: Open it even if its base model or its data have changed since its training.
+    """
+    from siliang.hardware import find_device
+    from siliang.run_folder import find_run_or_model, open_trained
+
+    return open_trained(find_run_or_model(Path(run), base=base, force=force), device=find_device())
+
+
+def _opened(run: OpenedRun | str | os.PathLike[str]) -> OpenedRun:
+    return open_run(run) if isinstance(run, str | os.PathLike) else run
+
+
+def evaluate(
+    run: OpenedRun | str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    *,
+    measures: Sequence[MeasureName] | None = None,
+    rows: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """The metrics of a run.
+
+    Args:
+        run: Its folder, or an opened run.
+        data: None: the run's held-out rows.
+        measures: Of the texts that the model writes (docs/measures.md). None: the run's own.
+        rows: For how many rows texts are written. None: evaluation.rows.
+        batch_size: Rows that go through the model at once. None: the run's own.
+
+    Returns:
+        `metrics` by name, and the `signatures` of measures of texts.
+
+    Raises:
+        DataError: There is no row to measure.
+        ConfigError: A measure does not suit the run.
+    """
+    from siliang.use.evaluate import evaluation, with_evaluation
+
+    opened = _opened(run)
+    settings: dict[str, object] = {} if measures is None else {"measures": list(measures)}
+    settings |= {} if rows is None else {"rows": None if rows == "all" else rows}
+    opened = with_evaluation(opened, settings) if settings else opened
+    return evaluation(opened, None if data is None else os.fspath(data), batch_size=batch_size)
+
+
+def predict(
+    run: OpenedRun | str | os.PathLike[str],
+    inputs: Iterable[str | tuple[str, ...] | Example],
+    *,
+    top: int | None = None,
+    min_confidence: float | None = None,
+    batch_size: int | None = None,
+) -> list[Prediction]:
+    """A prediction for each text, in order.
+
+    Args:
+        run: Its folder, or an opened run.
+        inputs: Texts; pairs of texts; (question, context); or the words of a sentence.
+        top: So many of the most probable classes, in `values()["top"]`. None: only the most probable one.
+        min_confidence: Below this probability a prediction is "no label". None: classification.min_confidence of the
+            run.
+        batch_size: Rows that go through the model at once. None: the run's own.
+
+    Returns:
+        Each has `predicted`, `probability`, `inputs`, and `values()` for JSON.
+
+    Raises:
+        ConfigError: The run writes text: use `generate`; or `top` or `min_confidence` is not for it.
+        DataError: A text lacks a part, or is longer than the model can read.
+    """
+    from siliang.use.predict import predict as predictions
+
+    return list(predictions(_with_classes(_opened(run), top, min_confidence), inputs, batch_size=batch_size))
+
+
+def _with_classes(run: OpenedRun, top: int | None, min_confidence: float | None) -> OpenedRun:
+    """The run with what is wanted of its classes."""
+    least = run.min_confidence if min_confidence is None else min_confidence
+    return replace(run, top=run.top if top is None else top, min_confidence=least)
+
+
+def predict_file(
+    run: OpenedRun | str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    top: int | None = None,
+    min_confidence: float | None = None,
+    sampling: Sampling | None = None,
+    system: str = "",
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Writes the rows of a data file with a run's predictions, or with the texts that it generates, into another file.
+    The same call resumes where it was stopped.
+
+    Args:
+        run: Its folder, or an opened run.
+        data: A file with the columns that the run was trained on.
+        output: A new .csv, .tsv, .jsonl or .parquet file.
+        top: As for `predict`, like `min_confidence`.
+        sampling: How a run that generates writes its texts. None: the most probable token each time.
+        system: For such a run, a system message for rows without one.
+        batch_size: For such a run, the texts that are written at once.
+        progress: Called with the number of rows that are done.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        DataError: A row cannot be read.
+        ConfigError: The output is of another kind, or an argument is not for the run.
+        OutputError: The output is there already, or its .partial is of another call.
+        InterruptedRunError: Ctrl-C.
+    """
+    from siliang.use.predict_file import check_output
+    from siliang.use.predict_file import predict_file as write
+
+    check_output(Path(output))
+    return write(
+        _with_classes(_opened(run), top, min_confidence),
+        os.fspath(data),
+        Path(output),
+        sampling=sampling,
+        system=system,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def generate(
+    run: OpenedRun | str | os.PathLike[str],
+    instruction: str,
+    input: str = "",
+    *,
+    system: str = "",
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    plain: bool | None = None,
+    base: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """The text that a run's model writes, in the run's template.
+
+    Args:
+        run: Its folder, or an opened run.
+        input: Of the instruction.
+        system: A system message.
+        max_new_tokens: None: 128, or as many as the model has positions for.
+        temperature: 0: the most probable token each time.
+        top_p: Only the most probable tokens are drawn that together have this probability.
+        top_k: Only so many of the most probable tokens are drawn.
+        repetition_penalty: Above 1: tokens that are there already are less probable.
+        stop: The text ends in front of the first of these.
+        seed: The same seed gives the same text. None: another text each time.
+        plain: Continue the text without a template. None: as the run was trained.
+        base: Ask the base model, without the adapter.
+        on_text: Called with each piece of the text while it is written.
+
+    Raises:
+        ConfigError: The run does not write, the text is too long for it, or a value is not allowed.
+    """
+    from siliang.use.generate import generate as write
+    from siliang.use.sampling import Sampling
+
+    sampling = Sampling(
+        max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        seed=seed,
+    )
+    return write(
+        _opened(run),
+        instruction,
+        input,
+        system=system,
+        sampling=sampling,
+        plain=plain,
+        base=base,
+        on_text=on_text,
+    )
+
+
+def merge(
+    run: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    data: str | os.PathLike[str] | None = None,
+    base: str | None = None,
+    force: bool = False,
+) -> MergeProof:
+    """Merges a run's adapter into its base model, checks that the outputs are equal, and saves a plain model.
+
+    Args:
+        run: Its folder.
+        output: A new folder.
+        dtype: Of the saved model.
+        data: Rows for the check. None: the run's own.
+        base: The present place of the base model, if it was moved.
+        force: Keep the model even if its outputs differ.
+
+    Raises:
+        MergeError: The outputs differ; nothing is written.
+        ConfigError: The run has no adapter.
+    """
+    import torch
+
+    from siliang.run_folder import check_empty
+    from siliang.run_folder import open_run as opened
+    from siliang.use.merge import merge as merged
+
+    numbers = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in numbers:
+        raise ConfigError(
+            Bilingual(
+                f"dtype = {dtype!r}: must be {', '.join(numbers)}.", f"dtype = {dtype!r}：应为 {'、'.join(numbers)}。"
+            )
+        )
+    check_empty(Path(output))
+    loaded = opened(Path(run), base=base, force=force, dtype=numbers[dtype], quantized=False)
+    return merged(loaded, Path(output), data=None if data is None else os.fspath(data), force=force)
