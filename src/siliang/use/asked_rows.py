@@ -69,7 +69,7 @@ def read_asked(run: OpenedRun, source: str, system: str = "") -> Iterator[AskedR
 def _asked(run: OpenedRun, row: DataRow) -> Conversation | Text | None:
     spec, read_by = run.task.data, run.task.inputs_layouts
     known = {n: c for n, c in run.record.columns.items() if n in Columns.model_fields}
-    columns = run.config.data.columns.model_copy(update={"task_id": None, **known})
+    columns = run.config.data.columns.model_copy(update={**known, "task_id": None})
     values = dict(row.values)
     layouts = [name for name in run.record.layouts if name in LAYOUTS]
     if read_by:
