@@ -19,7 +19,7 @@ from every_task import make_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
-from sklearn.metrics import cohen_kappa_score
+from sklearn.metrics import cohen_kappa_score, f1_score, precision_recall_fscore_support
 from tiny import WORDS, write_jsonl
 from transformers import AutoModelForSequenceClassification
 
@@ -198,6 +198,38 @@ def test_metrics_are_scikit_learns_and_scipys() -> None:
     same = np.ones(4)
     assert class_metrics.of_numbers(same, same) == {"mse": 0.0, "mae": 0.0, "spearman": 0.0, "r2": 0.0}
     assert class_metrics.quadratic_kappa(np.zeros(3, int), np.zeros(3, int), 2) == 0.0
+
+
+@pytest.mark.parametrize("labels", [1, 2, 5])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
+def test_f1_of_several_labels_is_scikit_learns(labels: int) -> None:
+    random = np.random.default_rng(labels)
+    predicted, reference = (random.random((40, labels)) > cut for cut in (0.6, 0.4))
+    predicted, reference = predicted.astype(int), reference.astype(int)
+    if labels > 2:
+        predicted[:, -1] = reference[:, -1] = 0  # a label that is nowhere
+    found = class_metrics.of_several(predicted, reference)
+    # of one column scikit-learn makes two classes: absent and present
+    columns = [(reference[:, c], predicted[:, c]) for c in range(labels)]
+    of_each = [precision_recall_fscore_support(*c, average="binary", zero_division=0.0)[:3] for c in columns]
+    assert found["f1"] == pytest.approx(np.mean([f1 for _, _, f1 in of_each]))
+    assert found["f1_micro"] == pytest.approx(f1_score(reference.ravel(), predicted.ravel(), zero_division=0.0))
+    assert found["subset_accuracy"] == pytest.approx((predicted == reference).all(1).mean())
+    table = class_metrics.by_class(predicted, reference, [f"l{c}" for c in range(labels)])
+    assert np.allclose([(c.precision, c.recall, c.f1) for c in table], of_each)
+    assert [c.rows for c in table] == reference.sum(0).tolist()
+    if labels > 1:
+        for average, name in (("micro", "f1_micro"), ("macro", "f1")):
+            assert found[name] == pytest.approx(f1_score(reference, predicted, average=average, zero_division=0.0))
+
+
+def test_by_class_of_one_class_a_row_is_scikit_learns() -> None:
+    random = np.random.default_rng(0)
+    predicted, reference = random.integers(0, 4, 50), random.integers(1, 5, 50)
+    theirs = precision_recall_fscore_support(reference, predicted, labels=range(5), average=None, zero_division=0.0)
+    table = class_metrics.by_class(predicted, reference, list("abcde"))
+    ours = np.array([(c.precision, c.recall, c.f1, c.rows) for c in table])
+    assert np.allclose(ours, np.stack(theirs, 1))
 
 
 def test_the_temperature_is_the_one_with_the_smallest_loss() -> None:

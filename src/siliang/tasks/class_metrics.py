@@ -1,18 +1,17 @@
 """Metrics of several labels, of ordered classes and of numbers, and the table of the classes.
 
-F1 and its parts are scikit-learn's. The others are a few lines, for scikit-learn and scipy warn, or give NaN, where all
-values are equal; the tests compare them with both.
+All are a few lines: scikit-learn takes one column of labels for two classes, absent and present, and it and scipy warn,
+or give NaN, where all values are equal; the tests compare them with both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from siliang.records.classes import MOST_IN_TABLE, ClassMetrics
-from siliang.tasks.metrics import ZERO
 
 
 def of_several(predicted: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -21,12 +20,50 @@ def of_several(predicted: np.ndarray, reference: np.ndarray) -> dict[str, float]
     Args:
         predicted: 0 or 1, (N, C); `reference` likewise.
     """
-    from sklearn.metrics import f1_score
-
-    micro: Any = f1_score(reference, predicted, average="micro", zero_division=ZERO)
-    macro: Any = f1_score(reference, predicted, average="macro", zero_division=ZERO)
+    counts = Counts.of_labels(predicted, reference)
     exact = float((predicted == reference).all(1).mean())
-    return {"f1_micro": float(micro), "f1": float(macro), "subset_accuracy": exact}
+    return {"f1_micro": float(counts.total().f1[0]), "f1": float(counts.f1.mean()), "subset_accuracy": exact}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of each class, (C,): rows that have it and get it (true positives), that get it, and that have it."""
+
+    both: np.ndarray
+    predicted: np.ndarray
+    reference: np.ndarray
+
+    @classmethod
+    def of_labels(cls, predicted: np.ndarray, reference: np.ndarray) -> Counts:
+        """From 0 or 1 for each label, (N, C)."""
+        return cls((predicted & reference).sum(0), predicted.sum(0), reference.sum(0))
+
+    @classmethod
+    def of_classes(cls, predicted: np.ndarray, reference: np.ndarray, classes: int) -> Counts:
+        """From numbers of classes, (N,)."""
+        found = (predicted[predicted == reference], predicted, reference)
+        return cls(*(np.bincount(numbers, minlength=classes) for numbers in found))
+
+    def total(self) -> Counts:
+        """The sums over all classes, (1,)."""
+        return Counts(*(n.sum(keepdims=True) for n in (self.both, self.predicted, self.reference)))
+
+    @property
+    def precision(self) -> np.ndarray:
+        return _ratio(self.both, self.predicted)
+
+    @property
+    def recall(self) -> np.ndarray:
+        return _ratio(self.both, self.reference)
+
+    @property
+    def f1(self) -> np.ndarray:
+        return _ratio(2 * self.both, self.predicted + self.reference)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """0 where both are 0."""
+    return above / np.maximum(below, 1)
 
 
 def of_ordered(predicted: np.ndarray, reference: np.ndarray, classes: int) -> dict[str, float]:
@@ -76,15 +113,12 @@ def by_class(predicted: np.ndarray, reference: np.ndarray, names: Sequence[str])
     Args:
         predicted: Numbers of classes, (N,), or 0 or 1 for each label, (N, C); `reference` likewise.
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
-    labels = list(range(len(names)))
-    found: Any = precision_recall_fscore_support(reference, predicted, labels=labels, average=None, zero_division=ZERO)
-    precision, recall, f1, rows = found
-    given = predicted.sum(0) if predicted.ndim == 2 else np.bincount(predicted, minlength=len(names))
+    several = predicted.ndim == 2
+    counts = Counts.of_labels(predicted, reference) if several else Counts.of_classes(predicted, reference, len(names))
+    columns = (counts.reference, counts.predicted, counts.precision, counts.recall, counts.f1)
     return [
-        ClassMetrics(name=name, rows=int(n), predicted=int(m), precision=float(p), recall=float(r), f1=float(f))
-        for name, n, m, p, r, f in zip(names, rows, given, precision, recall, f1, strict=True)
+        ClassMetrics(name=name, rows=n, predicted=m, precision=p, recall=r, f1=f)
+        for name, n, m, p, r, f in zip(names, *(column.tolist() for column in columns), strict=True)
     ]
 
 
