@@ -25,7 +25,12 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "siliang_training.s
 
 
 # Settings of sections that say what the model's outputs are, and so belong to the adapter.
-OUTPUTS = {"embedding": ("pooling", "normalize", "query_prompt", "document_prompt"), "reranker": ("loss",)}
+OUTPUTS = {
+    "classification": ("problem", "label_separator", "min_confidence", "threshold"),
+    "embedding": ("pooling", "normalize", "query_prompt", "document_prompt"),
+    "preference": ("loss",),
+    "reranker": ("loss",),
+}
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,14 @@ class StartAdapter:
         for name in own:
             if known.get(name) is not None and name not in values and not (with_model and name == "revision"):
                 values[name] = str(known[name]) if name == "task" else known[name]
+        same_task = str(values.get("task")).lower() == str(self.run.get("task")).lower()
         for section, names in OUTPUTS.items():
             of_run, given_here = self.run.get(section), values.get(section) or {}
-            if isinstance(of_run, dict) and isinstance(given_here, dict) and str(values.get("task")).lower() == section:
-                values[section] = {name: of_run[name] for name in names if name in of_run} | given_here
+            if not (same_task and isinstance(of_run, dict) and isinstance(given_here, dict)):
+                continue
+            kept = {name: of_run[name] for name in names if name in of_run}
+            other_problem = given_here.get("problem", kept.get("problem")) != kept.get("problem")
+            values[section] = given_here if other_problem else kept | given_here
         data = values.get("data")
         if isinstance(data, dict) and self.record is not None:
             text = {name: self.run["data"].get(name) for name in ("template", "template_arguments", "add_tokens")}
