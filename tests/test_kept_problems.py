@@ -22,7 +22,7 @@ from siliang.train.log import Progress
 from siliang.train.run import train
 from siliang.train.start_adapter import filled_in
 from siliang.train.types import Listener
-from siliang.types import ConfigError, InterruptedRunError
+from siliang.types import InterruptedRunError
 from siliang.use.merge import merge
 from siliang.use.predict import predict
 

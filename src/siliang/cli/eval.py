@@ -137,8 +137,9 @@ def evaluate(
     if data is None and learned is not None and learned.chosen_on is not None:
         notes.append(
             both(
-                "temperature or thresholds were chosen on these rows: expect a little less on new ones (--data)",
-                "温度或阈值就是在这些样本上选取的：在新样本（--data）上效果会略低",
+                "temperature or thresholds were chosen on these rows: expect a little less on new ones (--data); the "
+                "metrics in run.json are without them",
+                "温度或阈值就是在这些样本上选取的：在新样本（--data）上效果会略低；run.json 中的指标没有使用它们",
             )
         )
     show_notes(notes)

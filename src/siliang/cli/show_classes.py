@@ -43,7 +43,7 @@ def show_classes(report: ClassReport, learned: Classification | None) -> None:
         _print_table([["", *names], *cells])
     if report.mistakes:
         print()
-        print(both("the most confident mistakes (expected -> predicted)", "最自信的错误（正确 -> 预测）"))
+        print(both("the most confident mistakes (expected -> predicted)", "置信度最高的错误（正确 -> 预测）"))
     for m in report.mistakes:
         sure = "" if m.probability is None else f" {m.probability:.2f}"
         text = shortened(one_line(m.text), TEXT)

@@ -64,11 +64,11 @@ class ClassificationConfig(Section):
     焦点损失：每条样本的损失乘以 (1 - p)^gamma，p 是其标签的概率；常用 2。用于 one_label 和 several_labels。"""
     threshold: Literal["auto"] | Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """The probability from which a label is given, for several_labels. auto: for each label the one with the highest F1
-    on the held-out rows at the end of the training; with data.validation_size these are not the rows of the final
-    metrics of another evaluation.
+    on the held-out rows at the end of the training; the run's own metrics, and the table of a comparison, are those
+    of 0.5.
 
-    several_labels 中，概率达到多少就给出标签。auto：训练结束时，为每个标签选取在验证集上 F1 最高的阈值；配合
-    data.validation_size，可以不在最终评估的样本上选取。"""
+    several_labels 中，概率达到多少就给出标签。auto：训练结束时，为每个标签选取在验证集上 F1 最高的阈值；运行自身的指标
+    和比较的表格仍按 0.5 计算。"""
     calibrate: bool = False
     """Divide the logits by a temperature, which is fitted to the held-out rows at the end of the training, so that the
     probabilities of predictions are as high as their accuracy. The record has the error before and after.

@@ -24,7 +24,8 @@ class Classification(Part):
     """The weight of each class in the loss, by number."""
     chosen_on: Literal["validation", "held_out"] | None = None
     """The rows on which the temperature and the thresholds were chosen: those of data.validation_size, or the held-out
-    rows, on which the run's own metrics are measured, too. None: nothing was chosen."""
+    rows. The metrics and the answers in the records are of the same rows, and so are those without them. None: nothing
+    was chosen."""
     temperature: Annotated[float, Field(gt=0, le=1000)] | None = None
     """What logits are divided by in predictions (Guo et al. 2017); None: 1."""
     ece_before: Share | None = None
@@ -33,6 +34,10 @@ class Classification(Part):
     """The same after it."""
     thresholds: Annotated[list[Share], Field(max_length=MOST)] | None = None
     """The probability from which each label is given, by number."""
+
+    def before_choice(self) -> Classification:
+        """The same without what was chosen at the end of the training."""
+        return self.model_copy(update={"temperature": None, "thresholds": None})
 
 
 class ClassMetrics(Part):

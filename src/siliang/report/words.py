@@ -235,14 +235,14 @@ WORDS: dict[str, tuple[str, str]] = {
         "概率经温度 {t} 校准：期望校准误差之前为 {before}，之后为 {after}。",
     ),
     "chosen_here": (
-        "Temperature and thresholds were chosen on these rows: on new rows expect a little less.",
-        "温度和阈值就是在这些样本上选取的：在新样本上效果会略低。",
+        "Temperature and thresholds were chosen on these rows: all metrics of this page are without them.",
+        "温度和阈值就是在这些样本上选取的：本页的指标都没有使用它们。",
     ),
     "confusion": (
         "Confusion: a row for each right class, a column for each predicted one",
         "混淆矩阵：每行是正确类别，每列是预测类别",
     ),
-    "mistakes": ("The most confident mistakes", "最自信的错误"),
+    "mistakes": ("The most confident mistakes", "置信度最高的错误"),
     "mistakes_of_numbers": ("The largest differences", "相差最大的样本"),
     "row_text": ("text", "文本"),
     "row_predicted": ("predicted", "预测"),

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from siliang.data.jinja import with_chat_template
-from siliang.engine.evaluate import metrics_of
 from siliang.files import find_damage, replacing_folder
 from siliang.language import both
 from siliang.memory.peak import PeakMemory
@@ -17,6 +16,7 @@ from siliang.models.save import save_model
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
+from siliang.tasks import LabelHooks
 from siliang.train.loop import Training
 from siliang.train.saving import (
     checkpoints,
@@ -34,8 +34,9 @@ def measure(training: Training, memory: PeakMemory) -> None:
     record = run.record
     if len(run.eval_set):
         metrics = _best_metrics(training)
-        metrics = _with_labels(training) if run.task.labels is not None else metrics
         record.final = _named(metrics, run)
+        if run.task.labels is not None:
+            _report_and_choose(run, run.task.labels)
         record.seconds.eval = round(time.perf_counter() - started, 3)
     write_peak(record, memory)
     if run.ranks.size > 1:
@@ -45,19 +46,13 @@ def measure(training: Training, memory: PeakMemory) -> None:
         record.final["train_loss"] = losses[-1]
 
 
-def _with_labels(training: Training) -> dict[str, float]:
-    """Chooses what predictions need on the held-out rows, as the settings say; writes it, and the rows by class, into
-    the record. Returns the metrics with it."""
-    run = training.prepared
-    sums = run.sums
-    hooks, record = run.task.labels, run.record
-    assert hooks is not None
+def _report_and_choose(run: Run, hooks: LabelHooks) -> None:
+    """Writes the held-out rows by class into the record, and then what predictions need, which is chosen on them as the
+    settings say. No metric in the record has it: chosen on the same rows, it would be too good."""
+    record = run.record
+    record.class_report = hooks.report(run.sums.found, run.eval_rows)
     if hooks.fit is not None and record.classification is not None:
-        record.classification = hooks.fit(record.classification, sums.found, run.eval_rows)
-        hooks = run.task.labels  # with what was chosen
-        assert hooks is not None
-    record.class_report = hooks.report(sums.found, run.eval_rows)
-    return metrics_of(run.task, sums, run.eval_rows)
+        record.classification = hooks.fit(record.classification, run.sums.found, run.eval_rows)
 
 
 def write_peak(record: Record, memory: PeakMemory) -> None:

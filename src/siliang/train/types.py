@@ -89,8 +89,10 @@ class Run:
 
     @property
     def task(self) -> Task:
-        """The task, with what the run's settings and its record say of it."""
-        return task_of(self.config, self.examples.layout, self.record.classification)
+        """The task, with what the run's settings and its record say of it; but for what was chosen on the rows that
+        are measured."""
+        learned = self.record.classification
+        return task_of(self.config, self.examples.layout, None if learned is None else learned.before_choice())
 
     def where(self, row: int) -> str:
         """The place of a row of the steps that are being made."""
