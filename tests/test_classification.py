@@ -24,7 +24,7 @@ from tiny import WORDS, write_jsonl
 from transformers import AutoModelForSequenceClassification
 
 from siliang.config import RunConfig
-from siliang.data.label_look import look_at
+from siliang.data.infer_problem import look_at
 from siliang.data.labels import alike
 from siliang.engine.order import Order
 from siliang.records import Answers, Record
@@ -278,7 +278,11 @@ def rows(kind: str, n: int = 60) -> list[dict[str, object]]:
     for i in range(n):
         words = [WORDS[(5 * i + 3 * j) % 23] for j in range(3 + i % 6)]
         have = [w for w in ("good", "film", "story") if w in words]
-        label: object = {"several": have, "one": ("neg", "pos")[i % 4 == 0]}[kind]
+        if kind == "flags":
+            found.append({"text": " ".join(words), "obscene": i % 2, "toxic": int(i % 3 == 0)})
+            continue
+        one, mixed = (names[i % 4 == 0] for names in (("neg", "pos"), ("good", "0.5")))
+        label: object = {"several": have, "one": one, "mixed": mixed}[kind]
         found.append({"text": " ".join(words), "label": label, "second": WORDS[i % 20]})
     return found
 
@@ -365,6 +369,8 @@ def test_a_comparison_of_several_labels(model: Path, tmp_path: Path) -> None:
         ("several", ["classification.min_confidence=0.5"], "min_confidence = 0.5 is not for problem = several_labels"),
         ("several", ["data.stratify=true"], "data.stratify needs one class a row"),
         ("one", ["classification.calibrate=true", "data.test_size=0"], "calibrate needs held-out rows"),
+        ("mixed", [], r"holds numbers such as 0\.5 beside names such as good: .* list them in data\.labels"),
+        ("flags", [], r"'obscene', 'toxic' hold 0 or 1 for each label, .*problem=several_labels"),
         ("several", ["train.label_smoothing=0.1"], "label_smoothing = 0.1 cannot be used"),
     ],
 )

@@ -1,5 +1,5 @@
 """Several labels, numbers and ordered classes after the training: resumed to the same bits, opened by PEFT and by
-transformers, and trained further as what they are."""
+transformers, and trained further as what they are; and many classes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import peft
 import pytest
 import torch
 from every_task import PROBLEMS, configured, make_models
+from tiny import WORDS, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from siliang.config import RunConfig
+from siliang.records import Record
 from siliang.run_folder import CONFIG_NAME, open_run
 from siliang.safety.safe_yaml import read_yaml
 from siliang.tasks.calibration import sigmoid, softmax
@@ -22,7 +24,7 @@ from siliang.train.log import Progress
 from siliang.train.run import train
 from siliang.train.start_adapter import filled_in
 from siliang.train.types import Listener
-from siliang.types import InterruptedRunError
+from siliang.types import ConfigError, InterruptedRunError
 from siliang.use.merge import merge
 from siliang.use.predict import predict
 
@@ -126,3 +128,27 @@ def test_the_loss_of_preferences_is_taken_over(models: dict[str, Path], tmp_path
     values: dict[str, object] = {"adapter": str(tmp_path / "run"), "data": {"train": "d"}, "output": "o"}
     settled = RunConfig.build(filled_in(values)).preference
     assert settled is not None and (settled.loss, settled.gamma) == ("simpo", 0.5)
+
+
+def test_many_classes(models: dict[str, Path], tmp_path: Path) -> None:
+    """All are learned and have a weight; the report has the most frequent ones."""
+    named = [f"c{i}" for i in range(1200)]
+    table = [{"text": f"{WORDS[i % 23]} {WORDS[i % 19]}", "label": named[(7 * i) % 1200]} for i in range(30)]
+    values = {
+        "model": str(models["seq_cls"]),
+        "task": "seq_cls",
+        "method": "lora",
+        "data": {"train": str(write_jsonl(tmp_path / "a.jsonl", table)), "test_size": 0.5, "labels": named},
+        "train": {"max_steps": 1, "precision": "fp32"},
+        "classification": {"class_weights": "balanced"},
+        "accept": ["SL005", "SL019", "SL020", "SL042", "SL047"],
+        "output": str(tmp_path / "run"),
+    }
+    record = train(RunConfig.build(values))
+    report, learned = record.class_report, record.classification
+    assert report is not None and len(report.classes) == 1000 and sum(c.rows for c in report.classes) == 15
+    assert learned is not None and len(learned.class_weights or []) == 1200
+    Record.read(tmp_path / "run")
+    many = values | {"data": {"train": "a.csv", "labels": [str(i) for i in range(100_001)]}}
+    with pytest.raises(ConfigError, match=r"data\.labels has 100,001 names; at most 100,000"):
+        RunConfig.build(many)

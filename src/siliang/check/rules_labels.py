@@ -262,7 +262,7 @@ def far_numbers(s: CheckInput) -> Iterator[Problem]:
         yield Problem(
             Bilingual(
                 f"all training rows have the number {mean:g}: nothing to learn",
-                f"所有训练样本的数值都是 {mean:g}：无可学习",
+                f"所有训练样本的数值都是 {mean:g}：没有可学习的内容",
             ),
             severity="error",
         )

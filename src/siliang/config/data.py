@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from siliang.config.section import Name, Names, Section, Seed, as_name, is_recorded
 from siliang.files import restore_name
@@ -35,6 +35,7 @@ LayoutName = Literal[
     "scored-pair",
     "prepared",
 ]
+MOST_LABELS = 100_000  # classes or tags
 LAYOUT_NAMES: tuple[LayoutName, ...] = get_args(LayoutName)  # data/layouts.py reads each
 
 
@@ -88,6 +89,17 @@ def _separator(value: object) -> object:
             )
         )
     return separator
+
+
+def _labels(value: list[str]) -> list[str]:
+    if len(value) > MOST_LABELS:
+        raise ConfigError(
+            Bilingual(
+                f"data.labels has {len(value):,} names; at most {MOST_LABELS:,} can be learned: list the classes only.",
+                f"data.labels 中有 {len(value):,} 个名称，最多可以学习 {MOST_LABELS:,} 个：请只写出类别。",
+            )
+        )
+    return value
 
 
 def _as_sources(value: str | list[str | Source]) -> list[Source]:
@@ -313,7 +325,7 @@ class DataConfig(Section):
     """The assistant's turns to learn: all of them, or the last one.
 
     学习助手的哪些轮次：all 是每一轮，last 是最后一轮。"""
-    labels: Names | None = None
+    labels: Annotated[Names, AfterValidator(_labels)] | None = None
     """The classes or tags, in the order of their ids. None: found in the training rows.
 
     类别或标签，按编号排列。None：从训练样本中得出。"""

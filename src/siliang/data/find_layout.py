@@ -50,6 +50,7 @@ SCORES = Bilingual(
 TEXTS = ("review", "sentence", "content", "comment", "tweet", "utterance", "document", "评论", "内容", "文本")
 # other names of the label column: proposed in the error, not used
 CLASSES_NAMED = ("labels", "class", "category", "cat", "sentiment", "target", "intent", "topic", "标签", "类别")
+FLAGS = ("0", "1", "false", "true")
 NUMBERS_NAMED = ("score", "rating", "stars", "similarity", "similarity_score", "value")
 
 
@@ -226,6 +227,8 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
     lacking = columns.label if other else missing[0]
     if other and _resolve(LAYOUTS["scored-pair"], found, columns) is not None:
         other = together(other, SCORES)
+    if "label" in best.needs and columns.label in missing and pair is None and not other:
+        other = _flags(free, found)
     wrong = Bilingual(
         f"{source} has no column {lacking!r}; it has {there}.{other}",
         f"{source} 没有列 {lacking!r}；它有 {there}。{local(other, 'zh')}",
@@ -305,6 +308,21 @@ def _labels_of_others(free: list[str], found: Collection[str]) -> tuple[str, str
         if column.lower() in NUMBERS_NAMED and is_number(value):
             return column, Bilingual(f" {column!r} holds numbers such as {value}.", f"{column!r} 是 {value} 这样的数。")
     return "", ""
+
+
+def _flags(free: list[str], found: Collection[str]) -> str:
+    """What columns of 0 and 1 are, where there are several; by their cells in the first row."""
+    values = found if isinstance(found, Mapping) else {}
+    flags = [c for c in free if str(values.get(c)).lower() in FLAGS and not c.lower().endswith(("id", "index", "idx"))]
+    if len(flags) < 2:
+        return ""
+    shown, joined = ", ".join(map(repr, flags[:5])), ";".join(flags[:2])
+    return Bilingual(
+        f" Where {shown} hold 0 or 1 for each label, write the names of those that are 1 into one column, such as "
+        f"{joined}, and set classification.problem=several_labels.",
+        f"如果 {shown} 是各个标签的 0 或 1，请把值为 1 的标签名写进一列，如 {joined}，并设置 "
+        "classification.problem=several_labels。",
+    )
 
 
 def _guess(need: str, name: str, free: list[str]) -> str:

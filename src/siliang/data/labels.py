@@ -17,7 +17,7 @@ from siliang.secrets import without_secrets
 if TYPE_CHECKING:
     from siliang.data.spec import DataSpec
 
-MOST_CLASSES = 1000
+MOST_FOUND = 1000  # classes that the settings do not name
 FEW_ROWS = 20  # below, a class for every other row says nothing
 MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "nat", "undefined", "-nan"})
 TRUTHS = {"true": "1.0", "false": "0.0"}  # by their keys
@@ -75,15 +75,22 @@ def find_labels(found: Collection[str], rows: int, spec: DataSpec, least: int) -
     if problem := no_classes(found, rows, spec) if spec.named == "label" else None:
         raise BadRow(problem)
     n = len(found)
-    if n > MOST_CLASSES:
+    if n > MOST_FOUND:
         raise BadRow(
-            Bilingual(f"has {n:,} different values: these are not classes.", f"有 {n:,} 个不同的值：这不是类别。")
+            Bilingual(
+                f"has {n:,} different values: these are not classes. If they are, list them in data.labels.",
+                f"有 {n:,} 个不同的值：这不是类别。如果确实是，请在 data.labels 中列出。",
+            )
         )
     if spec.several and not n:
-        raise BadRow(Bilingual("has no label in any row: nothing to learn.", "的所有样本都没有标签：无可学习。"))
+        raise BadRow(
+            Bilingual("has no label in any row: nothing to learn.", "的所有样本都没有标签：没有可学习的内容。")
+        )
     if n < least and not spec.several:
         only = sorted(found)
-        raise BadRow(Bilingual(f"has one class only, {only}: nothing to learn.", f"只有一个类别 {only}：无可学习。"))
+        raise BadRow(
+            Bilingual(f"has one class only, {only}: nothing to learn.", f"只有一个类别 {only}：没有可学习的内容。")
+        )
     if not spec.ordered:
         return sort_labels(found)
     by_value = {name: as_number(name) for name in found}
@@ -122,6 +129,15 @@ def no_classes(found: Collection[str], rows: int, spec: DataSpec) -> str | None:
         )
     if spec.several:
         return None
+    if broken and None in numbers and not spec.ordered:
+        names = sorted(name for name, n in zip(found, numbers, strict=True) if n is None)
+        shown, others = ", ".join(sorted(broken)[:3]), ", ".join(names[:3])
+        return Bilingual(
+            f"holds numbers such as {shown} beside names such as {others}: correct what is wrong. Where all are "
+            "classes, list them in data.labels.",
+            f"既有 {shown} 这样的数，又有 {others} 这样的名称：请改正写错的部分。如果都是类别，请在 data.labels 中"
+            "列出。",
+        )
     lists = [name for name in found if listed(name) is not None]
     if len(lists) * 2 > len(found):
         shown = min(lists)

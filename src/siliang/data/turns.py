@@ -289,7 +289,9 @@ def _not_text(mark: str) -> Bilingual:
 def as_conversation(messages: list[Message], tools: str = "") -> Result:
     talk = [m for m in messages if m.role != "system"]
     if not any(m.role == "assistant" for m in talk):
-        return Bilingual("has no turn of the assistant: there is nothing to learn", "没有 assistant 的发言，无可学习")
+        return Bilingual(
+            "has no turn of the assistant: there is nothing to learn", "没有 assistant 的发言，没有可学习的内容"
+        )
     if talk[0].role != "user":
         first = talk[0].role
         return Bilingual(f"begins with the {first}, not with the user", f"以 {first} 开头，而不是 user")
@@ -304,7 +306,7 @@ def as_conversation(messages: list[Message], tools: str = "") -> Result:
     if not any(m.trained for m in talk if m.role == "assistant"):
         return Bilingual(
             "marks every answer as one that is not learned: there is nothing to learn",
-            "的所有回答都标记为不学习，无可学习",
+            "的所有回答都标记为不学习，没有可学习的内容",
         )
     return Conversation(tuple(messages), tools.strip())
 

@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from siliang.config.data import MOST_LABELS
 from siliang.records.saved import Count, Name, Part, Rate, Sentence, Share
 
-MOST = 1000  # classes
+MOST_CLASSES = 1000  # of a report
+LONGEST_NAME = 200  # characters
 MOST_IN_TABLE = 50  # of a confusion matrix
 ERRORS = 10
 
@@ -20,7 +22,7 @@ class Classification(Part):
     """What a label is."""
     why: Sentence = ""
     """Why they were taken for that; empty where the settings say it."""
-    class_weights: Annotated[list[Rate], Field(max_length=MOST)] | None = None
+    class_weights: Annotated[list[Rate], Field(max_length=MOST_LABELS)] | None = None
     """The weight of each class in the loss, by number."""
     chosen_on: Literal["validation", "held_out"] | None = None
     """The rows on which the temperature and the thresholds were chosen: those of data.validation_size, or the held-out
@@ -32,7 +34,7 @@ class Classification(Part):
     """The expected calibration error on these rows before the temperature, with 15 bins."""
     ece_after: Share | None = None
     """The same after it."""
-    thresholds: Annotated[list[Share], Field(max_length=MOST)] | None = None
+    thresholds: Annotated[list[Share], Field(max_length=MOST_LABELS)] | None = None
     """The probability from which each label is given, by number."""
 
     def before_choice(self) -> Classification:
@@ -67,7 +69,8 @@ class Mistake(Part):
 class ClassReport(Part):
     """The held-out rows by class, and the mistakes of which the model is most confident."""
 
-    classes: Annotated[list[ClassMetrics], Field(max_length=MOST)] = Field(default_factory=list)
+    classes: Annotated[list[ClassMetrics], Field(max_length=MOST_CLASSES)] = Field(default_factory=list)
+    """In the order of their numbers; of more than 1,000, those with the most held-out rows."""
     confusion: Annotated[list[list[Count]], Field(max_length=MOST_IN_TABLE)] | None = None
     """Rows by (right class, predicted class), in the order of `classes`; None for several labels, numbers, or more than
     50 classes."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from siliang.records.classes import MOST_IN_TABLE, ClassMetrics
+from siliang.records.classes import LONGEST_NAME, MOST_CLASSES, MOST_IN_TABLE, ClassMetrics
+from siliang.secrets import shortened
 
 
 def of_several(predicted: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -108,7 +109,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def by_class(predicted: np.ndarray, reference: np.ndarray, names: Sequence[str]) -> list[ClassMetrics]:
-    """Precision, recall and F1 of each class.
+    """Precision, recall and F1 of each class; of too many, of those with the most rows.
 
     Args:
         predicted: Numbers of classes, (N,), or 0 or 1 for each label, (N, C); `reference` likewise.
@@ -116,9 +117,10 @@ def by_class(predicted: np.ndarray, reference: np.ndarray, names: Sequence[str])
     several = predicted.ndim == 2
     counts = Counts.of_labels(predicted, reference) if several else Counts.of_classes(predicted, reference, len(names))
     columns = (counts.reference, counts.predicted, counts.precision, counts.recall, counts.f1)
+    shown = np.sort(np.argsort(-counts.reference, kind="stable")[:MOST_CLASSES])
     return [
-        ClassMetrics(name=name, rows=n, predicted=m, precision=p, recall=r, f1=f)
-        for name, n, m, p, r, f in zip(names, *(column.tolist() for column in columns), strict=True)
+        ClassMetrics(name=shortened(names[i], LONGEST_NAME), rows=n, predicted=m, precision=p, recall=r, f1=f)
+        for i, n, m, p, r, f in zip(shown.tolist(), *(column[shown].tolist() for column in columns), strict=True)
     ]
 
 

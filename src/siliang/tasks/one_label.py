@@ -19,7 +19,7 @@ from siliang.records import Verdict
 from siliang.records.classes import Classification, ClassReport
 from siliang.tasks import class_losses, class_metrics
 from siliang.tasks.calibration import ece, softmax, temperature_of_classes
-from siliang.tasks.labels import (
+from siliang.tasks.label_predictions import (
     asked,
     examples_of,
     in_brackets,
@@ -30,14 +30,13 @@ from siliang.tasks.labels import (
     text_of,
     top_values,
 )
-from siliang.tasks.metrics import classification
+from siliang.tasks.metrics import ACCURACY, F1, MAE, classification
 from siliang.tasks.task import HeldOutAnswers, LabelHooks, Metric, Reply, Task, Trained
 
 if TYPE_CHECKING:  # slow to import
     from siliang.data.tokens import TokenSet
 
-ACCURACY, F1 = Metric("accuracy"), Metric("f1")
-KAPPA, MAE = Metric("kappa"), Metric("mae", higher=False)
+KAPPA = Metric("kappa")
 SLACK = 1e-9  # of metrics that are equal but for rounding
 
 

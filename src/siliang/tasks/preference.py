@@ -19,6 +19,7 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.causal_lm import prompt
+from siliang.tasks.metrics import ACCURACY
 from siliang.tasks.ranked import answers_of, encoder, log_probabilities, show, synthetic_row
 from siliang.tasks.rated import with_ratings
 from siliang.tasks.task import EntryValues, HeldOutAnswers, Metric, Reply, StepLoss, Task
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # slow to import
     from torch import Tensor
 
 
-ACCURACY, MARGIN = Metric("accuracy"), Metric("margin")
+MARGIN = Metric("margin")
 CHANCE = 0.5
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from siliang.config import ClassificationConfig, RunConfig
-from siliang.data.label_look import label_cells, look_at, separator
+from siliang.data.infer_problem import first_label_cells, look_at, separator
 from siliang.data.tokens import TokenSet
 from siliang.language import Bilingual
 from siliang.records import Classification
@@ -21,7 +21,7 @@ def settle(task: Task, config: RunConfig) -> tuple[RunConfig, str]:
     section = config.classification or ClassificationConfig()
     if section.problem != "auto" and (section.problem != "several_labels" or section.label_separator != "auto"):
         return config, ""
-    cells = list(label_cells(config.data, task.data))
+    cells = list(first_label_cells(config.data, task.data))
     found: dict[str, object] = {}
     why = ""
     if section.problem == "auto":

@@ -22,7 +22,7 @@ from siliang.records import Verdict
 from siliang.secrets import redacted_part, shortened
 from siliang.tasks.context_windows import encoder
 from siliang.tasks.losses import WithEndLogits, cross_entropy_of_ends
-from siliang.tasks.metrics import squad, squad_by_kind
+from siliang.tasks.metrics import F1, squad, squad_by_kind
 from siliang.tasks.task import HeldOutAnswers, Metric, Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # slow to import
     from siliang.data.batch import Batch
     from siliang.data.tokens import TokenSet
 
-F1 = Metric("f1")
 MAX_ANSWER_TOKENS = 30  # of a span that is taken for an answer, as in BERT's run_squad
 AROUND = 60  # characters of a context that are shown on both sides of an answer
 

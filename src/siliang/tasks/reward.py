@@ -17,7 +17,8 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.secrets import shortened
 from siliang.tasks.losses import WithLogits
-from siliang.tasks.preference import ACCURACY, MARGIN, verdict
+from siliang.tasks.metrics import ACCURACY
+from siliang.tasks.preference import MARGIN, verdict
 from siliang.tasks.ranked import answers_of, encoder
 from siliang.tasks.related_texts import two_texts
 from siliang.tasks.task import EntryValues, Reply, Shown, StepLoss, Task, Trained

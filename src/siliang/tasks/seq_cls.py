@@ -22,8 +22,9 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Classification
+from siliang.tasks.metrics import ACCURACY
 from siliang.tasks.numbers import as_number_of_text
-from siliang.tasks.one_label import ACCURACY, as_one_label, verdict
+from siliang.tasks.one_label import as_one_label, verdict
 from siliang.tasks.problems import settle
 from siliang.tasks.several_labels import as_several_labels, in_line
 from siliang.tasks.task import Shown, Task

@@ -17,7 +17,7 @@ from siliang.records import Verdict
 from siliang.records.classes import Classification, ClassReport
 from siliang.tasks import class_losses, class_metrics
 from siliang.tasks.calibration import best_threshold, ece, sigmoid, temperature_of_labels
-from siliang.tasks.labels import (
+from siliang.tasks.label_predictions import (
     asked,
     examples_of,
     in_brackets,
@@ -28,12 +28,13 @@ from siliang.tasks.labels import (
     text_of,
     top_values,
 )
+from siliang.tasks.metrics import F1
 from siliang.tasks.task import HeldOutAnswers, LabelHooks, Metric, Reply, Task, Trained
 
 if TYPE_CHECKING:  # slow to import
     from siliang.data.tokens import TokenSet
 
-F1_MICRO, F1, SUBSET = Metric("f1_micro"), Metric("f1"), Metric("subset_accuracy")
+F1_MICRO, SUBSET = Metric("f1_micro"), Metric("subset_accuracy")
 BETWEEN, NONE = ", ", "no label"  # labels in one line
 
 

@@ -26,7 +26,7 @@ from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.tasks.losses import WithLogits, cross_entropy
-from siliang.tasks.metrics import as_iobes, f1_of, spans_of_tags, types_of
+from siliang.tasks.metrics import ACCURACY, F1, as_iobes, f1_of, spans_of_tags, types_of
 from siliang.tasks.task import HeldOutAnswers, Metric, Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, TaskType
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # slow to import
     from siliang.data.batch import Batch
     from siliang.data.tokens import TokenSet
 
-F1 = Metric("f1")
 AT_ONCE = 256  # sentences that are predicted together
 
 
@@ -302,7 +301,7 @@ TOKEN_CLS = Task(
     loss=cross_entropy,
     smooths_labels=True,
     read=read,
-    metrics=(F1, Metric("precision"), Metric("recall"), Metric("accuracy")),
+    metrics=(F1, Metric("precision"), Metric("recall"), ACCURACY),
     measure=measure,
     of_labels=of_labels,
     quality=F1,

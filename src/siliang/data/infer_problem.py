@@ -34,7 +34,7 @@ class LabelLook:
     why: str
 
 
-def label_cells(data: DataConfig, spec: DataSpec) -> Iterator[object]:
+def first_label_cells(data: DataConfig, spec: DataSpec) -> Iterator[object]:
     """The cells of the label column of the first training rows, as they are.
 
     Raises:
