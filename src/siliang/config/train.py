@@ -102,10 +102,10 @@ class TrainConfig(Section):
     group_by_length: bool | None = None
     """Give each step rows of similar length, with the steps in random order: less padding, or fewer attention sizes.
     None: on for seq_cls and question_ans. It is off for tasks with one loss per token, where grouping would give the
-    tokens of short rows more weight.
+    tokens of short rows more weight. Set it to false where a label depends on the length of the text.
 
     同一步的样本长度相近，步的顺序随机：填充更少，或注意力的尺寸种类更少。None：在 seq_cls 和 question_ans 中开启。在逐
-    词元计算损失的任务中关闭，因为分组会让短样本的词元权重变大。"""
+    词元计算损失的任务中关闭，因为分组会让短样本的词元权重变大。如果标签与文本长度有关，请设为 false。"""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. None: the method's default (`siliang methods`).
 
