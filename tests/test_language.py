@@ -183,6 +183,7 @@ def test_lines_of_two_languages() -> None:
         filled("aaa bbb ccc", 8) == "aaa bbb\nccc"
         and filled("aaa bbbbbbbbbbbb c", 8, "  ") == "  aaa\n  bbbbbbbbbbbb\n  c"
     )
+    assert filled("一二“三”。四", 7) == "一二\n“三”。\n四"
     assert filled("一二三四五。", 10) == "一二三四\n五。" and filled("一二（三）四", 7) == "一二\n（三）\n四"
     text = " ".join(setting.meaning.zh for setting in describe(RunConfig))
     lines = filled(text, 60, "  ").splitlines()

@@ -78,7 +78,7 @@ def filled(text: str, columns: int, indent: str = "") -> str:
     """The text wrapped to lines of `columns` columns; a line may end between any two Chinese characters."""
     lines, line = [], indent
     # a mark stays with the character before it, and an opening one with the character after it
-    for part in re.findall(rf" +|[“（《\[]*(?:[一-鿿]|[^ 一-鿿“”（《，。；：、）？！]+){MARKS}*\]*|.", text):
+    for part in re.findall(rf" +|[“（《\[]*(?:[一-鿿]|[^ 一-鿿“”（《，。；：、）？！]+)(?:{MARKS}|”)*\]*|.", text):
         if line.strip() and width(line + part.rstrip()) > columns:
             lines.append(line.rstrip())
             line = indent + part.lstrip()

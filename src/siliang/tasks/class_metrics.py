@@ -21,13 +21,13 @@ def of_several(predicted: np.ndarray, reference: np.ndarray) -> dict[str, float]
     Args:
         predicted: 0 or 1, (N, C); `reference` likewise.
     """
-    counts = Counts.of_labels(predicted, reference)
+    counts = ClassCounts.of_labels(predicted, reference)
     exact = float((predicted == reference).all(1).mean())
     return {"f1_micro": float(counts.total().f1[0]), "f1": float(counts.f1.mean()), "subset_accuracy": exact}
 
 
 @dataclass(frozen=True)
-class Counts:
+class ClassCounts:
     """Of each class, (C,): rows that have it and get it (true positives), that get it, and that have it."""
 
     both: np.ndarray
@@ -35,19 +35,19 @@ class Counts:
     reference: np.ndarray
 
     @classmethod
-    def of_labels(cls, predicted: np.ndarray, reference: np.ndarray) -> Counts:
+    def of_labels(cls, predicted: np.ndarray, reference: np.ndarray) -> ClassCounts:
         """From 0 or 1 for each label, (N, C)."""
         return cls((predicted & reference).sum(0), predicted.sum(0), reference.sum(0))
 
     @classmethod
-    def of_classes(cls, predicted: np.ndarray, reference: np.ndarray, classes: int) -> Counts:
+    def of_classes(cls, predicted: np.ndarray, reference: np.ndarray, classes: int) -> ClassCounts:
         """From numbers of classes, (N,)."""
         found = (predicted[predicted == reference], predicted, reference)
         return cls(*(np.bincount(numbers, minlength=classes) for numbers in found))
 
-    def total(self) -> Counts:
+    def total(self) -> ClassCounts:
         """The sums over all classes, (1,)."""
-        return Counts(*(n.sum(keepdims=True) for n in (self.both, self.predicted, self.reference)))
+        return ClassCounts(*(n.sum(keepdims=True) for n in (self.both, self.predicted, self.reference)))
 
     @property
     def precision(self) -> np.ndarray:
@@ -114,8 +114,10 @@ def by_class(predicted: np.ndarray, reference: np.ndarray, names: Sequence[str])
     Args:
         predicted: Numbers of classes, (N,), or 0 or 1 for each label, (N, C); `reference` likewise.
     """
-    several = predicted.ndim == 2
-    counts = Counts.of_labels(predicted, reference) if several else Counts.of_classes(predicted, reference, len(names))
+    if predicted.ndim == 2:
+        counts = ClassCounts.of_labels(predicted, reference)
+    else:
+        counts = ClassCounts.of_classes(predicted, reference, len(names))
     columns = (counts.reference, counts.predicted, counts.precision, counts.recall, counts.f1)
     shown = np.sort(np.argsort(-counts.reference, kind="stable")[:MOST_CLASSES])
     return [
