@@ -47,7 +47,7 @@ from siliang.plan.device import Device
 from siliang.plan.fake_run import collator_of
 from siliang.plan.rows import synthetic_row
 from siliang.run_folder import weight_dtype
-from siliang.tasks import CAUSAL_LM, EMBEDDING, RERANKER, SEQ_2_SEQ_LM, SEQ_CLS, Task
+from siliang.tasks import CAUSAL_LM, EMBEDDING, RERANKER, SEQ_2_SEQ_LM, SEQ_CLS, Task, task_of
 from siliang.types import SiliangError, TaskType
 
 MODELS: dict[str, tuple[Task, Callable[[], Any]]] = {
@@ -152,6 +152,9 @@ MODELS |= {
         lambda: AutoConfig.for_model("bert", hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_labels=1),
     ),
 }
+# what labels of a text are, beside one of several classes
+PROBLEMS = {f"bert-{problem}": problem for problem in ("several_labels", "number", "ordered")}
+MODELS |= dict.fromkeys(PROBLEMS, MODELS["bert"])
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 # of a method, by a name
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -215,6 +218,7 @@ class Case:
                 "data": {"train": "-"},
                 "train": {"packing": self.packing, "batch_size": len(LENGTHS), "memory_budget": None},
                 "distributed": {"strategy": "fsdp"},
+                "classification": {"problem": PROBLEMS[self.model]} if self.model in PROBLEMS else None,
                 "output": "-",
             }
         )
@@ -237,7 +241,7 @@ def predict(case: Case) -> int:
     """Planned bytes of tensors at the peak."""
     device = Device("cpu", None, "unknown", case.precision, 0, 0, here=True)
     config = MODELS[case.model][1]()
-    config.num_labels = MODELS[case.model][0].model.outputs or 2
+    config.num_labels = task_of(case.config()).model.outputs or 2
     with fake_mesh(case.ranks) as mesh:
         fake_run = FakeRun(case.config(), config, device, quantization=case.quantization, mesh=mesh)
         batches = fake_run.batches(case.rows())
@@ -273,9 +277,9 @@ def _measure_rank(case: Case, saved: Path, meeting: Path, rank: int) -> int:
 
 
 def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
-    task = MODELS[case.model][0]
     config, method = case.config(), find_method(case.method)
-    labels = ["a", "b"] if task is SEQ_CLS else None
+    task = task_of(config)
+    labels = ["a", "b"] if task.name is SEQ_CLS.name and task.model.outputs is None else None
     model = load_model(
         str(saved),
         task.model,

@@ -28,6 +28,7 @@ SAMPLE = [
     Case("llama", "lora", False, True, "fp32", settings="corda"),
     Case("bert", "full", False, True, "fp32", ranks=2),
     Case("embedder", "lora", False, True, "fp32"),
+    *(Case(f"bert-{problem}", "lora", False, True, "fp32") for problem in ("several_labels", "number", "ordered")),
 ]
 # and in `make test-long`
 MORE = [
