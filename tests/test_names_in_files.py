@@ -290,6 +290,7 @@ def test_what_is_read_is_what_is_hashed(model: Path, tmp_path: Path) -> None:
     data = described(tmp_path / "set", "train.jsonl")
     write_jsonl(data / "train.jsonl", [{"instruction": f"say {i}", "output": "good"} for i in range(8)])
     sets = ["train.max_steps=1", "accept=[SL002,SL003,SL012]", "method.target_modules=[q_proj]", "data.test_size=0.2"]
+    sets.append("data.template=human-assistant")  # the model's own is none
     flags = ["--model", model, "--task", "causal_lm", "--data", data, "--output", tmp_path / "run"]
     global OPENED
     OPENED = []

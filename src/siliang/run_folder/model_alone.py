@@ -24,9 +24,9 @@ from siliang.tasks import TASKS
 from siliang.types import ADAPTER_CONFIG, ConfigError, ModelError, TaskType
 
 UNKNOWN = "0" * 64  # instead of a hash
-# what the class of a model that writes is called at its end
-WRITES = {"ForCausalLM": TaskType.CAUSAL_LM, "LMHeadModel": TaskType.CAUSAL_LM}
-WRITES |= {"ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM}
+# what the class of a model that writes is called at its end: of a decoder alone, and of one with an encoder
+ENDINGS = {False: ("ForCausalLM", "LMHeadModel"), True: ("ForConditionalGeneration",)}
+WRITES = [task for task in TASKS.values() if task.writes and task.step_loss is None]
 
 
 def find_run_or_model(folder: Path, *, base: str | None = None, force: bool = False) -> TrainedRun:
@@ -71,28 +71,29 @@ def _of_adapter(folder: Path, base: str | None) -> tuple[str, TaskType, str]:
         )
     kind = CONFIG_CLASSES.get(str(values.get("peft_type")))
     found = next((row.name for row in METHODS.values() if kind is not None and row.config is kind), None)
-    task = next((t for t in WRITES.values() if t.value == values.get("task_type")), None)
+    task = next((task for task in WRITES if task.adapter_type == values.get("task_type")), None)
     if found is None or task is None:
         raise _does_not_write(folder, f"task_type = {values.get('task_type')!r}")
-    return model, task, found
+    return model, task.name, found
 
 
 def _of_model(folder: Path) -> tuple[str, TaskType, str]:
     """The same of a model's folder."""
     named: Any = read_config(folder / MODEL_CONFIG).get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else ""
-    task = next((t for ending, t in WRITES.items() if name.endswith(ending)), None)
+    task = next((task for task in WRITES if name.endswith(ENDINGS[task.has_encoder])), None)
     if task is None:
         raise _does_not_write(folder, f"architectures = {named!r}")
-    return str(folder.absolute()), task, "full"
+    return str(folder.absolute()), task.name, "full"
 
 
 def _does_not_write(folder: Path, what: str) -> ConfigError:
-    tasks = " or ".join(TASKS[task].title for task in dict.fromkeys(WRITES.values()))
+    tasks = [task.title for task in WRITES]
     return ConfigError(
         Bilingual(
-            f"{folder} is no run, and its model is not one that writes ({tasks}): {what}. Name the folder of its run.",
-            f"{folder} 不是运行，其中的模型也不是生成文本的模型（{tasks}）：{what}。请给出运行的文件夹。",
+            f"{folder} is no run, and its model is not one that writes ({' or '.join(tasks)}): {what}. Name the "
+            "folder of its run.",
+            f"{folder} 不是运行，其中的模型也不是生成文本的模型（{'、'.join(tasks)}）：{what}。请给出运行的文件夹。",
         )
     )
 
