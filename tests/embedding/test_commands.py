@@ -16,7 +16,10 @@ from texts import rows
 from tiny import write_jsonl
 
 from faults.commands import run as command
+from siliang.config import EmbeddingConfig
 from siliang.records import Record
+from siliang.tasks.embedding import EMBEDDING, with_vectors
+from siliang.types import ConfigError
 
 STEPS = ("batch_size=4", "gradient_accumulation=2", "save_every=3", "eval_every=3", "precision=fp32")
 STEPS = (*STEPS, "log_every=1", "schedule=constant")
@@ -107,6 +110,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str]] = {
         ("embedding.loss=cosent",),
         "cosent learns from scored pairs .*use multiple_negatives, triplet",
     ),
+    "a direction of scored pairs": (
+        "embedding",
+        {"sentence1": "the film", "sentence2": "was good", "score": 0.5},
+        ("embedding.symmetric=true",),
+        "embedding.symmetric has no effect with embedding.loss = cosent: leave it out",
+    ),
+    "negatives of scored pairs": (
+        "reranker",
+        {"sentence1": "the film", "sentence2": "was good", "score": 0.5},
+        ("reranker.negatives=2",),
+        "reranker.negatives has no effect on scored pairs",
+    ),
     "no negative": (
         "embedding",
         {"anchor": "the film", "positive": "was good"},
@@ -165,3 +180,15 @@ def test_an_encoder_decoder(models: dict[str, Path], tmp_path: Path) -> None:
     given = settings("pairs", models, tmp_path, model="seq_2_seq_lm")
     ended = command("train", *given, "--output", tmp_path / "run")
     assert ended.code == 2 and "has an encoder and a decoder" in ended.err
+
+
+def test_settings_that_a_loss_does_not_take() -> None:
+    """Each is refused with its name, and taken by the losses that have it."""
+    pairs, scored, classes = "anchor-positive", "scored-pair", "text-label"
+    cases = [(scored, "symmetric", True), (scored, "margin", 1.0), (scored, "negatives", 2), (classes, "scale", 5.0)]
+    for layout, name, value in [*cases, (pairs, "margin", 1.0), (classes, "negatives", 2)]:
+        task = with_vectors(EMBEDDING, EmbeddingConfig.model_validate({name: value}))
+        with pytest.raises(ConfigError, match=f"embedding.{name} has no effect with embedding.loss = "):
+            task.on(layout)
+    for layout, name, value in [(pairs, "symmetric", True), (pairs, "negatives", 2), (scored, "scale", 5.0)]:
+        with_vectors(EMBEDDING, EmbeddingConfig.model_validate({name: value})).on(layout)

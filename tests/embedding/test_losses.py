@@ -19,7 +19,7 @@ from siliang.config import EmbeddingConfig
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
-from siliang.tasks.embedding import EMBEDDING, with_vectors
+from siliang.tasks.embedding import EMBEDDING, LEARNS_FROM, TAKES, with_vectors
 from siliang.tasks.embedding_losses import LOSSES, Entries, of_dimensions
 
 N, D = 24, 16
@@ -116,6 +116,29 @@ def test_equal_texts_are_no_negatives() -> None:
     right = torch.arange(N)
     both = F.cross_entropy(scores, right, reduction="sum") + F.cross_entropy(scores.T, right, reduction="sum")
     torch.testing.assert_close(found, both / 2)
+
+
+def test_a_positive_of_an_equal_anchor_is_no_negative_anywhere() -> None:
+    """Entries 0 and 1 have one anchor. The positive of 1 is also that of 2 and a negative of 3, and of 0 itself."""
+    anchors, positives, negatives = vectors(3)
+    whole = entries([anchors, positives, negatives])
+    whole.keys[1][0] = whole.keys[0][0]
+    for i, column in ((2, 1), (3, 2), (0, 2)):
+        whole.keys[i][column] = whole.keys[1][1]
+    found = LOSSES["multiple_negatives"](whole, EmbeddingConfig(symmetric=True, scale=2.0))
+    texts = F.normalize(torch.cat([positives, negatives]), dim=-1)
+    wrong = torch.zeros(N, 2 * N, dtype=torch.bool)
+    same = [1, 2, N + 3, N]  # the columns of that text
+    wrong[0, same] = wrong[1, [0, *same]] = wrong[2, same] = True
+    wrong[:, :N].fill_diagonal_(False)
+    scores = (2 * F.normalize(anchors, dim=-1) @ texts.T).masked_fill(wrong, -torch.inf)
+    right = torch.arange(N)
+    both = F.cross_entropy(scores, right, reduction="sum") + F.cross_entropy(scores[:, :N].T, right, reduction="sum")
+    torch.testing.assert_close(found, both / 2)
+
+
+def test_the_settings_of_every_loss_are_known() -> None:
+    assert TAKES.keys() == LEARNS_FROM.keys() == LOSSES.keys()
 
 
 def test_negatives_of_unlike_number() -> None:

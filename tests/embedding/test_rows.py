@@ -11,7 +11,9 @@ from tiny import write_jsonl
 
 from siliang.config import EmbeddingConfig, RunConfig
 from siliang.data.examples import Example, Labelled, Related, Scored
-from siliang.tasks.embedding import texts_of
+from siliang.tasks import settled
+from siliang.tasks.embedding import EMBEDDING, with_vectors
+from siliang.tasks.embedding_tokens import texts_of
 from siliang.tasks.prepare import prepare_data
 from siliang.types import DataError
 
@@ -63,7 +65,20 @@ def test_other_prompts_give_other_tokens(tmp_path: Path) -> None:
     data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "test_size": 0.0}
     values = {"model": str(models["seq_cls"]), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
     plain, prompted = (
-        prepare_data(RunConfig.build(values | {"embedding": {"query_prompt": prompt}})).train[0]
+        prepare_data(settled(RunConfig.build(values | {"embedding": {"query_prompt": prompt}}))[0]).train[0]
         for prompt in ("", "we liked ")
     )
     assert prompted["sequences"][0] == plain["sequences"][0] + 2 and prompted["sequences"][1] == plain["sequences"][1]
+
+
+def test_tokens_are_known_by_what_the_encoder_reads() -> None:
+    """Another loss, scale or pooling does not encode the rows again; the end of each text does."""
+    settings = EmbeddingConfig(pooling="mean", query_prompt="", document_prompt="")
+    others = {"loss": "triplet", "scale": 3.0, "margin": 1.0, "pooling": "cls", "normalize": False}
+
+    def known_by(**changes: Any) -> str:
+        return with_vectors(EMBEDDING, settings.model_copy(update=changes)).data.encoded_with
+
+    assert {known_by(**{name: value}) for name, value in others.items()} == {known_by()}
+    new = {"pooling": "last", "negatives": 1, "query_prompt": "q", "document_prompt": "d"}
+    assert len({known_by(), *(known_by(**{name: value}) for name, value in new.items())}) == 5

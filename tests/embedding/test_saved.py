@@ -11,10 +11,12 @@ import pytest
 from every_task import configured, make_models
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
-from siliang.config import RunConfig
+from siliang.config import EmbeddingConfig, RunConfig
 from siliang.run_folder import open_run
+from siliang.tasks.prepare import prepare_data
 from siliang.train.run import train
 from siliang.train.start_adapter import filled_in
+from siliang.types import ConfigError
 from siliang.use.merge import merge
 from siliang.use.predict import predict
 
@@ -87,6 +89,28 @@ def test_a_model_of_sentence_transformers(models: dict[str, Path], tmp_path: Pat
     opened = SentenceTransformer(str(tmp_path / "run" / "adapter"), device="cpu")
     assert opened.prompts == {"query": "we : ", "document": "a : "} and opened[1].pooling_mode == "cls"
     assert np.abs(opened.encode(TEXTS) - vectors(tmp_path / "run", TEXTS)).max() < 1e-5
+
+
+def test_a_tuned_model_whose_base_is_gone(models: dict[str, Path], tmp_path: Path) -> None:
+    """It keeps the pooling and the prompts of its base model, which are in the run's record."""
+    own: Any = SentenceTransformer(str(models["seq_cls"]), device="cpu", prompts={"query": "we : ", "document": "a : "})
+    own[1].pooling_mode = "cls"
+    own.save_pretrained(str(tmp_path / "own"))
+    trained("embedding", tmp_path / "own", models, tmp_path, "full")
+    expected = vectors(tmp_path / "run", TEXTS)
+    (tmp_path / "own").rename(tmp_path / "elsewhere")
+    assert np.array_equal(vectors(tmp_path / "run", TEXTS), expected)
+    run = open_run(tmp_path / "run")
+    assert run.config.embedding == EmbeddingConfig(pooling="cls", query_prompt="we : ", document_prompt="a : ")
+
+
+def test_what_was_not_recorded_is_not_guessed(models: dict[str, Path], tmp_path: Path) -> None:
+    config = configured("embedding", models, tmp_path)
+    with pytest.raises(ConfigError, match=r"embedding.pooling is left to the base model.*train the run again"):
+        _ = prepare_data(config).train
+    left = EmbeddingConfig(pooling="cls", query_prompt="")
+    with pytest.raises(ConfigError, match=r"embedding.document_prompt is left"):
+        _ = prepare_data(config.model_copy(update={"embedding": left})).train
 
 
 def test_an_adapter_that_is_trained_further_keeps_its_vectors(models: dict[str, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tiny import write_jsonl
 from siliang.config import RunConfig
 from siliang.data.examples import Labelled, Related, Scored
 from siliang.plan.rows import order
+from siliang.tasks import settled
 from siliang.tasks.prepare import prepare_data
 from siliang.train.run import train
 
@@ -38,7 +39,7 @@ def begun(task: str, kind: str, model: Path, folder: Path, **more: Any) -> RunCo
     steps = {"max_steps": STEPS, "batch_size": 4, "gradient_accumulation": 2, "log_every": 1, "precision": "fp32"}
     constant = {"warmup_fraction": 0.0, "schedule": "constant", "learning_rate": RATE, "group_by_length": False}
     values = {"model": str(model), "task": task, "method": "full", "data": data, "train": steps | constant}
-    return RunConfig.build(values | {"output": str(folder / "run"), "accept": ["SL042"]} | more)
+    return settled(RunConfig.build(values | {"output": str(folder / "run"), "accept": ["SL042"]} | more))[0]
 
 
 def examples_of_steps(config: RunConfig) -> list[list[Any]]:

@@ -205,8 +205,9 @@ def test_only_what_is_trained_is_read(tmp_path: Path) -> None:
     ("task", "data", "train_settings", "said"),
     [
         ("causal_lm", {}, {"max_steps": None}, r"data.streaming = true needs train.max_steps"),
-        ("preference", {}, {}, r"data.streaming = true: preference keeps what it computes of each row"),
-        ("reward", {}, {}, r"data.streaming = true: reward keeps"),
+        ("preference", {}, {}, r"data.streaming = true: the loss of preference is one of a whole step"),
+        ("reward", {}, {}, r"data.streaming = true: the loss of reward"),
+        ("embedding", {}, {}, r"data.streaming = true: the loss of embedding is one of a whole step"),
         ("question_ans", {}, {}, r"data.streaming = true: question_ans must know beforehand"),
         ("seq_cls", {}, {}, r"data.streaming = true: seq_cls must know all classes or tags beforehand: .*data.labels"),
         ("causal_lm", {"validation_size": 0.1}, {}, r"data.validation_size needs all rows"),

@@ -49,14 +49,15 @@ def wrong_negatives(s: CheckInput) -> Iterator[Problem]:
     Cause: What is learned from one of the rows is unlearned from the other. Mined negatives often contain right answers
     that only another row names.
 
-    Fix: Remove the text from the negatives. Within a step siliang leaves equal positives out by itself, but a row's own
-    negatives are taken as they are.
+    Fix: Remove the text from the negatives. Where both rows are in one step, multiple_negatives leaves the text out of
+    the sum of this anchor; in other steps, and with other losses, it is a negative.
 
     同一段文本在一条样本中是正例，在另一条中是负例
 
     原因：从一条学到的，又被另一条抵消。自动挖掘的负例中常有正确答案，只是写在别的样本里。
 
-    办法：从负例中删除这段文本。同一步内相同的正例，siliang 会自动排除，但样本自己的负例会原样使用。
+    办法：从负例中删除这段文本。两条样本在同一步时，multiple_negatives 会在该锚文本的求和中排除它；在其他步中，或使用
+    其他损失函数时，它仍是负例。
     """
     positives: dict[str, set[str]] = {}
     for example in s.examples.train:
@@ -71,7 +72,7 @@ def wrong_negatives(s: CheckInput) -> Iterator[Problem]:
     if rows:
         message = Bilingual(
             f"{len(rows):,} training rows have a negative that is a positive of the same anchor elsewhere",
-            f"{len(rows):,} 条训练样本的负例，在别的样本中是同一首段文本的正例",
+            f"{len(rows):,} 条训练样本的负例，在别的样本中是同一锚文本的正例",
         )
         yield Problem(message, s.places(rows), len(rows))
 

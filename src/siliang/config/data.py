@@ -189,16 +189,16 @@ class Columns(Section):
     anchor: str = "anchor"
     """A text, such as a query, for embedding and reranker.
 
-    用于 embedding 和 reranker 的首段文本，如查询。"""
+    用于 embedding 和 reranker 的锚文本（如查询）。"""
     positive: str = "positive"
     """The text, or the list of texts, that the anchor belongs to.
 
-    与首段文本相关的文本，或其列表。"""
+    与锚文本相关的文本，或其列表。"""
     negative: str = "negative"
     """A text, or a list of texts, that the anchor does not belong to; may be absent. negative_1, negative_2 ... are
     read, too.
 
-    与首段文本不相关的文本，或其列表；可以没有。negative_1、negative_2 等列也会读取。"""
+    与锚文本不相关的文本，或其列表；可以没有。negative_1、negative_2 等列也会读取。"""
     score: str = "score"
     """How near the two texts of a pair are, as a number.
 

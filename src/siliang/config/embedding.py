@@ -21,7 +21,6 @@ EmbeddingLoss = Literal[
     "batch_semi_hard_triplet",
 ]
 RerankerLoss = Literal["binary_cross_entropy", "mse"]
-SCALED = ("auto", "multiple_negatives", "cosent")
 
 
 class EmbeddingConfig(Section):
@@ -54,7 +53,7 @@ class EmbeddingConfig(Section):
     symmetric: bool = False
     """multiple_negatives also in the other direction, from each positive to the first texts; the mean of both.
 
-    multiple_negatives 同时计算反方向，即从每个正例到各条首段文本，取两者的均值。"""
+    multiple_negatives 同时计算反方向，即从每个正例到各条锚文本，取两者的均值。"""
     margin: Annotated[float, Field(ge=0.0)] = 5.0
     """The margin of the triplets' distances. Between vectors of length 1, distances are at most 2, and 0.2 to 1 is
     usual.
@@ -102,21 +101,6 @@ class EmbeddingConfig(Section):
                     f"{len(dims)}: as many, or leave it out.",
                     f"embedding.matryoshka_weights 有 {len(weights)} 个数，而 embedding.matryoshka_dims 有 "
                     f"{len(dims)} 个：数目应相同，或不写。",
-                )
-            )
-        if self.symmetric and self.loss not in ("auto", "multiple_negatives"):
-            raise ConfigError(
-                Bilingual(
-                    f"embedding.symmetric is a setting of multiple_negatives, and embedding.loss is {self.loss}: leave "
-                    "it out.",
-                    f"embedding.symmetric 只用于 multiple_negatives，而 embedding.loss 是 {self.loss}：请去掉。",
-                )
-            )
-        if "scale" in self.model_fields_set and self.scale != 20.0 and self.loss not in SCALED:
-            raise ConfigError(
-                Bilingual(
-                    f"embedding.scale = {self.scale:g}: {self.loss} has none; leave it out.",
-                    f"embedding.scale = {self.scale:g}：{self.loss} 没有这一项；请去掉。",
                 )
             )
         return self

@@ -321,7 +321,7 @@ def check_streams(data: DataConfig, spec: DataSpec, *, whole_steps: bool, max_st
     """Refuses what a stream cannot give.
 
     Args:
-        whole_steps: The loss compares rows of a step with each other, or with a reference model.
+        whole_steps: The loss is one of a whole step (`StepLoss`).
 
     Raises:
         ConfigError: The task, or a setting, needs all rows before training; or the number of steps is not set.
@@ -335,7 +335,10 @@ def check_streams(data: DataConfig, spec: DataSpec, *, whole_steps: bool, max_st
         )
     why: Bilingual | None = None
     if whole_steps:
-        why = Bilingual(f"{spec.name} keeps what it computes of each row", f"{spec.name} 要保存对每条样本的计算结果")
+        why = Bilingual(
+            f"the loss of {spec.name} is one of a whole step, and streams are for losses of single rows",
+            f"{spec.name} 的损失按整步计算，而数据流只用于逐条样本计算的损失",
+        )
     elif spec.windows:
         why = Bilingual(
             f"{spec.name} must know beforehand whether some questions have no answer",

@@ -73,7 +73,7 @@ def plan(
             )
         )
     if data is None:
-        config, why = settled(config) if with_data else (config, "")
+        config, why = settled(config, with_data=with_data)
         data = prepare_data(config, why)
     base_config = base_config or model_config(config)
     task = task_of(config)

@@ -63,15 +63,21 @@ def task_of(config: RunConfig, layout: str = "", learned: Classification | None 
     return task.on(layout) if layout else task
 
 
-def settled(config: RunConfig) -> tuple[RunConfig, str]:
-    """The settings with what they leave to the data, and why it was chosen; empty where they say it.
+def settled(config: RunConfig, *, with_data: bool = True) -> tuple[RunConfig, str]:
+    """The settings with what they leave to the data or to the base model, and why it was chosen; empty where they say
+    it.
+
+    Args:
+        with_data: There is data. Without, what is left to the data stays open.
 
     Raises:
         DataError: The data cannot be read.
         ConfigError: A setting does not go together with what is in the data.
     """
     task = TASKS[config.task]
-    return (config, "") if task.settle is None else task.settle(task, config)
+    if task.settle is None or (task.settled_by == "data" and not with_data):
+        return config, ""
+    return task.settle(task, config)
 
 
 __all__ = [

@@ -10,12 +10,38 @@ from siliang.hub import find_file
 from siliang.language import Bilingual
 from siliang.models.base_config import load_config
 from siliang.safety.safe_json import read_values
+from siliang.tasks.task import Task
 from siliang.types import ConfigError, ModelError
 
 MODES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # sentence-transformers' names, and ours
 FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
 DOCUMENTS = ("document", "passage", "corpus")  # sentence-transformers' names of a document's prompt
 KNOWN = ("Transformer", "Pooling", "Normalize")
+
+
+def settle(task: Task, config: RunConfig) -> tuple[RunConfig, str]:
+    """The settings with those of the base model for what they leave open, so that a run's record has them.
+
+    Raises:
+        ConfigError: As `resolved`.
+    """
+    return config.model_copy(update={"embedding": resolved(config)}), ""
+
+
+def check_settled(settings: EmbeddingConfig) -> None:
+    """
+    Raises:
+        ConfigError: They leave something to the base model, whose files may have changed since.
+    """
+    left = {"pooling": settings.pooling == "auto"}
+    left |= {name: getattr(settings, name) is None for name in ("query_prompt", "document_prompt")}
+    for name in (name for name, is_left in left.items() if is_left):
+        raise ConfigError(
+            Bilingual(
+                f"embedding.{name} is left to the base model, and the run has no record of it: train the run again.",
+                f"embedding.{name} 取自基座模型，而这次运行没有记录它的值：请重新训练。",
+            )
+        )
 
 
 def resolved(config: RunConfig) -> EmbeddingConfig:

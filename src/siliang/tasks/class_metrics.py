@@ -1,7 +1,7 @@
 """Metrics of several labels, of ordered classes and of numbers, and the table of the classes.
 
-All are a few lines: scikit-learn takes one column of labels for two classes, absent and present, and it and scipy warn,
-or give NaN, where all values are equal; the tests compare them with both.
+Spearman's correlation is scipy's. The others are a few lines: scikit-learn takes one column of labels for two classes,
+absent and present, and warns, or gives NaN, where all values are equal; the tests compare them with it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from siliang.records.classes import LONGEST_NAME, MOST_CLASSES, MOST_IN_TABLE, ClassMetrics
 from siliang.secrets import shortened
+from siliang.tasks.metrics import spearman
 
 
 def of_several(predicted: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -91,21 +92,9 @@ def of_numbers(predicted: np.ndarray, reference: np.ndarray) -> dict[str, float]
     return {
         "mse": mse,
         "mae": float(np.abs(errors).mean()),
-        "spearman": spearman(predicted, reference),
+        "spearman": spearman(predicted.tolist(), reference.tolist()),
         "r2": 1 - mse / spread if spread else 0.0,
     }
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The correlation of the ranks, equal values having their mean rank; 0 where all are equal."""
-    x, y = (ranks - ranks.mean() for ranks in map(_ranks, (a, b)))
-    size = float(np.sqrt((x**2).sum() * (y**2).sum()))
-    return float((x * y).sum()) / size if size else 0.0
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[places]
 
 
 def by_class(predicted: np.ndarray, reference: np.ndarray, names: Sequence[str]) -> list[ClassMetrics]:

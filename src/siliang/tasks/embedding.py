@@ -1,36 +1,31 @@
 """A vector for a text: texts that belong together are near to each other.
 
-Loss: one of `embedding_losses.LOSSES`, of all entries of a step together. Metrics: of pairs, how high the positives are
-ranked among all held-out texts; of scored pairs, the rank correlation of cosines and scores; of texts with classes, the
-share whose nearest text has the same class.
+Loss: one of `embedding_losses.LOSSES`, of all entries of a step together. Metrics: those of embedding_metrics.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from siliang.config import DataConfig, EmbeddingConfig, RunConfig
-from siliang.data.entries import Rows, TokenEntry, dropped
-from siliang.data.examples import Example, Labelled, Related, Scored, Text
-from siliang.data.pairs import CodedText, coded_texts
+from siliang.config import EmbeddingConfig, RunConfig
+from siliang.data.examples import Example, Related, Text
 from siliang.data.prepared import EvalRows
-from siliang.data.spec import NUMBERS, DataSpec, Encode, TokenColumn
+from siliang.data.spec import NUMBERS, DataSpec, TokenColumn
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.secrets import shortened
-from siliang.tasks.base_vectors import resolved
+from siliang.tasks.base_vectors import check_settled, settle
 from siliang.tasks.causal_lm import verdict
+from siliang.tasks.embedding_tokens import TextEncoder, adapt, encoded_with, parts_of, show, synthetic_row
 from siliang.tasks.end_token import with_end
-from siliang.tasks.ranking import NDCG, RANKING, ranking, spearman
-from siliang.tasks.related_texts import SPEARMAN, only_pair
-from siliang.tasks.task import EntryValues, Metric, Reply, Shown, StepLoss, Task, Trained
+from siliang.tasks.ranking import NDCG, RANKING
+from siliang.tasks.related_texts import ACCURACY, SPEARMAN, only_pair
+from siliang.tasks.task import EntryValues, Reply, StepLoss, Task, Trained
 from siliang.types import ConfigError, DataError, TaskType
 
 if TYPE_CHECKING:  # slow to import
@@ -39,8 +34,6 @@ if TYPE_CHECKING:  # slow to import
 
     from siliang.data.batch import Batch
 
-ACCURACY = Metric("accuracy")
-PART = 1 << 24  # numbers below it are exact in fp32
 NEEDS = {
     "anchor-positive": Bilingual("pairs (columns anchor, positive)", "成对的文本（列 anchor、positive）"),
     "scored-pair": Bilingual(
@@ -56,6 +49,14 @@ LEARNS_FROM = {
     "cosine": "scored-pair",
     "batch_semi_hard_triplet": "text-label",
     "batch_hard_triplet": "text-label",
+}
+TAKES: dict[str, tuple[str, ...]] = {  # of the settings that some losses do not take
+    "multiple_negatives": ("scale", "symmetric", "negatives"),
+    "triplet": ("margin", "negatives"),
+    "cosent": ("scale",),
+    "cosine": (),
+    "batch_semi_hard_triplet": ("margin",),
+    "batch_hard_triplet": ("margin",),
 }
 
 
@@ -112,108 +113,6 @@ class Similarity:
         return {"text": self.text, "pair": self.pair, "similarity": round(self.similarity, 6)}
 
 
-# ---- tokens ----
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """Makes the function that turns examples into entries."""
-
-    settings: EmbeddingConfig
-
-    def __call__(self, tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode:
-        ending = with_end(tokenizer) if self.settings.pooling == "last" else tokenizer
-        return partial(encode, ending, data, self.settings)
-
-
-def encode(
-    tokenizer: Tokenizer, data: DataConfig, settings: EmbeddingConfig, examples: Sequence[Example]
-) -> list[Rows]:
-    """The texts of each example as sequences: for each positive the anchor, the positive and the negatives; the two
-    texts of a scored pair; or a single text.
-    """
-    groups = [texts_of(example, settings) for example in examples]
-    prompts = (settings.query_prompt or "", settings.document_prompt or "")
-    prompted = [
-        prompts[i > 0 or isinstance(example, Text)] + text
-        for example, entries in zip(examples, groups, strict=True)
-        for texts in entries
-        for i, text in enumerate(texts)
-    ]
-    coded = iter(coded_texts(tokenizer, prompted, [None] * len(prompted), data.max_length) if prompted else ())
-    rows: list[Rows] = []
-    for example, entries in zip(examples, groups, strict=True):
-        found = [[next(coded) for _ in texts] for texts in entries]
-        if data.too_long == "drop" and any(text.lost for texts in found for text in texts):
-            rows.append(dropped(labels=0))
-        else:
-            rows.append([_entry(texts, example) for texts in found])
-    return rows
-
-
-def texts_of(example: Example, settings: EmbeddingConfig) -> list[tuple[str, ...]]:
-    """The texts of each entry of an example."""
-    match example:
-        case Related():
-            negatives = example.negatives[: settings.negatives]
-            return [(example.anchor, positive, *negatives) for positive in example.positives]
-        case Scored():
-            return [(example.text, example.pair)]
-        case _:
-            assert isinstance(example, Labelled | Text)
-            return [(example.text,)]
-
-
-def adapt(settings: EmbeddingConfig, example: Example) -> Example | str:
-    """The example, or what its loss lacks in it."""
-    if settings.loss == "triplet" and isinstance(example, Related) and not example.negatives[: settings.negatives]:
-        return Bilingual(
-            "has no negative, which embedding.loss = triplet needs: use multiple_negatives",
-            "没有负例，而 embedding.loss = triplet 需要负例：请用 multiple_negatives",
-        )
-    if settings.loss == "cosine" and isinstance(example, Scored) and not -1.0 <= example.score <= 1.0:
-        return Bilingual(
-            f"has the score {example.score:g}, and embedding.loss = cosine takes -1 to 1: divide the scores, or use "
-            "cosent, which takes their order alone",
-            f"的分数是 {example.score:g}，而 embedding.loss = cosine 只接受 -1 到 1：请缩放分数，"
-            "或改用只看高低顺序的 cosent",
-        )
-    return example
-
-
-def _entry(texts: list[CodedText], example: Example) -> TokenEntry:
-    label: list[float] = [0.0, 0.0]
-    if isinstance(example, Scored):
-        label[0] = example.score
-    elif isinstance(example, Labelled):
-        label = parts_of(hashlib.blake2b(example.label.encode("utf-8", "surrogatepass")).digest())
-    entry: Any = {
-        "input_ids": [token for text in texts for token in text.ids],
-        "sequences": [len(text.ids) for text in texts],
-        "labels": label[0],
-        "labels_low": label[1],
-        "lost": sum(text.lost for text in texts),
-    }
-    return entry
-
-
-def parts_of(key: bytes) -> list[float]:
-    """The first bytes of a hash as two numbers that fp32 holds exactly."""
-    return [float(int.from_bytes(key[i : i + 3], "little")) for i in (0, 3)]
-
-
-def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
-    """A pair of so many tokens each."""
-    labels = {"labels": 0.0, "labels_low": 0.0}
-    return {"input_ids": [1] * 2 * length, "sequences": [length, length], **labels}
-
-
-def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
-    """The first text, and the others behind it."""
-    first = row["sequences"][0]
-    return Shown(row["input_ids"][:first], target=row["input_ids"][first:] or None)
-
-
 # ---- loss ----
 
 
@@ -222,6 +121,8 @@ def labelled_vectors(settings: EmbeddingConfig, output: WithStates, batch: Batch
     import torch
     import torch.nn.functional as F
 
+    if settings.pooling == "auto":
+        check_settled(settings)  # raises
     states = output.last_hidden_state[:, -batch.width :].float()  # virtual tokens come first
     lengths = torch.tensor(batch.lengths, device=states.device)
     if settings.pooling == "last":
@@ -271,9 +172,26 @@ def loss_name(settings: EmbeddingConfig, layout: str) -> str:
     return settings.loss
 
 
+def check_taken(settings: EmbeddingConfig, loss: str) -> None:
+    """
+    Raises:
+        ConfigError: A setting has no effect with this loss.
+    """
+    defaults = EmbeddingConfig()
+    for name in dict.fromkeys(name for names in TAKES.values() for name in names):
+        value = getattr(settings, name)
+        if name not in TAKES[loss] and value != getattr(defaults, name):
+            raise ConfigError(
+                Bilingual(
+                    f"embedding.{name} has no effect with embedding.loss = {loss}: leave it out.",
+                    f"embedding.loss = {loss} 不使用 embedding.{name}：请去掉。",
+                )
+            )
+
+
 def with_settings(task: Task, config: RunConfig) -> Task:
     """The task with the vectors and the loss of a run."""
-    settings = resolved(config)
+    settings = config.embedding or EmbeddingConfig()
     found = with_vectors(task, settings)
     return replace(found, extra_files=partial(extra_files, settings, config.data.max_length))
 
@@ -283,7 +201,7 @@ def with_vectors(task: Task, settings: EmbeddingConfig) -> Task:
     data = replace(
         task.data,
         encoder=TextEncoder(settings),
-        encoded_with=settings.model_dump_json(),
+        encoded_with=encoded_with(settings),
         adapt=partial(adapt, settings),
     )
     return replace(
@@ -292,6 +210,7 @@ def with_vectors(task: Task, settings: EmbeddingConfig) -> Task:
         step_loss=step_loss(settings, ""),
         with_layout=partial(with_layout, settings),
         measure=partial(measure, settings),
+        replies=partial(replies, settings),
     )
 
 
@@ -299,7 +218,7 @@ def with_layout(settings: EmbeddingConfig, task: Task, layout: str) -> Task:
     """The task for rows of a layout."""
     if layout not in LAYOUTS:
         return task
-    loss_name(settings, layout)
+    check_taken(settings, loss_name(settings, layout))
     metrics = {"scored-pair": (SPEARMAN,), "text-label": (ACCURACY,)}.get(layout, RANKING)
     return replace(task, step_loss=step_loss(settings, layout), metrics=metrics, quality=metrics[0])
 
@@ -308,121 +227,17 @@ def with_layout(settings: EmbeddingConfig, task: Task, layout: str) -> Task:
 
 
 def measure(settings: EmbeddingConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
-    """The metrics of the whole vectors, and the first of them for each of matryoshka_dims."""
-    from siliang.tasks.embedding_losses import Entries
+    """Of these vectors."""
+    from siliang.tasks import embedding_metrics
 
-    entries = Entries.of([kept.values for kept in found.values()])
-    kind = rows.examples[0]
-    metrics = metrics_of(entries, kind)
-    width = entries.vectors[0].shape[1]
-    for dims in settings.matryoshka_dims:
-        if dims < width:
-            name, value = next(iter(metrics_of(entries.first(dims), kind).items()))
-            metrics[f"{name}_of_{dims}"] = value
-    return metrics
+    return embedding_metrics.measure(settings, found, rows)
 
 
-def metrics_of(entries: Any, kind: Example) -> dict[str, float]:
-    """The metrics of these entries, whose examples are of a kind."""
-    import torch.nn.functional as F
+def replies(settings: EmbeddingConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
+    """What is nearest, by these vectors."""
+    from siliang.tasks import embedding_metrics
 
-    if isinstance(kind, Scored):
-        cosines = F.cosine_similarity(entries.column(0), entries.column(1))
-        return {SPEARMAN.name: spearman(cosines.tolist(), entries.scores.tolist())}
-    if isinstance(kind, Labelled):
-        near, classes = nearest(entries), [tuple(label) for label in entries.labels.tolist()]
-        return {ACCURACY.name: sum(classes[i] == classes[j] for i, j in enumerate(near)) / len(near)}
-    return ranking(*ranked(entries))
-
-
-def ranked(entries: Any) -> tuple[list[set[int]], Iterator[dict[int, float]]]:
-    """The right texts of each anchor among all positives and negatives, and the nearest texts with their cosines. Equal
-    texts are one, and so are equal anchors.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    from siliang.tasks.ranking import DEPTH
-
-    numbers: dict[tuple[float, ...], int] = {}  # of the different texts
-    queries: dict[tuple[float, ...], int] = {}
-    texts, anchors, right = list[Any](), list[Any](), list[set[int]]()
-    for vectors, keys in zip(entries.vectors, entries.keys, strict=True):
-        own = [tuple(key) for key in keys.tolist()]
-        for vector, key in zip(vectors[1:], own[1:], strict=True):
-            if numbers.setdefault(key, len(texts)) == len(texts):
-                texts.append(vector)
-        if queries.setdefault(own[0], len(anchors)) == len(anchors):
-            anchors.append(vectors[0])
-            right.append(set())
-        right[queries[own[0]]].add(numbers[own[1]])
-    A, T = F.normalize(torch.stack(anchors), dim=-1), F.normalize(torch.stack(texts), dim=-1)
-
-    def scores() -> Iterator[dict[int, float]]:
-        for some in A.split(256):
-            best = (some @ T.T).topk(min(DEPTH, len(T)))
-            for found, at in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                yield dict(zip(at, found, strict=True))
-
-    return right, scores()
-
-
-def nearest(entries: Any) -> list[int]:
-    """The entry whose text is nearest to each text, itself and equal texts left out."""
-    import torch
-    import torch.nn.functional as F
-
-    vectors, keys = F.normalize(entries.column(0), dim=-1), torch.stack([k[0] for k in entries.keys])
-    found: list[int] = []
-    for some, own in zip(vectors.split(256), keys.split(256), strict=True):
-        equal = (own[:, None] == keys[None]).all(-1)
-        found += (some @ vectors.T).masked_fill(equal, -torch.inf).argmax(1).tolist()
-    return found
-
-
-def replies(found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
-    """The nearest text of each first text; of a scored pair its cosine, which is right where it and the score are both
-    above, or both below, those of most pairs."""
-    import torch.nn.functional as F
-
-    from siliang.tasks.embedding_losses import Entries
-
-    entries = Entries.of([kept.values for kept in found.values()])
-    every = rows.tokens.column("row").tolist()
-    numbers = [every[entry] for entry in found]
-    examples = [rows.examples[number] for number in numbers]
-    if isinstance(examples[0], Scored):
-        cosines = F.cosine_similarity(entries.column(0), entries.column(1)).tolist()
-        scores = entries.scores.tolist()
-        middle = median(cosines), median(scores)
-        for number, example, cosine, score in zip(numbers, examples, cosines, scores, strict=True):
-            right = (cosine > middle[0]) == (score > middle[1])
-            yield number, Reply("\n".join(example.texts), f"{score:g}", f"{cosine:.3f}", right)
-    elif isinstance(examples[0], Labelled):
-        for number, example, near in zip(numbers, examples, nearest(entries), strict=True):
-            other = examples[near]
-            assert isinstance(example, Labelled) and isinstance(other, Labelled)
-            yield number, Reply(example.text, example.label, other.label, example.label == other.label)
-    else:
-        yield from _nearest_positives(entries, numbers, examples)
-
-
-def _nearest_positives(entries: Any, numbers: list[int], examples: list[Example]) -> Iterator[tuple[int, Reply]]:
-    import torch
-    import torch.nn.functional as F
-
-    A, P = (F.normalize(entries.column(i), dim=-1) for i in (0, 1))
-    near = torch.cat([(some @ P.T).argmax(1) for some in A.split(256)]).tolist()
-    texts: list[str] = []
-    at = 0
-    for i, (number, example) in enumerate(zip(numbers, examples, strict=True)):
-        at = at + 1 if i and numbers[i - 1] == number else 0
-        assert isinstance(example, Related)
-        texts.append(example.positives[at])
-    for i, (number, example) in enumerate(zip(numbers, examples, strict=True)):
-        assert isinstance(example, Related)
-        right = texts[near[i]] in example.positives
-        yield number, Reply(example.anchor, texts[i], texts[near[i]], right)
+    return embedding_metrics.replies(settings, found, rows)
 
 
 # ---- use ----
@@ -474,6 +289,7 @@ def extra_files(
     """What sentence-transformers needs to open the folder."""
     from siliang.tasks.sentence_files import write_embedding
 
+    check_settled(settings)
     ending = with_end(tokenizer) if settings.pooling == "last" else tokenizer
     write_embedding(settings, max_length, folder, model.config.get_text_config().hidden_size, ending)
 
@@ -498,9 +314,10 @@ _WITHOUT_LOSS = Task(
     show=show,
     synthetic_row=synthetic_row,
     with_settings=with_settings,
+    settle=settle,
+    settled_by="model",
     metrics=(*RANKING, SPEARMAN, ACCURACY),
     quality=NDCG,
-    replies=replies,
     verdict=verdict,
     judged_by="base",
     inputs=("text", "text_pair"),

@@ -67,23 +67,21 @@ def multiple_negatives(entries: Entries, s: EmbeddingConfig) -> Tensor:
     """-log softmax over all positives and negatives of the step of scale cos(a, p), at the anchor's own positive.
 
     Henderson et al. 2017, arXiv 1705.00652; with s.symmetric the mean of both directions, as Radford et al. 2021, arXiv
-    2103.00020. A text that equals the own positive, and another positive of the same anchor, are no negatives.
+    2103.00020. Each positive of an equal anchor is no negative, wherever its text stands in the step: wrong[i, t] where
+    text t equals the positive of an entry whose anchor equals anchor i.
     """
     A, P = F.normalize(entries.column(0), dim=-1), F.normalize(entries.column(1), dim=-1)
     others = torch.cat([v[2:] for v in entries.vectors])
     texts = torch.cat([P, F.normalize(others, dim=-1)])
     K_anchor, K_positive = (torch.stack([k[i] for k in entries.keys]) for i in (0, 1))
     K_text = torch.cat([K_positive, *(k[2:] for k in entries.keys)])
-    same_anchor, same_positive = _equal(K_anchor, K_anchor), _equal(K_positive, K_text)
-    own = torch.eye(len(A), dtype=torch.bool, device=A.device)
-    wrong = same_positive.clone()
-    wrong[:, : len(A)] |= same_anchor
-    wrong[:, : len(A)] &= ~own
+    same_anchor, same_positive = _equal(K_anchor, K_anchor).float(), _equal(K_positive, K_text).float()
+    wrong = same_anchor @ same_positive > 0  # (N, all texts)
+    wrong[:, : len(A)].fill_diagonal_(False)
     found = _cross_entropy(s.scale * A @ texts.T, wrong)
     if not s.symmetric:
         return found
-    back = (same_anchor | same_positive[:, : len(A)]) & ~own
-    return (found + _cross_entropy(s.scale * P @ A.T, back)) / 2
+    return (found + _cross_entropy(s.scale * P @ A.T, wrong[:, : len(A)].T)) / 2
 
 
 def cosent(entries: Entries, s: EmbeddingConfig) -> Tensor:

@@ -1,9 +1,9 @@
 """Metrics of predictions against references: for each task, those of its field.
 
-Classes: accuracy and macro F1 (scikit-learn). Tags: precision, recall and F1 over whole spans, and the F1 of each type
-of span (seqeval). Text: ROUGE (rouge-score), over characters where a language writes no spaces; the other measures of
-texts are in measures.py. Answers in a context: exact match and F1, as SQuAD's own script defines them; the libraries
-that hold it would bring their own framework with them.
+Classes: accuracy and macro F1 (scikit-learn). Numbers: Spearman's rank correlation (scipy). Tags: precision, recall and
+F1 over whole spans, and the F1 of each type of span (seqeval). Text: ROUGE (rouge-score), over characters where a
+language writes no spaces; the other measures of texts are in measures.py. Answers in a context: exact match and F1, as
+SQuAD's own script defines them; the libraries that hold it would bring their own framework with them.
 """
 
 from __future__ import annotations
@@ -41,6 +41,19 @@ def classification(predicted: Sequence[int], reference: Sequence[int]) -> dict[s
 
     f1: Any = f1_score(reference, predicted, average="macro", zero_division=ZERO)
     return {"accuracy": float(accuracy_score(reference, predicted)), "f1": float(f1)}
+
+
+# ---- numbers ----
+
+
+def spearman(predicted: Sequence[float], reference: Sequence[float]) -> float:
+    """Spearman's rank correlation; 0 where one of both is always the same."""
+    from scipy.stats import spearmanr
+
+    if len(set(predicted)) < 2 or len(set(reference)) < 2:
+        return 0.0
+    found: Any = spearmanr(predicted, reference)
+    return float(found.statistic)
 
 
 # ---- tags ----

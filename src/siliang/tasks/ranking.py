@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from siliang.tasks.task import Metric
 
@@ -13,7 +12,9 @@ RECALL_1, RECALL_10 = Metric("recall_at_1"), Metric("recall_at_10")
 RANKING = (NDCG, RECALL_1, RECALL_10, MRR)
 NAMES = {"ndcg_cut_10": NDCG, "recall_1": RECALL_1, "recall_10": RECALL_10, "recip_rank": MRR}
 
-Scores = Mapping[int, float]  # of the candidates of a query, by number; the best DEPTH of them are enough
+# Of the candidates of a query, by number. Equal scores are ranked by number: it must come from the candidate's content,
+# and not from its place in the data, where positives come first.
+Scores = Mapping[int, float]
 
 
 def ranking(relevant: Sequence[Iterable[int]], scores: Iterable[Scores]) -> dict[str, float]:
@@ -21,27 +22,22 @@ def ranking(relevant: Sequence[Iterable[int]], scores: Iterable[Scores]) -> dict
 
     Args:
         relevant: The right candidates of each query, by number.
-        scores: Of each query.
+        scores: Of each query; the best DEPTH, and those with the score of the last of these, are enough.
     """
     from pytrec_eval import RelevanceEvaluator
 
     right = {str(q): {str(c): 1 for c in found} for q, found in enumerate(relevant)}
     evaluator = RelevanceEvaluator(right, {"ndcg_cut.10", "recall.1,10", "recip_rank"})
-    runs = {str(q): _best(own) for q, own in enumerate(scores)}
+    runs = {str(q): _ranked(own) for q, own in enumerate(scores)}
     found = list(evaluator.evaluate(runs).values())
     return {metric.name: sum(one[name] for one in found) / len(found) for name, metric in NAMES.items()}
 
 
-def spearman(scores: Sequence[float], expected: Sequence[float]) -> float:
-    """Spearman's rank correlation; 0 where one of both is always the same."""
-    from scipy.stats import spearmanr
-
-    if len(set(scores)) < 2 or len(set(expected)) < 2:
-        return 0.0
-    found: Any = spearmanr(scores, expected)
-    return float(found.statistic)
+def in_order(scores: Scores) -> list[int]:
+    """The candidates from the best to the worst."""
+    return sorted(sorted(scores), key=lambda c: -scores[c])  # NaN changes no order
 
 
-def _best(scores: Scores) -> dict[str, float]:
-    best = sorted(scores, key=lambda c: -scores[c])[:DEPTH]
-    return {str(c): float(scores[c]) for c in best}
+def _ranked(scores: Scores) -> dict[str, float]:
+    """The first ranks as scores without ties, which trec_eval would rank by name."""
+    return {str(c): float(-rank) for rank, c in enumerate(in_order(scores)[:DEPTH])}

@@ -10,7 +10,7 @@ from siliang.secrets import shortened
 from siliang.tasks.task import Metric
 from siliang.types import DataError
 
-SPEARMAN = Metric("spearman")
+SPEARMAN, ACCURACY = Metric("spearman"), Metric("accuracy")
 
 
 def only_pair(example: Related) -> Related:

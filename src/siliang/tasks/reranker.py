@@ -6,6 +6,7 @@ Metrics: how high the positives of a query are ranked among its negatives; of sc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,11 +25,11 @@ from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.secrets import shortened
 from siliang.tasks.losses import WithLogits
-from siliang.tasks.metrics import classification
-from siliang.tasks.ranking import NDCG, RANKING, ranking, spearman
-from siliang.tasks.related_texts import SPEARMAN, only_pair
-from siliang.tasks.task import Metric, Reply, Shown, Task, Trained
-from siliang.types import TASK_HEADS, DataError, TaskType
+from siliang.tasks.metrics import classification, spearman
+from siliang.tasks.ranking import NDCG, RANKING, ranking
+from siliang.tasks.related_texts import ACCURACY, SPEARMAN, only_pair
+from siliang.tasks.task import Reply, Shown, Task, Trained
+from siliang.types import TASK_HEADS, ConfigError, DataError, TaskType
 
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
@@ -37,7 +38,6 @@ if TYPE_CHECKING:  # slow to import
     from siliang.data.batch import Batch
     from siliang.data.tokens import TokenSet
 
-ACCURACY = Metric("accuracy")
 ACTIVATIONS = {
     "binary_cross_entropy": "torch.nn.modules.activation.Sigmoid",
     "mse": "torch.nn.modules.linear.Identity",
@@ -156,14 +156,33 @@ def with_loss(task: Task, settings: RerankerConfig) -> Task:
     data = replace(
         task.data,
         encoder=PairEncoder(settings),
-        encoded_with=settings.model_dump_json(),
+        encoded_with=f"negatives {settings.negatives}",
         adapt=partial(adapt, settings),
     )
-    return replace(task, data=data, loss=partial(loss, settings), read=partial(read, settings))
+    return replace(
+        task,
+        data=data,
+        loss=partial(loss, settings),
+        with_layout=partial(with_layout, settings),
+        measure=partial(measure, settings),
+        replies=partial(replies, settings),
+        predict=partial(predict, settings),
+    )
 
 
-def with_layout(task: Task, layout: str) -> Task:
-    """The task for rows of a layout."""
+def with_layout(settings: RerankerConfig, task: Task, layout: str) -> Task:
+    """The task for rows of a layout.
+
+    Raises:
+        ConfigError: A setting has no effect on such rows.
+    """
+    if layout == "scored-pair" and settings.negatives is not None:
+        raise ConfigError(
+            Bilingual(
+                "reranker.negatives has no effect on scored pairs: leave it out.",
+                "带分数的文本对不使用 reranker.negatives：请去掉。",
+            )
+        )
     metrics = (SPEARMAN, ACCURACY) if layout == "scored-pair" else RANKING
     return replace(task, metrics=metrics, quality=metrics[0])
 
@@ -171,56 +190,80 @@ def with_layout(task: Task, layout: str) -> Task:
 # ---- metrics ----
 
 
-def read(settings: RerankerConfig, output: WithLogits, batch: Batch, tokens: TokenSet) -> list[float]:
-    """The score of each row: with binary_cross_entropy a probability."""
-    scores = output.logits.float().squeeze(-1)
+def read(output: WithLogits, batch: Batch, tokens: TokenSet) -> list[float]:
+    """The logit of each row. Where a score is a probability, large ones round to 1, and their order would be lost."""
+    return output.logits.float().squeeze(-1).tolist()
+
+
+def scores_of(settings: RerankerConfig, logits: Iterable[float]) -> list[float]:
+    """The scores as they are shown: with binary_cross_entropy probabilities."""
+    import torch
+
+    scores = torch.tensor([*logits], dtype=torch.float32)
     return (scores if settings.loss == "mse" else scores.sigmoid()).tolist()
 
 
-def measure(found: Mapping[int, float], rows: EvalRows) -> dict[str, float]:
-    """The metrics of scored pairs, or of the candidates of each query; equal queries are one."""
-    labels, numbers = rows.tokens.column("labels").tolist(), rows.tokens.column("row").tolist()
+def measure(settings: RerankerConfig, found: Mapping[int, float], rows: EvalRows) -> dict[str, float]:
+    """The metrics of scored pairs, or of the candidates of each query. Equal queries are one, and so are equal texts of
+    a query: with the highest of their scores, and relevant if one of them is."""
+    labels = rows.tokens.column("labels").tolist()
     expected = [labels[entry] for entry in found]
     if isinstance(rows.examples[0], Scored):
-        scores = list(found.values())
-        metrics = {SPEARMAN.name: spearman(scores, expected)}
+        metrics = {SPEARMAN.name: spearman(list(found.values()), expected)}
         if set(expected) <= {0.0, 1.0}:
+            scores = scores_of(settings, found.values())
             classes = classification([int(score > 0.5) for score in scores], [int(label) for label in expected])
             metrics[ACCURACY.name] = classes["accuracy"]
         return metrics
-    queries: dict[str, int] = {}
-    relevant, scored = list[set[int]](), list[dict[int, float]]()
-    for entry, score in found.items():
-        example = rows.examples[numbers[entry]]
-        assert isinstance(example, Related)
-        query = queries.setdefault(example.anchor, len(relevant))
-        if query == len(relevant):
-            relevant.append(set())
-            scored.append({})
-        scored[query][entry] = score
+    relevant, scored = dict[str, set[int]](), dict[str, dict[int, float]]()
+    for (_, query, text), (entry, score) in zip(pairs_of_entries(settings, found, rows), found.items(), strict=True):
+        own, candidate = scored.setdefault(query, {}), number_of(text)
+        own[candidate] = max(score, own.get(candidate, score))
+        right = relevant.setdefault(query, set())
         if labels[entry]:
-            relevant[query].add(entry)
-    return ranking(relevant, scored)
+            right.add(candidate)
+    return ranking([*relevant.values()], scored.values())
 
 
-def replies(found: Mapping[int, float], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
+def number_of(text: str) -> int:
+    """A number of a text, from its content alone."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def pairs_of_entries(settings: RerankerConfig, found: Iterable[int], rows: EvalRows) -> Iterator[tuple[int, str, str]]:
+    """Of each entry, the number of its example, the query and the text."""
+    numbers = rows.tokens.column("row").tolist()
+    firsts: dict[int, int] = {}  # the first entry of each example
+    for entry, number in enumerate(numbers):
+        firsts.setdefault(number, entry)
+    last, pairs = -1, list[tuple[str, str, float]]()
+    for entry in found:
+        number = numbers[entry]
+        if number != last:
+            last, pairs = number, pairs_of(rows.examples[number], settings)
+        query, text, _ = pairs[entry - firsts[number]]
+        yield number, query, text
+
+
+def replies(settings: RerankerConfig, found: Mapping[int, float], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
     """The score of each pair: right where it and the expected one are on the same side of the middle."""
-    labels, numbers = rows.tokens.column("labels").tolist(), rows.tokens.column("row").tolist()
-    expected = [labels[entry] for entry in found]
+    labels = rows.tokens.column("labels").tolist()
+    expected, scores = [labels[entry] for entry in found], scores_of(settings, found.values())
     zero_to_one = min(expected) >= 0.0 and max(expected) <= 1.0
-    middle = (0.5, 0.5) if zero_to_one else (median(found.values()), median(expected))
-    for entry, score in found.items():
-        example, label = rows.examples[numbers[entry]], labels[entry]
-        place = entry - numbers.index(numbers[entry])  # among the entries of its example
-        query, text, _ = pairs_of(example, RerankerConfig())[place]
+    middle = (0.5, 0.5) if zero_to_one else (median(scores), median(expected))
+    pairs = pairs_of_entries(settings, found, rows)
+    for (number, query, text), label, score in zip(pairs, expected, scores, strict=True):
         right = (score > middle[0]) == (label > middle[1])
-        yield numbers[entry], Reply(f"{query}\n{text}", f"{label:g}", f"{score:.3f}", right)
+        yield number, Reply(f"{query}\n{text}", f"{label:g}", f"{score:.3f}", right)
 
 
 # ---- use ----
 
 
-def predict(run: Trained, pairs: Iterable[str | tuple[str, str] | Example]) -> Iterator[Relevance]:
+def predict(
+    settings: RerankerConfig, run: Trained, pairs: Iterable[str | tuple[str, str] | Example]
+) -> Iterator[Relevance]:
     """The score of each query and text, in order.
 
     Args:
@@ -230,7 +273,7 @@ def predict(run: Trained, pairs: Iterable[str | tuple[str, str] | Example]) -> I
         DataError: One of them is missing.
     """
     for examples, _, found in run.read(_example(run, pair) for pair in pairs):
-        for example, score in zip(examples, found.values(), strict=True):
+        for example, score in zip(examples, scores_of(settings, found.values()), strict=True):
             assert isinstance(example, Related)
             yield Relevance(example.anchor, example.positives[0], score)
 
@@ -291,15 +334,12 @@ _WITHOUT_LOSS = Task(
     synthetic_row=synthetic_row,
     counts_rows=True,
     with_settings=with_settings,
-    with_layout=with_layout,
+    read=read,
     metrics=(*RANKING, SPEARMAN, ACCURACY),
-    measure=measure,
     quality=NDCG,
-    replies=replies,
     verdict=lambda final, base, answers: None,
     inputs=("text", "text_pair"),
     inputs_layouts=("anchor-positive",),
-    predict=predict,
     blank={"query": "", "text": "", "score": None},
     example_prompt="a query<TAB>a text",
 )

@@ -256,7 +256,9 @@ class Task:
         with_settings: The task with what the settings of a run choose; None where they choose nothing.
         with_learned: The same with what its record says of its labels.
         with_layout: The task for rows of a layout, where its loss and metrics depend on that; called by `on`.
-        settle: The settings with what they leave to the data, and why it was chosen; empty where they say it.
+        settle: The settings with what they leave to the data or to the base model, and why it was chosen; empty where
+            they say it.
+        settled_by: Which of the two `settle` reads.
         counts_rows: The loss is a mean over rows that do not depend on each other: a step's rows may be chosen by
             length.
 
@@ -311,6 +313,7 @@ class Task:
     with_learned: Callable[[Task, RunConfig, Classification], Task] | None = None
     with_layout: Callable[[Task, str], Task] | None = None
     settle: Callable[[Task, RunConfig], tuple[RunConfig, str]] | None = None
+    settled_by: Literal["data", "model"] = "data"
     counts_rows: bool = False
 
     read: Reader | None = None
