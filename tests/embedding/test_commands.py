@@ -113,13 +113,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str]] = {
     "a direction of scored pairs": (
         "embedding",
         {"sentence1": "the film", "sentence2": "was good", "score": 0.5},
-        ("embedding.symmetric=true",),
+        ("embedding.symmetric=true", "accept=[SL052]"),
         "embedding.symmetric has no effect with embedding.loss = cosent: leave it out",
     ),
     "negatives of scored pairs": (
         "reranker",
         {"sentence1": "the film", "sentence2": "was good", "score": 0.5},
-        ("reranker.negatives=2",),
+        ("reranker.negatives=2", "accept=[SL052]"),
         "reranker.negatives has no effect on scored pairs",
     ),
     "no negative": (
