@@ -16,7 +16,8 @@ from texts import rows
 from tiny import write_jsonl
 
 from faults.commands import run as command
-from siliang.config import EmbeddingConfig
+from siliang.check import gather_input
+from siliang.config import EmbeddingConfig, RunConfig
 from siliang.records import Record
 from siliang.tasks.embedding import EMBEDDING, with_vectors
 from siliang.types import ConfigError
@@ -182,7 +183,7 @@ def test_an_encoder_decoder(models: dict[str, Path], tmp_path: Path) -> None:
     assert ended.code == 2 and "has an encoder and a decoder" in ended.err
 
 
-def test_settings_that_a_loss_does_not_take() -> None:
+def test_settings_that_a_loss_does_not_take(tmp_path: Path) -> None:
     """Each is refused with its name, and taken by the losses that have it."""
     pairs, scored, classes = "anchor-positive", "scored-pair", "text-label"
     cases = [(scored, "symmetric", True), (scored, "margin", 1.0), (scored, "negatives", 2), (classes, "scale", 5.0)]
@@ -192,3 +193,8 @@ def test_settings_that_a_loss_does_not_take() -> None:
             task.on(layout)
     for layout, name, value in [(pairs, "symmetric", True), (pairs, "negatives", 2), (scored, "scale", 5.0)]:
         with_vectors(EMBEDDING, EmbeddingConfig.model_validate({name: value})).on(layout)
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows("pairs")))}
+    values = {"model": str(tmp_path), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
+    checked = gather_input(RunConfig.build(values | {"embedding": {"margin": 1.0}}))
+    with pytest.raises(ConfigError, match=r"embedding.margin has no effect"):
+        _ = checked.examples

@@ -49,9 +49,17 @@ class CheckInput:
     def tokenizer(self) -> Any:
         return self.prepared.tokenizer
 
-    @property
+    @cached_property
     def examples(self) -> Examples:
-        return self.prepared.examples
+        """The rows.
+
+        Raises:
+            DataError: As `PreparedData.examples`.
+            ConfigError: The task's settings do not fit such rows.
+        """
+        found = self.prepared.examples
+        self.task.on(found.layout)
+        return found
 
     @property
     def train(self) -> TokenSet:

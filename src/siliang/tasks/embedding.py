@@ -23,8 +23,9 @@ from siliang.tasks.base_vectors import check_settled, settle
 from siliang.tasks.causal_lm import verdict
 from siliang.tasks.embedding_tokens import TextEncoder, adapt, encoded_with, parts_of, show, synthetic_row
 from siliang.tasks.end_token import with_end
+from siliang.tasks.metrics import ACCURACY, SPEARMAN
 from siliang.tasks.ranking import NDCG, RANKING
-from siliang.tasks.related_texts import ACCURACY, SPEARMAN, only_pair
+from siliang.tasks.related_texts import only_pair
 from siliang.tasks.task import EntryValues, Reply, StepLoss, Task, Trained
 from siliang.types import ConfigError, DataError, TaskType
 

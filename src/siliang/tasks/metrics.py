@@ -22,7 +22,7 @@ from siliang.data.words import stands_alone, whole_characters
 from siliang.tasks.task import Metric
 
 # metrics of several tasks
-ACCURACY, F1, MAE = Metric("accuracy"), Metric("f1"), Metric("mae", higher=False)
+ACCURACY, F1, MAE, SPEARMAN = Metric("accuracy"), Metric("f1"), Metric("mae", higher=False), Metric("spearman")
 ZERO: Any = 0  # for a class that is nowhere found; both libraries declare only the text "warn"
 MOST_PERPLEXITY = 700.0  # exp of more is no double
 

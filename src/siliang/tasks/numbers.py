@@ -15,10 +15,10 @@ from siliang.records.classes import Classification, ClassReport
 from siliang.tasks import class_metrics
 from siliang.tasks.class_losses import squared_error
 from siliang.tasks.label_predictions import asked, examples_of, mistakes, read_logits, stacked, text_of
-from siliang.tasks.metrics import MAE
+from siliang.tasks.metrics import MAE, SPEARMAN
 from siliang.tasks.task import HeldOutAnswers, LabelHooks, Metric, Reply, Task, Trained
 
-SPEARMAN, R2, MSE = Metric("spearman"), Metric("r2"), Metric("mse", higher=False)
+R2, MSE = Metric("r2"), Metric("mse", higher=False)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from siliang.data.examples import Related
 from siliang.language import Bilingual
 from siliang.secrets import shortened
-from siliang.tasks.task import Metric
 from siliang.types import DataError
-
-SPEARMAN, ACCURACY = Metric("spearman"), Metric("accuracy")
 
 
 def only_pair(example: Related) -> Related:

@@ -25,9 +25,9 @@ from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.secrets import shortened
 from siliang.tasks.losses import WithLogits
-from siliang.tasks.metrics import classification, spearman
+from siliang.tasks.metrics import ACCURACY, SPEARMAN, classification, spearman
 from siliang.tasks.ranking import NDCG, RANKING, ranking
-from siliang.tasks.related_texts import ACCURACY, SPEARMAN, only_pair
+from siliang.tasks.related_texts import only_pair
 from siliang.tasks.task import Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, ConfigError, DataError, TaskType
 
