@@ -23,6 +23,7 @@ from reading import read_rows
 from siliang.config import DataConfig
 from siliang.data.examples import Conversation, Labelled
 from siliang.data.load import load_examples
+from siliang.data.refused import media_in
 from siliang.data.spec import DataSpec
 from siliang.tasks import CAUSAL_LM, SEQ_CLS
 from siliang.types import DataError
@@ -32,7 +33,8 @@ Rows = list[dict[str, Any]]
 # no characters that a text file cannot hold, none that end its lines, and no text that is blank
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\u2028\u2029\x85\ufeff")
 ANY_TEXT = st.text(CHARACTERS, min_size=1, max_size=12)
-TEXTS = ANY_TEXT.filter(lambda t: bool(t.strip(" \xa0\u3000\u200b\u200c\u200d\u2060")))
+# neither blank nor the place of a picture or a sound, which are refused
+TEXTS = ANY_TEXT.filter(lambda t: bool(t.strip(" \xa0\u3000\u200b\u200c\u200d\u2060")) and media_in(t) is None)
 # texts that a reader which guesses takes for something else
 GUESSED = st.sampled_from(
     ["007", "1e3", "NA", "nan", "null", "None", "2024-05-01", "true", "1.0", "-", "0x10", "1_000", "12:30", "[1]", "{}",

@@ -152,7 +152,7 @@ def test_the_speed_of_training_is_that_of_its_steps(
 
         return slow
 
-    for name in ("evaluate", "save_checkpoint"):
+    for name in ("measure", "save_checkpoint"):
         monkeypatch.setattr(loop, name, slowed(getattr(loop, name)))
     shown: list[float] = []
     more = {"eval_every": 2, "save_every": 2, "log_every": 2, "schedule": "constant"}

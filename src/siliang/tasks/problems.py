@@ -21,6 +21,8 @@ def settle(task: Task, config: RunConfig) -> tuple[RunConfig, str]:
     section = config.classification or ClassificationConfig()
     if section.problem != "auto" and (section.problem != "several_labels" or section.label_separator != "auto"):
         return config, ""
+    if config.data.streaming and not config.data.labels:
+        return config, ""  # which is refused, by what a stream cannot give
     cells = list(first_label_cells(config.data, task.data))
     found: dict[str, object] = {}
     why = ""
