@@ -23,7 +23,7 @@ from sklearn.metrics import cohen_kappa_score, f1_score, precision_recall_fscore
 from tiny import WORDS, write_jsonl
 from transformers import AutoModelForSequenceClassification
 
-from siliang.config import RunConfig
+from siliang.config import ClassificationConfig, RunConfig
 from siliang.data.infer_problem import look_at
 from siliang.data.labels import alike
 from siliang.engine.order import Order
@@ -379,3 +379,28 @@ def test_what_does_not_fit_is_refused(kind: str, sets: list[str], message: str, 
     data = write_jsonl(tmp_path / "a.jsonl", rows(kind))
     said = refused(*flags(model, data, tmp_path / "run", *sets), code=2)
     assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("cells", "problem", "mark"),
+    [
+        (["体育、财经", "体育", "财经", "娱乐"], "several_labels", "、"),
+        (["体育，财经", "体育", "财经"], "several_labels", "，"),
+        (["体育；财经", "体育", "财经"], "several_labels", "；"),
+        (["1.5", "2.25", "0.1", "inf"], "number", None),  # whose row is refused then
+        ([1.5, 2.5, float("nan"), 0.5], "number", None),
+        (["good", "bad", "nan"], "one_label", None),
+    ],
+)
+def test_what_labels_are_taken_for(cells: list[object], problem: str, mark: str | None) -> None:
+    look = look_at(cells)
+    assert (look.problem, look.separator) == (problem, mark)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [({"good": -2}, "good = -2: a weight must be more than 0"), ({True: 2}, "YAML reads a label such as yes")],
+)
+def test_weights_that_are_none(weights: dict[object, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassificationConfig.model_validate({"class_weights": weights})

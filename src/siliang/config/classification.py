@@ -31,7 +31,25 @@ def _separator(value: object) -> object:
 
 def _weights(value: object) -> object:
     """A label may be written as a number."""
-    return {str(name): weight for name, weight in value.items()} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    for name, weight in value.items():
+        if isinstance(name, bool):
+            raise ConfigError(
+                Bilingual(
+                    f"classification.class_weights: YAML reads a label such as yes, no or true as {name}: write it in "
+                    "quotes.",
+                    f"classification.class_weights：YAML 把 yes、no、true 这样的标签读作 {name}：请加引号。",
+                )
+            )
+        if isinstance(weight, int | float) and not weight > 0:
+            raise ConfigError(
+                Bilingual(
+                    f"classification.class_weights: {name} = {weight}: a weight must be more than 0.",
+                    f"classification.class_weights：{name} = {weight}：权重须大于 0。",
+                )
+            )
+    return {str(name): weight for name, weight in value.items()}
 
 
 class ClassificationConfig(Section):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from siliang.config import DataConfig, Problem
 from siliang.data.cells import BLANKS, as_text
 from siliang.data.find_layout import find_layout
 from siliang.data.label_cells import listed
-from siliang.data.labels import FEW_ROWS, joined
+from siliang.data.labels import FEW_ROWS, MARKS, joined
 from siliang.data.numbers import as_number, is_whole
 from siliang.data.reading import Reading
 from siliang.data.sources import open_source
@@ -17,6 +18,7 @@ from siliang.data.spec import DataSpec
 from siliang.language import Bilingual
 from siliang.secrets import short_repr
 
+NO_NUMBERS = ("nan", "inf", "+inf", "-inf", "infinity", "-infinity")
 MOST_ROWS = 20_000  # that are looked at; all rows are checked against the answer when they are read
 
 
@@ -70,8 +72,14 @@ def look_at(cells: Sequence[object], labels: Sequence[str] | None = None) -> Lab
         return LabelLook(
             "several_labels", None, Bilingual(f"the labels are lists, such as {shown}", f"标签是列表，如 {shown}")
         )
-    texts = [as_text(cell) for cell in there if isinstance(cell, str | int | float | bool)]
+    plain = [
+        cell for cell in there if isinstance(cell, str | int | bool) or (isinstance(cell, float) and isfinite(cell))
+    ]
+    texts = [as_text(cell) for cell in plain]
     names = {text.strip(BLANKS) for text in texts}
+    counted = {name for name in names if name.lower() not in NO_NUMBERS}
+    if labels is None and len(counted) > 1 and all(as_number(name) is not None for name in counted):
+        names = counted  # among numbers they are refused when the rows are read
     mark = separator(names, labels)
     if mark is not None:
         several = next(name for name in sorted(names) if mark in name)
@@ -111,7 +119,7 @@ def separator(names: set[str], labels: Sequence[str] | None = None) -> str | Non
     """What separates several labels in one text, if something does."""
     if labels is None:
         return joined(names)
-    for mark in (",", ";", "|", "/", " "):
+    for mark in MARKS:
         parts = {part.strip(BLANKS) for name in names for part in name.split(mark)}
         if not names <= {*labels} and parts <= {*labels}:
             return mark

@@ -159,12 +159,15 @@ def no_classes(found: Collection[str], rows: int, spec: DataSpec) -> str | None:
     return None
 
 
+MARKS = (",", ";", "|", "、", "，", "；", "/", " ")  # that separate several labels
+
+
 def joined(found: Collection[str]) -> str | None:
     """Returns the separator if the labels are several classes joined in one cell.
 
     "a,b" is two classes where "a" and "b" are labels too, or where most labels hold the separator.
     """
-    for mark in (",", ";", "|", "/", " "):
+    for mark in MARKS:
         several = [name for name in found if mark in name.strip()]
         parts = {part.strip() for name in found for part in name.split(mark)}
         known = all(part in found for part in parts)
