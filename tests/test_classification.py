@@ -392,7 +392,7 @@ def test_what_does_not_fit_is_refused(kind: str, sets: list[str], message: str, 
         (["good", "bad", "nan"], "one_label", None),
     ],
 )
-def test_what_labels_are_taken_for(cells: list[object], problem: str, mark: str | None) -> None:
+def test_marks_between_labels_and_what_is_no_number(cells: list[object], problem: str, mark: str | None) -> None:
     look = look_at(cells)
     assert (look.problem, look.separator) == (problem, mark)
 
