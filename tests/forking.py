@@ -44,10 +44,11 @@ PRELOADED = (
     "siliang.use.merge",
     "siliang.use.predict",
 )
-# Read when a module is imported: with another value the real python is needed. Three are not: one for NCCL, which
-# torch's elastic agent sets and which is not here; and two that the forked process applies itself.
+# Read when a module is imported: with another value the real python is needed. Four are not: one for NCCL, which
+# torch's elastic agent sets and which is not here; one for downloads, which lm_eval sets when it is imported; and two
+# that the forked process applies itself.
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "MKL_", "OMP_", "ONEDNN_", "ATEN_", "PYTHON", "TORCH_", "LRU_CACHE", "LD_")
-NOT_READ = ("OMP_NUM_THREADS", "PYTHONIOENCODING", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+NOT_READ = ("OMP_NUM_THREADS", "PYTHONIOENCODING", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "HF_XET_HIGH_PERFORMANCE")
 MOST_FILES = 250  # that a message of a socket carries: 253
 
 _CLIENT = """#!{python} -IS
