@@ -155,6 +155,8 @@ MODELS |= {
 # what labels of a text are, beside one of several classes
 PROBLEMS = {f"bert-{problem}": problem for problem in ("several_labels", "number", "ordered")}
 MODELS |= dict.fromkeys(PROBLEMS, MODELS["bert"])
+# what a run of the task embedding takes from its base model's folder
+POOLED = {"pooling": "mean", "query_prompt": "", "document_prompt": ""}
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 # of a method, by a name
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -219,6 +221,7 @@ class Case:
                 "train": {"packing": self.packing, "batch_size": len(LENGTHS), "memory_budget": None},
                 "distributed": {"strategy": "fsdp"},
                 "classification": {"problem": PROBLEMS[self.model]} if self.model in PROBLEMS else None,
+                "embedding": POOLED if MODELS[self.model][0] is EMBEDDING else None,
                 "output": "-",
             }
         )
