@@ -74,19 +74,29 @@ def computed_parameters(layer: nn.Module, functions: Mapping[str, Callable[[Tens
 
 
 def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *args: object, **kwargs: object) -> Tensor:
-    """Calls a module with other tensors for its own parameters, which stay as they are."""
-    if not tensors.keys() & vars(module).keys():
+    """Calls a module with other tensors for parameters of its own or of modules in it, which stay as they are."""
+    places = {key: _place(module, key) for key in tensors}
+    if not any(name in vars(owner) for owner, name in places.values()):
         return functional_call(module, dict(tensors), args, kwargs)
     # under FSDP1 the parameters are plain attributes too, views that the forward reads and functional_call does not set
-    own = {key: getattr(module, key) for key in tensors}
+    own = {key: parameter_of(module, key) for key in tensors}
     try:
-        vars(module).update(tensors)
+        for key, (owner, name) in places.items():
+            vars(owner)[name] = tensors[key]
         return module(*args, **kwargs)
     finally:
-        vars(module).update(own)
+        for key, (owner, name) in places.items():
+            vars(owner)[name] = own[key]
 
 
 def parameter_of(module: nn.Module, key: str) -> Tensor:
-    """A parameter of the module, also where FSDP1 has made it a view."""
-    found: Tensor = getattr(module, key)
+    """A parameter by its dotted name, also where FSDP1 has made it a view."""
+    owner, name = _place(module, key)
+    found: Tensor = getattr(owner, name)
     return found
+
+
+def _place(module: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and its name there."""
+    path, _, name = key.rpartition(".")
+    return module.get_submodule(path), name
