@@ -19,7 +19,7 @@ from functools import partial
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_text, cell, given
 from siliang.data.examples import Message, Ranked
-from siliang.data.refused import MEDIA, text_only
+from siliang.data.refused import refuse_media
 from siliang.data.turns import history_of, listed, tools_of, turns_of
 from siliang.language import Bilingual
 from siliang.secrets import shortened
@@ -56,13 +56,6 @@ def _messages_rejected(column: str, values: Values, c: Columns) -> Result:
         )
     whole = rejected[0].role != "assistant"
     return _ranked(values, c, [] if whole else turns[:-1], turns if whole else turns[-1:], rejected)
-
-
-def refuse_media(values: Values) -> None:
-    """Refuses a row with pictures, sound or video."""
-    for name in MEDIA:
-        if given(values.get(name)):
-            raise BadRow(text_only(name))
 
 
 def answer_of(value: object, column: str) -> list[Message]:

@@ -16,7 +16,8 @@ from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, given
 from siliang.data.examples import Ranked
 from siliang.data.numbers import as_number
-from siliang.data.preferences import answer_of, checked, prompt_of, refuse_media
+from siliang.data.preferences import answer_of, checked, prompt_of
+from siliang.data.refused import refuse_media
 from siliang.data.turns import listed, tools_of
 from siliang.language import Bilingual
 

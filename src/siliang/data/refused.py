@@ -45,8 +45,13 @@ def refuse_other_lessons(values: Values, c: Columns, columns: tuple[str, ...]) -
                     f"若 {name!r} 另有含义，请改名",
                 )
             )
+    refuse_media({name: value for name, value in values.items() if name not in columns})
+
+
+def refuse_media(values: Values) -> None:
+    """Refuses a row with pictures, sound or video."""
     for name in MEDIA:
-        if name not in columns and given(values.get(name)):
+        if given(values.get(name)):
             raise BadRow(text_only(name))
 
 

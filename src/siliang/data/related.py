@@ -18,7 +18,7 @@ from siliang.config import Columns
 from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled, given, short
 from siliang.data.examples import Related, Scored
 from siliang.data.numbers import as_number
-from siliang.data.refused import MEDIA, text_only
+from siliang.data.refused import refuse_media
 from siliang.language import Bilingual
 
 MOST_NEGATIVE_COLUMNS = 64
@@ -27,7 +27,7 @@ NEGATIVE_COLUMNS = tuple(f"negative_{i}" for i in range(1, MOST_NEGATIVE_COLUMNS
 
 def read_related(values: Values, c: Columns) -> Result:
     """A row with an anchor and its positives, and perhaps negatives."""
-    _refuse_media(values)
+    refuse_media(values)
     anchor = filled(values, c.anchor)
     value = values.get(c.positive)
     if isinstance(value, Mapping):
@@ -49,7 +49,7 @@ def read_related(values: Values, c: Columns) -> Result:
 
 def read_scored(values: Values, c: Columns) -> Result:
     """A row with two texts and a score."""
-    _refuse_media(values)
+    refuse_media(values)
     first, second, value = filled(values, c.text), filled(values, c.text_pair), values.get(c.score)
     number = float(value) if isinstance(value, int | float | Decimal) else None  # True and False are 1 and 0
     number = as_number(value.strip()) if isinstance(value, str) else number
@@ -99,9 +99,3 @@ def _selected(value: Mapping[object, object], column: str) -> tuple[list[str], l
         )
     pairs = list(zip(_texts(texts, column), marks, strict=True))
     return [text for text, mark in pairs if mark], [text for text, mark in pairs if not mark]
-
-
-def _refuse_media(values: Values) -> None:
-    for name in MEDIA:
-        if given(values.get(name)):
-            raise BadRow(text_only(name))
