@@ -29,8 +29,8 @@ from siliang.data.labels import alike
 from siliang.engine.order import Order
 from siliang.records import Answers, Record
 from siliang.safety.safe_yaml import dump_yaml
-from siliang.tasks import class_losses, class_metrics
-from siliang.tasks.calibration import best_threshold, ece, sigmoid, softmax, temperature_of_classes
+from siliang.tasks.labels import losses, metrics
+from siliang.tasks.labels.calibration import best_threshold, ece, sigmoid, softmax, temperature_of_classes
 from siliang.tasks.metrics import spearman
 from siliang.train.prepare import prepare
 from siliang.train.run import train
@@ -106,22 +106,22 @@ OUTPUT: Any = SimpleNamespace(logits=LOGITS)
 def test_losses_are_torchs() -> None:
     weight = torch.tensor(WEIGHTS)
     weighted = F.cross_entropy(LOGITS, ONE, weight=weight, reduction="sum", label_smoothing=0.1)
-    assert torch.equal(class_losses.one_of(WEIGHTS, None, OUTPUT, batch(ONE), label_smoothing=0.1), weighted)
+    assert torch.equal(losses.one_of(WEIGHTS, None, OUTPUT, batch(ONE), label_smoothing=0.1), weighted)
     binary = F.binary_cross_entropy_with_logits(LOGITS, SEVERAL, pos_weight=weight)
-    assert torch.allclose(class_losses.several_of(WEIGHTS, None, OUTPUT, batch(SEVERAL)) / 7, binary)
+    assert torch.allclose(losses.several_of(WEIGHTS, None, OUTPUT, batch(SEVERAL)) / 7, binary)
     # as torchvision.ops.sigmoid_focal_loss has it
     p = LOGITS.sigmoid()
     p_t = p * SEVERAL + (1 - p) * (1 - SEVERAL)
     focal = F.binary_cross_entropy_with_logits(LOGITS, SEVERAL, reduction="none") * (1 - p_t) ** 2
-    assert torch.allclose(class_losses.several_of(None, 2.0, OUTPUT, batch(SEVERAL)) / 7, focal.mean())
+    assert torch.allclose(losses.several_of(None, 2.0, OUTPUT, batch(SEVERAL)) / 7, focal.mean())
     p_y = LOGITS.softmax(-1).gather(1, ONE[:, None]).squeeze(1)
-    assert torch.allclose(class_losses.one_of(None, 2.0, OUTPUT, batch(ONE)), (-((1 - p_y) ** 2) * p_y.log()).sum())
+    assert torch.allclose(losses.one_of(None, 2.0, OUTPUT, batch(ONE)), (-((1 - p_y) ** 2) * p_y.log()).sum())
     number: Any = SimpleNamespace(logits=LOGITS[:, :1])
     squared = F.mse_loss(LOGITS[:, 0], ONE.float(), reduction="sum")
-    assert torch.allclose(class_losses.squared_error(number, batch(ONE)), squared)
+    assert torch.allclose(losses.squared_error(number, batch(ONE)), squared)
     # ordered: the nearer class costs less
     sure: Any = [SimpleNamespace(logits=5 * torch.eye(5)[[k]]) for k in (1, 4)]
-    near, far = (class_losses.ordered(None, one, batch(torch.tensor([0]))) for one in sure)
+    near, far = (losses.ordered(None, one, batch(torch.tensor([0]))) for one in sure)
     assert near < far
 
 
@@ -130,8 +130,8 @@ def test_losses_have_gradients_where_the_model_is_sure() -> None:
     output: Any = SimpleNamespace(logits=logits)
     labels = torch.tensor([0, 0])
     for loss in (
-        class_losses.one_of(None, 0.5, output, batch(labels)),
-        class_losses.several_of(None, 0.5, output, batch(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))),
+        losses.one_of(None, 0.5, output, batch(labels)),
+        losses.several_of(None, 0.5, output, batch(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))),
     ):
         (gradient,) = torch.autograd.grad(loss, logits)
         assert torch.isfinite(gradient).all()
@@ -165,7 +165,7 @@ def test_steps_are_transformers(kind: str, tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, eps=prepared.precision.adam_eps)
     order = Order.of(prepared.config, tokens.lengths.tolist())
     order.set_epoch(0)
-    chosen, losses = list(order), []
+    chosen, logged = list(order), []
     model.train()
     for step in range(3):
         own = [tokens[i] for i in chosen[4 * step : 4 * step + 4]]
@@ -176,9 +176,9 @@ def test_steps_are_transformers(kind: str, tmp_path: Path) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
+        logged.append(float(loss.detach()))
     record = train(config)
-    assert [line.loss for line in record.steps if line.loss is not None] == pytest.approx(losses, rel=1e-5)
+    assert [line.loss for line in record.steps if line.loss is not None] == pytest.approx(logged, rel=1e-5)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert saved.config.problem_type == model.config.problem_type
     if kind == "several_labels":
@@ -195,11 +195,11 @@ def test_metrics_are_scikit_learns_and_scipys() -> None:
     random = np.random.default_rng(0)
     a, b = random.integers(0, 5, 60), random.integers(0, 5, 60)
     kappa = cohen_kappa_score(b, a, weights="quadratic", labels=range(5))
-    assert class_metrics.quadratic_kappa(a, b, 5) == pytest.approx(kappa)
+    assert metrics.quadratic_kappa(a, b, 5) == pytest.approx(kappa)
     assert spearman(a.tolist(), b.tolist()) == pytest.approx(spearmanr(a, b)[0])
     same = np.ones(4)
-    assert class_metrics.of_numbers(same, same) == {"mse": 0.0, "mae": 0.0, "spearman": 0.0, "r2": 0.0}
-    assert class_metrics.quadratic_kappa(np.zeros(3, int), np.zeros(3, int), 2) == 0.0
+    assert metrics.of_numbers(same, same) == {"mse": 0.0, "mae": 0.0, "spearman": 0.0, "r2": 0.0}
+    assert metrics.quadratic_kappa(np.zeros(3, int), np.zeros(3, int), 2) == 0.0
 
 
 @pytest.mark.parametrize("labels", [1, 2, 5])
@@ -210,14 +210,14 @@ def test_f1_of_several_labels_is_scikit_learns(labels: int) -> None:
     predicted, reference = predicted.astype(int), reference.astype(int)
     if labels > 2:
         predicted[:, -1] = reference[:, -1] = 0  # a label that is nowhere
-    found = class_metrics.of_several(predicted, reference)
+    found = metrics.of_several(predicted, reference)
     # of one column scikit-learn makes two classes: absent and present
     columns = [(reference[:, c], predicted[:, c]) for c in range(labels)]
     of_each = [precision_recall_fscore_support(*c, average="binary", zero_division=0.0)[:3] for c in columns]
     assert found["f1"] == pytest.approx(np.mean([f1 for _, _, f1 in of_each]))
     assert found["f1_micro"] == pytest.approx(f1_score(reference.ravel(), predicted.ravel(), zero_division=0.0))
     assert found["subset_accuracy"] == pytest.approx((predicted == reference).all(1).mean())
-    table = class_metrics.by_class(predicted, reference, [f"l{c}" for c in range(labels)])
+    table = metrics.by_class(predicted, reference, [f"l{c}" for c in range(labels)])
     assert np.allclose([(c.precision, c.recall, c.f1) for c in table], of_each)
     assert [c.rows for c in table] == reference.sum(0).tolist()
     if labels > 1:
@@ -229,7 +229,7 @@ def test_by_class_of_one_class_a_row_is_scikit_learns() -> None:
     random = np.random.default_rng(0)
     predicted, reference = random.integers(0, 4, 50), random.integers(1, 5, 50)
     theirs = precision_recall_fscore_support(reference, predicted, labels=range(5), average=None, zero_division=0.0)
-    table = class_metrics.by_class(predicted, reference, list("abcde"))
+    table = metrics.by_class(predicted, reference, list("abcde"))
     ours = np.array([(c.precision, c.recall, c.f1, c.rows) for c in table])
     assert np.allclose(ours, np.stack(theirs, 1))
 

@@ -19,7 +19,7 @@ from siliang.config import RunConfig
 from siliang.records import Record
 from siliang.run_folder import CONFIG_NAME, open_run
 from siliang.safety.safe_yaml import read_yaml
-from siliang.tasks.calibration import sigmoid, softmax
+from siliang.tasks.labels.calibration import sigmoid, softmax
 from siliang.train.log import Progress
 from siliang.train.run import train
 from siliang.train.start_adapter import filled_in

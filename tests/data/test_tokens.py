@@ -227,7 +227,8 @@ def test_tokens_of_other_code_are_others(monkeypatch: pytest.MonkeyPatch, tmp_pa
     before = token_key.key_of(*arguments)
     data = ("encode", "chat", "templates", "conversations", "pairs", "tokens", "words", "jinja", "examples", "judge")
     names = [f"data/{name}" for name in data]
-    for name in (*names, *(f"tasks/{task.data.name}" for task in TASKS.values()), "tasks/context_windows"):
+    shared = ("tasks/context_windows", "tasks/preferences/ranked", "tasks/embeddings/tokens")
+    for name in (*names, *(f"tasks/{task.data.name}" for task in TASKS.values()), *shared):
         with (tmp_path / f"{name}.py").open("a") as file:
             file.write("\n")
         token_key.code_hash.cache_clear()

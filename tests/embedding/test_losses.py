@@ -20,7 +20,7 @@ from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
 from siliang.tasks.embedding import EMBEDDING, LEARNS_FROM, TAKES, with_vectors
-from siliang.tasks.embedding_losses import LOSSES, Entries, of_dimensions
+from siliang.tasks.embeddings.losses import LOSSES, Entries, of_dimensions
 
 N, D = 24, 16
 

@@ -11,7 +11,7 @@ import torch
 from siliang.config import EmbeddingConfig, RerankerConfig
 from siliang.data.examples import Related
 from siliang.tasks import embedding, reranker
-from siliang.tasks.embedding_tokens import texts_of
+from siliang.tasks.embeddings.tokens import texts_of
 from siliang.tasks.task import EntryValues, Task
 
 

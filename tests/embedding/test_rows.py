@@ -13,7 +13,7 @@ from siliang.config import EmbeddingConfig, RunConfig
 from siliang.data.examples import Example, Labelled, Related, Scored
 from siliang.tasks import settled
 from siliang.tasks.embedding import EMBEDDING, with_vectors
-from siliang.tasks.embedding_tokens import texts_of
+from siliang.tasks.embeddings.tokens import texts_of
 from siliang.tasks.prepare import prepare_data
 from siliang.types import DataError
 

@@ -19,7 +19,7 @@ from siliang.data.tokens import TokenSet, tokenize
 from siliang.engine.batches import sequences_of
 from siliang.tasks import task_of
 from siliang.tasks.preference import PREFERENCE
-from siliang.tasks.ranked import answers_of
+from siliang.tasks.preferences.ranked import answers_of
 from siliang.types import DataError
 
 Q, GOOD, BAD = "what is one", "one is one", "two"

@@ -22,7 +22,7 @@ from siliang.config import PreferenceConfig, RunConfig
 from siliang.engine.batches import sequences_of
 from siliang.plan.rows import order
 from siliang.records import Record
-from siliang.tasks.preference_losses import LOSSES, Pairs, likelihood
+from siliang.tasks.preferences.losses import LOSSES, Pairs, likelihood
 from siliang.tasks.prepare import prepare_data
 from siliang.train.prepare import prepare
 from siliang.train.run import train

@@ -49,18 +49,20 @@ def key_of(
 
 
 def code_folders(spec: DataSpec) -> list[Path]:
-    """Where the code lies that makes tokens: this folder, and that of the task."""
+    """Where the code lies that makes tokens: this folder, and that of all tasks, or of one that is not siliang's."""
     task = sys.modules[spec.encoder.__module__].__file__
     assert task is not None
-    return [Path(__file__).parent, Path(task).parent]
+    here = Path(__file__).parent
+    folders = [folder for folder in Path(task).parents if folder.parent == here.parent]
+    return [here, *(folders or [Path(task).parent])]
 
 
 @cache
 def code_hash(folder: Path) -> str:
     """Of the code in a folder: all of it, so that no file is forgotten, and the libraries under it."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        digest.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     for library in ("transformers", "tokenizers", "jinja2"):
         digest.update(f"{library} {version(library)}\0".encode())
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """A vector for a text: texts that belong together are near to each other.
 
-Loss: one of `embedding_losses.LOSSES`, of all entries of a step together. Metrics: those of embedding_metrics.py.
+Loss: one of `embeddings/losses.LOSSES`, of all entries of a step together. Metrics: those of embeddings/metrics.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.secrets import shortened
-from siliang.tasks.base_vectors import check_settled, settle
 from siliang.tasks.causal_lm import verdict
-from siliang.tasks.embedding_tokens import TextEncoder, adapt, encoded_with, parts_of, show, synthetic_row
-from siliang.tasks.end_token import with_end
+from siliang.tasks.embeddings.base_vectors import check_settled, settle
+from siliang.tasks.embeddings.end_token import with_end
+from siliang.tasks.embeddings.ranking import NDCG, RANKING
+from siliang.tasks.embeddings.tokens import TextEncoder, adapt, encoded_with, parts_of, show, synthetic_row
 from siliang.tasks.metrics import ACCURACY, SPEARMAN
-from siliang.tasks.ranking import NDCG, RANKING
 from siliang.tasks.related_texts import only_pair
 from siliang.tasks.task import EntryValues, Reply, StepLoss, Task, Trained
 from siliang.types import ConfigError, DataError, TaskType
@@ -144,7 +144,7 @@ def step_loss(settings: EmbeddingConfig, layout: str) -> StepLoss:
     """The loss of these settings on rows of a layout; "" where that is not known."""
 
     def loss(values: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        from siliang.tasks.embedding_losses import LOSSES, Entries, of_dimensions
+        from siliang.tasks.embeddings.losses import LOSSES, Entries, of_dimensions
 
         entries = Entries.of(values)
         own = layout or ("text-label" if len(values[0]) == 1 else "anchor-positive")
@@ -229,16 +229,16 @@ def with_layout(settings: EmbeddingConfig, task: Task, layout: str) -> Task:
 
 def measure(settings: EmbeddingConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
     """Of these vectors."""
-    from siliang.tasks import embedding_metrics
+    from siliang.tasks.embeddings import metrics
 
-    return embedding_metrics.measure(settings, found, rows)
+    return metrics.measure(settings, found, rows)
 
 
 def replies(settings: EmbeddingConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
     """What is nearest, by these vectors."""
-    from siliang.tasks import embedding_metrics
+    from siliang.tasks.embeddings import metrics
 
-    return embedding_metrics.replies(settings, found, rows)
+    return metrics.replies(settings, found, rows)
 
 
 # ---- use ----
@@ -253,7 +253,7 @@ def predict(run: Trained, texts: Iterable[str | tuple[str, str] | Example]) -> I
     Raises:
         DataError: A text is empty.
     """
-    from siliang.tasks.embedding_losses import EXTRAS
+    from siliang.tasks.embeddings.losses import EXTRAS
 
     for examples, _, found in run.read(_example(run, text) for text in texts):
         for example, kept in zip(examples, found.values(), strict=True):
@@ -288,7 +288,7 @@ def extra_files(
     settings: EmbeddingConfig, max_length: int, folder: Path, model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
     """What sentence-transformers needs to open the folder."""
-    from siliang.tasks.sentence_files import write_embedding
+    from siliang.tasks.embeddings.sentence_files import write_embedding
 
     check_settled(settings)
     ending = with_end(tokenizer) if settings.pooling == "last" else tokenizer

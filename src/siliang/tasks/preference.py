@@ -20,8 +20,8 @@ from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.causal_lm import prompt
 from siliang.tasks.metrics import ACCURACY
-from siliang.tasks.ranked import answers_of, encoder, log_probabilities, show, synthetic_row
-from siliang.tasks.rated import with_ratings
+from siliang.tasks.preferences.ranked import answers_of, encoder, log_probabilities, show, synthetic_row
+from siliang.tasks.preferences.rated import with_ratings
 from siliang.tasks.task import EntryValues, HeldOutAnswers, Metric, Reply, StepLoss, Task
 from siliang.types import TaskType
 
@@ -38,7 +38,7 @@ CHANCE = 0.5
 
 def step_loss(settings: PreferenceConfig) -> StepLoss:
     """The loss of these settings."""
-    from siliang.tasks.preference_losses import LOSSES, Pairs, likelihood
+    from siliang.tasks.preferences.losses import LOSSES, Pairs, likelihood
 
     row = LOSSES[settings.loss]
 
@@ -68,7 +68,7 @@ def with_loss(task: Task, settings: PreferenceConfig) -> Task:
 
 def rewards(settings: PreferenceConfig, found: Mapping[int, EntryValues]) -> tuple[Tensor, Tensor]:
     """The rewards of the chosen and of the rejected answers, (N,) each."""
-    from siliang.tasks.preference_losses import LOSSES, Pairs
+    from siliang.tasks.preferences.losses import LOSSES, Pairs
 
     row = LOSSES[settings.loss]
     pairs = Pairs.of(

@@ -24,9 +24,9 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.secrets import shortened
+from siliang.tasks.embeddings.ranking import NDCG, RANKING, ranking
 from siliang.tasks.losses import WithLogits
 from siliang.tasks.metrics import ACCURACY, SPEARMAN, classification, spearman
-from siliang.tasks.ranking import NDCG, RANKING, ranking
 from siliang.tasks.related_texts import only_pair
 from siliang.tasks.task import Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, ConfigError, DataError, TaskType
@@ -300,7 +300,7 @@ def extra_files(
     settings: RerankerConfig, max_length: int, folder: Path, model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
     """What sentence-transformers needs to open the folder as a CrossEncoder."""
-    from siliang.tasks.sentence_files import write_reranker
+    from siliang.tasks.embeddings.sentence_files import write_reranker
 
     write_reranker(max_length, folder, tokenizer, ACTIVATIONS[settings.loss])
 

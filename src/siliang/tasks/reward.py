@@ -19,7 +19,7 @@ from siliang.secrets import shortened
 from siliang.tasks.losses import WithLogits
 from siliang.tasks.metrics import ACCURACY
 from siliang.tasks.preference import MARGIN, verdict
-from siliang.tasks.ranked import answers_of, encoder
+from siliang.tasks.preferences.ranked import answers_of, encoder
 from siliang.tasks.related_texts import two_texts
 from siliang.tasks.task import EntryValues, Reply, Shown, StepLoss, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType

@@ -1,7 +1,7 @@
 """A class for a text, or for a pair of texts; or several labels, a class of an order, or a number.
 
-Which of them a label is, `classification.problem` says, or the labels themselves do (`problems.py`). Each has its loss
-(`class_losses.py`), and its metrics and predictions (`one_label.py`, `several_labels.py`, `numbers.py`).
+Which of them a label is, `classification.problem` says, or the labels themselves do. `labels/` has the losses, the
+metrics and the predictions of each.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Classification
+from siliang.tasks.labels.numbers import as_number_of_text
+from siliang.tasks.labels.one_label import as_one_label, verdict
+from siliang.tasks.labels.problems import settle
+from siliang.tasks.labels.several_labels import as_several_labels, in_line
 from siliang.tasks.metrics import ACCURACY
-from siliang.tasks.numbers import as_number_of_text
-from siliang.tasks.one_label import as_one_label, verdict
-from siliang.tasks.problems import settle
-from siliang.tasks.several_labels import as_several_labels, in_line
 from siliang.tasks.task import Shown, Task
 from siliang.types import TASK_HEADS, TaskType
 

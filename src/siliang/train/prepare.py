@@ -33,8 +33,8 @@ from siliang.models.own_code import code_of
 from siliang.records import Counts, Device, Predicted, Record, Rows, Seconds
 from siliang.run_folder import changed_base, hashes, load_base, sources_of, weight_dtype
 from siliang.tasks import settled, task_of
+from siliang.tasks.labels.problems import begin
 from siliang.tasks.prepare import prepare_data
-from siliang.tasks.problems import begin
 from siliang.train.checks import (
     check_evaluation,
     check_held_out,

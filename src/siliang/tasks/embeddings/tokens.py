@@ -16,8 +16,8 @@ from siliang.data.pairs import CodedText, coded_texts
 from siliang.data.spec import Encode
 from siliang.language import Bilingual
 from siliang.models.tokenizer import Tokenizer
-from siliang.tasks.base_vectors import check_settled
-from siliang.tasks.end_token import with_end
+from siliang.tasks.embeddings.base_vectors import check_settled
+from siliang.tasks.embeddings.end_token import with_end
 from siliang.tasks.task import Shown
 
 

@@ -27,7 +27,7 @@ from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.language import Bilingual
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
-from siliang.tasks.ranked import encode_ranked, log_probabilities
+from siliang.tasks.preferences.ranked import encode_ranked, log_probabilities
 from siliang.tasks.task import EntryValues, HeldOutAnswers, Metric, Reply, Shown, StepLoss, Task
 
 if TYPE_CHECKING:  # slow to import

@@ -17,9 +17,9 @@ from siliang.data.prepared import EvalRows
 from siliang.language import both
 from siliang.records import Verdict
 from siliang.records.classes import Classification, ClassReport
-from siliang.tasks import class_losses, class_metrics
-from siliang.tasks.calibration import ece, softmax, temperature_of_classes
-from siliang.tasks.label_predictions import (
+from siliang.tasks.labels import losses, metrics
+from siliang.tasks.labels.calibration import ece, softmax, temperature_of_classes
+from siliang.tasks.labels.predictions import (
     asked,
     examples_of,
     in_brackets,
@@ -78,11 +78,7 @@ def as_one_label(task: Task, settings: ClassificationConfig, learned: Classifica
     """The task with one class a row."""
     weights = learned.class_weights if learned else None
     ordered = settings.problem == "ordered"
-    loss = (
-        partial(class_losses.ordered, weights)
-        if ordered
-        else partial(class_losses.one_of, weights, settings.focal_gamma)
-    )
+    loss = partial(losses.ordered, weights) if ordered else partial(losses.one_of, weights, settings.focal_gamma)
     temperature = (learned.temperature if learned else None) or 1.0
     return replace(
         task,
@@ -118,14 +114,14 @@ def measure(
     the accuracy on them."""
     logits, labels = stacked(found), _labels(found, rows)
     numbers = logits.argmax(1)
-    metrics = classification(numbers.tolist(), labels.tolist())
+    values = classification(numbers.tolist(), labels.tolist())
     if settings.problem == "ordered":
-        metrics |= class_metrics.of_ordered(numbers, labels, logits.shape[1])
+        values |= metrics.of_ordered(numbers, labels, logits.shape[1])
     if settings.min_confidence:
         sure = softmax(logits / temperature).max(1) >= settings.min_confidence
-        metrics["coverage"] = float(sure.mean())
-        metrics["accuracy_covered"] = float((numbers == labels)[sure].mean()) if sure.any() else 0.0
-    return metrics
+        values["coverage"] = float(sure.mean())
+        values["accuracy_covered"] = float((numbers == labels)[sure].mean()) if sure.any() else 0.0
+    return values
 
 
 def majority(rows: EvalRows) -> float | None:
@@ -163,8 +159,8 @@ def report(temperature: float, found: Mapping[int, np.ndarray], rows: EvalRows) 
     numbers = logits.argmax(1)
     sure = softmax(logits / temperature).max(1).tolist()
     return ClassReport(
-        classes=class_metrics.by_class(numbers, labels, rows.labels),
-        confusion=class_metrics.confusion(numbers, labels, len(rows.labels)),
+        classes=metrics.by_class(numbers, labels, rows.labels),
+        confusion=metrics.confusion(numbers, labels, len(rows.labels)),
         mistakes=mistakes(replies(temperature, found, rows), rows, sure),
     )
 

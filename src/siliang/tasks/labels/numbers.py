@@ -12,9 +12,9 @@ from siliang.data.examples import Labelled
 from siliang.data.prepared import EvalRows
 from siliang.records import Verdict
 from siliang.records.classes import Classification, ClassReport
-from siliang.tasks import class_metrics
-from siliang.tasks.class_losses import squared_error
-from siliang.tasks.label_predictions import asked, examples_of, mistakes, read_logits, stacked, text_of
+from siliang.tasks.labels import metrics
+from siliang.tasks.labels.losses import squared_error
+from siliang.tasks.labels.predictions import asked, examples_of, mistakes, read_logits, stacked, text_of
 from siliang.tasks.metrics import MAE, SPEARMAN
 from siliang.tasks.task import HeldOutAnswers, LabelHooks, Metric, Reply, Task, Trained
 
@@ -68,7 +68,7 @@ def as_number_of_text(task: Task, settings: ClassificationConfig, learned: Class
 
 def measure(found: Mapping[int, np.ndarray], rows: EvalRows) -> dict[str, float]:
     """Squared and absolute error, the correlation of ranks, and R squared."""
-    return class_metrics.of_numbers(*_both(found, rows))
+    return metrics.of_numbers(*_both(found, rows))
 
 
 def replies(found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[int, Reply]]:

@@ -15,9 +15,9 @@ from siliang.data.prepared import EvalRows
 from siliang.language import both
 from siliang.records import Verdict
 from siliang.records.classes import Classification, ClassReport
-from siliang.tasks import class_losses, class_metrics
-from siliang.tasks.calibration import best_threshold, ece, sigmoid, temperature_of_labels
-from siliang.tasks.label_predictions import (
+from siliang.tasks.labels import losses, metrics
+from siliang.tasks.labels.calibration import best_threshold, ece, sigmoid, temperature_of_labels
+from siliang.tasks.labels.predictions import (
     asked,
     examples_of,
     in_brackets,
@@ -97,7 +97,7 @@ def as_several_labels(task: Task, settings: ClassificationConfig, learned: Class
     rule = rule_of(settings, learned)
     return replace(
         task,
-        loss=partial(class_losses.several_of, weights, settings.focal_gamma),
+        loss=partial(losses.several_of, weights, settings.focal_gamma),
         smooths_labels=False,
         read=read_logits,
         metrics=(F1_MICRO, F1, SUBSET),
@@ -132,7 +132,7 @@ def in_line(labels: Iterable[str]) -> str:
 
 def measure(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) -> dict[str, float]:
     """F1 over labels, averaged over them, and the share of rows without a mistake."""
-    return class_metrics.of_several(rule.given(stacked(found)), _labels(found, rows))
+    return metrics.of_several(rule.given(stacked(found)), _labels(found, rows))
 
 
 def replies(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
@@ -160,7 +160,7 @@ def report(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) -> 
     given, chances = rule.given(logits), rule.chances(logits)
     wrong = np.where(given != labels, np.abs(chances - labels), 0.0).max(1)
     return ClassReport(
-        classes=class_metrics.by_class(given, labels, rows.labels),
+        classes=metrics.by_class(given, labels, rows.labels),
         mistakes=mistakes(replies(rule, found, rows), rows, wrong.tolist()),
     )
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from siliang.config import EmbeddingConfig
 from siliang.data.examples import Example, Labelled, Related, Scored
 from siliang.data.prepared import EvalRows
-from siliang.tasks.embedding_losses import Entries
-from siliang.tasks.embedding_tokens import texts_of
+from siliang.tasks.embeddings.losses import Entries
+from siliang.tasks.embeddings.ranking import DEPTH, in_order, ranking
+from siliang.tasks.embeddings.tokens import texts_of
 from siliang.tasks.metrics import ACCURACY, SPEARMAN, spearman
-from siliang.tasks.ranking import DEPTH, in_order, ranking
 from siliang.tasks.task import EntryValues, Reply
 
 AT_ONCE = 256  # anchors that are compared with all texts together

@@ -1,0 +1,1 @@
+"""What tasks share that learn labels or numbers of whole rows."""
