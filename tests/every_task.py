@@ -19,7 +19,7 @@ TASKS = (
 # of seq_cls, whose labels say what it learns
 PROBLEMS = ("several_labels", "number", "ordered")
 PROMPTS = {"name": "prompt_tuning", "num_virtual_tokens": 3}
-LOSSES = {("preference", "full"): "simpo", ("kto", "lora"): "kto"}  # of preferences, beside DPO's
+LOSSES = {"kto": "kto"}  # of preferences, beside DPO's
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "r": 4},
     "full": {"name": "full"},
@@ -110,7 +110,7 @@ def configured(task: str, models: dict[str, Path], folder: Path, method: str = "
         "data": {"train": str(data), "test_size": 0.5, "max_length": 24, "stride": 4, "max_target_length": 8},
         "train": settings | train,
         "classification": {"problem": "ordered"} if task == "ordered" else None,  # the others are seen in the labels
-        "preference": {"loss": loss} if (loss := LOSSES.get((task, method))) else None,
+        "preference": {"loss": loss} if (loss := LOSSES.get(task)) else None,
         "accept": ["SL042", "SL045"],
         "output": str(folder / "run"),
     }

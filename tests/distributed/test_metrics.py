@@ -79,3 +79,16 @@ def test_each_rank_writes_its_share_of_the_texts(
         assert [e.code for e in endings] == [0, 0], endings[0].output + endings[-1].output
         found = Record.read(tmp_path / strategy).final
         assert {name: found[name] for name in measured} == measured, strategy
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_each_rank_takes_its_share_of_the_reference(strategy: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Full tuning of preferences: rows change their rank in the second epoch."""
+    config = configured("preference", models, tmp_path, "full", max_steps=6, log_every=1)
+    assert run(config).code == 0
+    endings = train_on(changed(config, tmp_path / "two", strategy), 2)
+    assert [e.code for e in endings] == [0, 0], endings[0].output + endings[1].output
+    expected, found = Record.read(Path(config.output)), Record.read(tmp_path / "two")
+    losses = [[line.loss for line in record.steps if line.loss is not None] for record in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 6
+    assert found.final == pytest.approx(expected.final, rel=1e-4, abs=1e-5)

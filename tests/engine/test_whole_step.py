@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +23,10 @@ from siliang.data.collate import PadCollator
 from siliang.data.spec import LABELS, NUMBERS
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
-from siliang.engine.whole_step import ByEntry
+from siliang.engine.whole_step import ByEntry, keep_reference, reference_of
 from siliang.tasks import CAUSAL_LM, SEQ_CLS, StepLoss, Task
-from siliang.types import ConfigError
+from siliang.tasks.preference import PREFERENCE
+from siliang.types import ConfigError, DataError
 
 BETA = 0.1
 
@@ -191,9 +193,23 @@ def test_dpo_is_the_formula() -> None:
     assert_all_close(grads, gradients(model))
 
 
-def test_a_reference_needs_an_adapter() -> None:
-    with pytest.raises(ConfigError, match="choose another method"):
-        Engine(llama(), DPO)
+def test_a_whole_model_has_a_reference_before_its_first_step_alone() -> None:
+    """Its log-probabilities do not follow the weights, and a row without any is refused."""
+    model = llama()
+    engine = Engine(model, PREFERENCE)
+    made = batches(engine, PREFERENCE, rows(3, labelled=True), 3)
+    keep_reference(engine, model, made, nullcontext)
+    before = [reference_of(engine, model, batch, nullcontext) for batch in made]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    after = [reference_of(engine, model, batch, nullcontext) for batch in made]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    with engine.values(model, made[0]) as values:
+        assert not torch.allclose(values.detach(), before[0])
+    with pytest.raises(DataError, match="before its first step"):
+        reference_of(engine, model, batches(engine, PREFERENCE, rows(4, labelled=True)[3:], 1)[0], nullcontext)
+    engine.close()
 
 
 @pytest.mark.parametrize("task", [DPO, CONTRAST])

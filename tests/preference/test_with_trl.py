@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,25 +120,55 @@ def test_losses_of_a_training_are_those_of_trl(loss: str, models: dict[str, Path
     assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
 
 
+def test_losses_of_full_tuning_are_those_of_trl(models: dict[str, Path], tmp_path: Path) -> None:
+    """TRL has the base model as a second model; siliang its log-probabilities, taken before the first step."""
+    full = {"method": {"name": "full"}, "preference": {"beta": 0.3}}
+    config = begun("preference", models, tmp_path, 30, **full)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 2e-3})})
+    trainer = PairsInOrder(
+        model=AutoModelForCausalLM.from_pretrained(models["preference"]),
+        ref_model=AutoModelForCausalLM.from_pretrained(models["preference"]),
+        args=DPOConfig(
+            str(tmp_path / "trl"), max_steps=30, beta=0.3, max_length=None, **AS_OURS | {"learning_rate": 2e-3}
+        ),
+        train_dataset=Dataset.from_list([_ids(entry) for entry in in_order(config)]),
+        processing_class=AutoTokenizer.from_pretrained(models["preference"]),
+    )
+    losses = assert_losses_of(trainer, train(config), 30)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.6
+
+
 class AnswersInOrder(InOrder, KTOTrainer):
     """KTO's."""
 
 
-def test_losses_of_kto_are_those_of_trl(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_losses_of_kto_are_those_of_trl(method: str, models: dict[str, Path], tmp_path: Path) -> None:
     steps = 30
     data = write_jsonl(tmp_path / "rated.jsonl", rated_rows())
     settings = {"loss": "kto", "beta": 0.3, "desirable_weight": 1.5}
     values = begun("preference", models, tmp_path, steps, preference=settings).model_dump(mode="json")
     values["data"] |= {"train": str(data), "max_length": 64}  # TRL has one prompt for both answers, which is not cut
+    rate = 5e-3
+    if method == "full":  # at LoRA's rate rounding grows to 1e-4 within 30 steps
+        rate = 1e-3
+        values |= {"method": {"name": "full"}, "train": values["train"] | {"learning_rate": rate}}
     config = RunConfig.build(values)
     (tmp_path / "untrained").mkdir()
     untrained = config.model_copy(update={"output": str(tmp_path / "untrained")})
     prepare(untrained, Listener(), tmp_path / "untrained").model.save_pretrained(tmp_path / "start")
     base = AutoModelForCausalLM.from_pretrained(models["preference"])
+    whole = method == "full"
     trainer = AnswersInOrder(
-        model=peft.PeftModel.from_pretrained(base, str(tmp_path / "start"), is_trainable=True),
+        model=base if whole else peft.PeftModel.from_pretrained(base, str(tmp_path / "start"), is_trainable=True),
+        ref_model=AutoModelForCausalLM.from_pretrained(models["preference"]) if whole else None,
         args=KTOConfig(
-            str(tmp_path / "trl"), max_steps=steps, beta=0.3, desirable_weight=1.5, max_length=None, **AS_OURS
+            str(tmp_path / "trl"),
+            max_steps=steps,
+            beta=0.3,
+            desirable_weight=1.5,
+            max_length=None,
+            **AS_OURS | {"learning_rate": rate},
         ),
         train_dataset=Dataset.from_list([_rated_ids(entry) for entry in in_order(config)]),
         processing_class=AutoTokenizer.from_pretrained(models["preference"]),

@@ -23,14 +23,15 @@ from siliang.engine.head_loss import HeadLoss
 from siliang.engine.noise import EmbeddingNoise
 from siliang.engine.padding import NotPackableError, PaddingFree
 from siliang.engine.recompute import Recompute
+from siliang.engine.reference_store import ReferenceStore
 from siliang.engine.splits import notes_on_splits
-from siliang.engine.whole_step import Context, Gather, ReferenceStore, alone, log_probabilities, run_step
+from siliang.engine.whole_step import Context, Gather, alone, log_probabilities, run_step
 from siliang.language import Bilingual, together
 from siliang.models.introspect import output_layer
 from siliang.ops.packed_attention import Layout
 from siliang.peft_api.model import PeftModel
 from siliang.tasks import Task
-from siliang.types import ConfigError, message_of
+from siliang.types import message_of
 
 
 class Engine:
@@ -66,7 +67,8 @@ class Engine:
         Args:
             comparing: Compare the results of each optimization. False on fake tensors: it only has to run, and nothing
                 is cached.
-            keep_reference: Compute the values without the adapter once for each sequence, where the loss takes them.
+            keep_reference: Compute the values without the adapter once for each sequence, where the loss takes them. A
+                model without an adapter always keeps them: `keep_reference` computes them before its first step.
             all_logits: Why all logits are needed, if they are.
             frozen_tokens: Returns the tokens of all rows whose frozen layers' output will be cached.
             memory_share: This process's share of the free main memory, if several processes train on one machine.
@@ -76,17 +78,11 @@ class Engine:
         """
         self.task, self.label_smoothing = task, label_smoothing
         self._peft = model if isinstance(model, PeftModel) else None
-        if task.step_loss is not None and task.step_loss.reference and self._peft is None:
-            raise ConfigError(
-                Bilingual(
-                    f"{task.title} compares the model with itself without its adapter, and full has none: "
-                    "choose another method, or preference.loss = simpo, orpo or cpo, which compare with nothing.",
-                    f"{task.title} 要拿模型与去掉适配器的自己比较，而 full 没有适配器：请换一种方法，"
-                    "或改用不作比较的 preference.loss = simpo、orpo 或 cpo。",
-                )
-            )
-        takes = task.step_loss is not None and task.step_loss.reference
-        self.reference_store = ReferenceStore() if keep_reference and takes else None
+        self.reference_store = None
+        if task.step_loss is not None and task.step_loss.reference:
+            only_before = self._peft is None and comparing  # a plan learns nothing
+            if keep_reference or only_before:
+                self.reference_store = ReferenceStore(only_before=only_before)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(base, PreTrainedModel)
         self._base = base
@@ -233,15 +229,15 @@ class Engine:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within the block, the model runs without its adapter, without dropout and without gradients."""
-        assert self._peft is not None
-        training = self._peft.training
-        self._peft.eval()
+        """Within the block, the model runs without its adapter if it has one, without dropout and gradients."""
+        model = self._peft or self._base
+        training = model.training
+        model.eval()
         try:
-            with torch.no_grad(), self._peft.disable_adapter():
+            with torch.no_grad(), self._peft.disable_adapter() if self._peft else nullcontext():
                 yield
         finally:
-            self._peft.train(training)
+            model.train(training)
 
     @property
     def _training(self) -> bool:

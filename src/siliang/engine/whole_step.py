@@ -8,7 +8,7 @@ on one rank is run once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from siliang.data.batch import Batch
 from siliang.engine.random_state import RandomState, random_state, set_random_state
+from siliang.engine.reference_store import ReferenceStore
 from siliang.tasks import EntryValues, StepLoss
 
-KEY_BYTES = 16  # of a sequence, see `Batch.keys`
-MOST_KEPT = 500_000  # sequences whose reference values are kept: some 100 MB
 Context = Callable[[], AbstractContextManager[object]]
 ByEntry = dict[int, EntryValues]
 Gather = Callable[[ByEntry], list[ByEntry]]  # all-gather of the values over ranks
@@ -36,40 +35,10 @@ class Values(Protocol):
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within the block, the model runs without its adapter."""
+        """Within the block, the model runs without its adapter, if it has one."""
         ...
 
     reference_store: ReferenceStore | None
-
-
-class ReferenceStore:
-    """The values of sequences without the adapter, each computed once. They do not depend on what is learned.
-
-    A checkpoint holds them, since a value that is computed in another batch may differ in its last bits.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[bytes, tuple[float, ...]] = {}
-
-    def find(self, batch: Batch) -> Tensor | None:
-        """The values of each sequence of the batch, (S, K); None where one of them is not there."""
-        found = [self._kept.get(key) for key in batch.keys]
-        return None if None in found else torch.tensor(found, device=batch.inputs["input_ids"].device)
-
-    def add(self, batch: Batch, values: Tensor) -> None:
-        """Keeps the values of a batch, (S, K)."""
-        if len(self._kept) < MOST_KEPT:
-            self._kept |= dict(zip(batch.keys, map(tuple, values.tolist()), strict=True))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The keys, (N, 16), and the values, (N, K)."""
-        keys = torch.tensor([list(key) for key in self._kept], dtype=torch.uint8)
-        return {"keys": keys.view(len(self._kept), KEY_BYTES), "values": torch.tensor([*self._kept.values()])}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The counterpart of `state_dict`."""
-        keys, values = state["keys"].numpy(), state["values"].tolist()
-        self._kept = {key.tobytes(): tuple(row) for key, row in zip(keys, values, strict=True)}
 
 
 def alone(own: ByEntry) -> list[ByEntry]:
@@ -164,11 +133,24 @@ def reference_of(engine: Values, model: nn.Module, batch: Batch, autocast: Conte
     store = engine.reference_store
     if store is not None and (kept := store.find(batch)) is not None:
         return kept
-    with engine.reference(), autocast(), engine.values(model, batch) as values:
-        found = values
+    found = _computed(engine, model, batch, autocast)
     if store is not None and found.ndim == 2:
         store.add(batch, found)
     return found
+
+
+def keep_reference(engine: Values, model: nn.Module, batches: Iterable[Batch], autocast: Context) -> None:
+    """Computes and keeps the values that the model gives before its first step."""
+    store, device = engine.reference_store, next(model.parameters()).device
+    assert store is not None
+    for batch in batches:
+        batch = batch.to(device)
+        store.add(batch, _computed(engine, model, batch, autocast))
+
+
+def _computed(engine: Values, model: nn.Module, batch: Batch, autocast: Context) -> Tensor:
+    with engine.reference(), autocast(), engine.values(model, batch) as values:
+        return values
 
 
 def by_entry(batch: Batch, values: Tensor, reference: Mapping[int, Tensor]) -> ByEntry:

@@ -28,6 +28,7 @@ from siliang.types import TaskType
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
 
+    from siliang.tasks.preferences.losses import Pairs
 
 MARGIN = Metric("margin")
 CHANCE = 0.5
@@ -68,25 +69,40 @@ def with_loss(task: Task, settings: PreferenceConfig) -> Task:
 
 def rewards(settings: PreferenceConfig, found: Mapping[int, EntryValues]) -> tuple[Tensor, Tensor]:
     """The rewards of the chosen and of the rejected answers, (N,) each."""
-    from siliang.tasks.preferences.losses import LOSSES, Pairs
+    from siliang.tasks.preferences.losses import LOSSES
 
-    row = LOSSES[settings.loss]
-    pairs = Pairs.of(
-        [v.values for v in found.values()], [v.reference for v in found.values() if v.reference is not None]
-    )
+    row, pairs = LOSSES[settings.loss], _pairs(found)
     chosen, rejected = pairs.mean_gains if row.by_tokens else pairs.gains
     return settings.beta * chosen, settings.beta * rejected
+
+
+def _pairs(found: Mapping[int, EntryValues]) -> Pairs:
+    from siliang.tasks.preferences.losses import Pairs
+
+    return Pairs.of(
+        [v.values for v in found.values()], [v.reference for v in found.values() if v.reference is not None]
+    )
 
 
 def measure(settings: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
     """The share of pairs in the right order, and the rewards."""
     chosen, rejected = rewards(settings, found)
-    return {
+    metrics = {
         ACCURACY.name: float(((chosen - rejected).sign() + 1).mean()) / 2,  # a tie is half right, as before training
         MARGIN.name: float((chosen - rejected).mean()),
         "chosen_reward": float(chosen.mean()),
         "rejected_reward": float(rejected.mean()),
     }
+    return metrics | distance(_pairs(found)) if settings.compares else metrics
+
+
+def distance(pairs: Pairs) -> dict[str, float]:
+    """How far the model is from the base model on the answers of the data: log p - log p', summed over an answer and
+    meaned over answers (the objective/kl of TRL's online trainers, which take it on the model's own answers), and
+    meaned over tokens. It is below 0 where the answers have become less likely."""
+    gained = sum(float(part.sum()) for part in pairs.gains)
+    tokens = float(pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum())
+    return {"kl": gained / (2 * len(pairs.chosen)), "kl_per_token": gained / max(tokens, 1.0)}
 
 
 def replies(

@@ -40,6 +40,7 @@ from siliang.train.log import Log, Moment
 from siliang.train.measuring import measure
 from siliang.train.optimizer import make_optimizer, make_schedule
 from siliang.train.optimizer_state import load_optimizer_state, optimizer_state
+from siliang.train.reference import take_reference
 from siliang.train.saving import STATE_FILE, read_state, read_weights, save_checkpoint
 from siliang.train.setup import make_accelerator, make_collator, make_engine
 from siliang.train.state import check_like
@@ -112,6 +113,8 @@ class Training:
         self._prepare()
         if checkpoint is not None:
             self._resume(read_state(checkpoint), checkpoint / STATE_FILE)
+        else:
+            take_reference(run, self.engine, self.collator, lambda: self.accelerator.autocast())
         self.log.start(self.moment)
         self._timer.start()
         if self._evaluation_due:

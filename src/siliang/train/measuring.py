@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from accelerate import Accelerator
@@ -18,17 +19,22 @@ from siliang.train.backward import with_dummies
 from siliang.train.types import Run
 
 
+def as_many_as_other_ranks(run: Run) -> Callable[[list[Batch]], list[Batch]]:
+    """The batches of a step with dummies, where every rank needs the same number."""
+
+    def as_many(batches: list[Batch]) -> list[Batch]:
+        if not is_sharded(run.model) and not run.zero_stage:
+            return batches
+        return with_dummies(batches, max(n for (n,) in run.ranks.gather_ints(len(batches))))
+
+    return as_many
+
+
 def measure(run: Run, engine: Engine, collator: StepCollator, accelerator: Accelerator) -> dict[str, float]:
     """The metrics of the held-out rows; every rank must call this. The signatures of measures of texts go into the
     record. The random states are restored, so that the training does not change."""
     ranks, lengths, task = run.ranks, run.eval_set.lengths.tolist(), engine.task
     steps = shared_steps(range(len(lengths)), lengths, run.config.train.rows_per_step, ranks.size)
-
-    def as_many(batches: list[Batch]) -> list[Batch]:
-        """With dummies, where every rank needs the same number."""
-        if not is_sharded(run.model) and not run.zero_stage:
-            return batches
-        return with_dummies(batches, max(n for (n,) in ranks.gather_ints(len(batches))))
 
     def autocast() -> AbstractContextManager[None]:
         return accelerator.autocast()
@@ -43,7 +49,7 @@ def measure(run: Run, engine: Engine, collator: StepCollator, accelerator: Accel
             steps=None if ranks.size == 1 else (shares[ranks.rank] for shares in steps),
             reader=task.read,
             autocast=autocast,
-            as_many=as_many,
+            as_many=as_many_as_other_ranks(run),
         )
         run.sums = Sums.of(ranks.gather(own))
         metrics = metrics_of(task, run.sums, run.eval_rows)

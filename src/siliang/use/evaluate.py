@@ -7,20 +7,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
+
 from siliang.config import RunConfig
 from siliang.data.collate import PadCollator
 from siliang.data.example_set import bad_rows_message
 from siliang.data.load import load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.tokens import TokenSet, tokenize, usable
-from siliang.engine.batches import StepCollator, most_tokens
+from siliang.engine.batches import StepCollator, in_steps, most_tokens
 from siliang.engine.evaluate import Sums, metrics_of
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import Engine
+from siliang.engine.whole_step import keep_reference
 from siliang.engine.written import MeasuredTexts, measure_texts
 from siliang.language import Bilingual, together
+from siliang.methods import find_method
 from siliang.records import ClassReport
-from siliang.run_folder import OpenedRun, autocast
+from siliang.run_folder import OpenedRun, autocast, load_base, weight_dtype
 from siliang.secrets import HIDDEN
 from siliang.tasks import Reader, Task
 from siliang.tasks.measures import check_measures, measuring
@@ -69,6 +73,7 @@ def evaluation(run: OpenedRun, data: str | None = None, *, batch_size: int | Non
     check_measures(task, run.config)
     rows = eval_rows(run, data)
     with engine_of(run) as engine:
+        _take_reference(run, engine, rows.tokens, batch_size)
         sums = sums_of(run, engine, rows.tokens, task.read, batch_size)
     metrics = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
     metrics |= {"dropped": float(rows.tokens.dropped)} if rows.tokens.dropped else {}
@@ -110,16 +115,41 @@ def sums_of(
     run: OpenedRun, engine: Engine, tokens: TokenSet, reader: Reader | None = None, batch_size: int | None = None
 ) -> Sums:
     """The sums of an evaluation in training, over the same batches."""
-    t, device = run.config.train, run.model.device
-    collator = StepCollator(
+    collator, computing = _collator(run, engine, batch_size), partial(autocast, run.precision, run.model.device)
+    return measure(run.model, engine, tokens, collator, reader=reader, autocast=computing)
+
+
+def _collator(run: OpenedRun, engine: Engine, batch_size: int | None) -> StepCollator:
+    t = run.config.train
+    return StepCollator(
         PadCollator(run.tokenizer.pad_token_id),
         engine.task,
         batch_size or t.batch_size,
-        most_tokens(t.tokens_at_once, device.type, run.precision.dtype),
+        most_tokens(t.tokens_at_once, run.model.device.type, run.precision.dtype),
         packed=engine.padding is not None,
     )
-    computing = partial(autocast, run.precision, device)
-    return measure(run.model, engine, tokens, collator, reader=reader, autocast=computing)
+
+
+def _take_reference(run: OpenedRun, engine: Engine, tokens: TokenSet, batch_size: int | None) -> None:
+    """Of a run that tuned the whole model, the values of the base model, which is loaded for them.
+
+    Raises:
+        ModelError: The base model is missing or was replaced.
+    """
+    store = engine.reference_store
+    if store is None or not store.only_before or run.trained is None:
+        return
+    run.trained.check_base()
+    device, dtype = run.model.device, weight_dtype(find_method(run.config.method.name), run.precision)
+    with torch.random.fork_rng(devices=[]):
+        base = load_base(run.config, run.record.labels, run.tokenizer, dtype=dtype).to(device).eval()
+    with engine_of(replace(run, model=base)) as before:
+        collator = _collator(run, before, batch_size)
+        steps = in_steps(range(len(tokens)), collator.rows_at_once)
+        batches = (batch for step in steps for batch in collator.numbered(tokens, step))
+        keep_reference(before, base, batches, partial(autocast, run.precision, device))
+        assert before.reference_store is not None
+        store.load_state_dict(before.reference_store.state_dict())
 
 
 def measures_of_texts(run: OpenedRun, rows: EvalRows, task: Task, *, batch_size: int | None = None) -> MeasuredTexts:
