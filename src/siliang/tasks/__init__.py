@@ -57,9 +57,7 @@ def task_of(config: RunConfig, layout: str = "", learned: Classification | None 
         ConfigError: The settings do not fit the model or the rows.
     """
     task = TASKS[config.task]
-    task = task if task.with_settings is None else task.with_settings(task, config)
-    if learned is not None and task.with_learned is not None:
-        task = task.with_learned(TASKS[config.task], config, learned)
+    task = task if task.with_settings is None else task.with_settings(task, config, learned)
     return task.on(layout) if layout else task
 
 

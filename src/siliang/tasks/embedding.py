@@ -18,14 +18,14 @@ from siliang.data.spec import NUMBERS, DataSpec, TokenColumn
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
-from siliang.secrets import shortened
+from siliang.records import Classification
 from siliang.tasks.causal_lm import verdict
 from siliang.tasks.embeddings.base_vectors import check_settled, settle
 from siliang.tasks.embeddings.end_token import with_end
 from siliang.tasks.embeddings.ranking import NDCG, RANKING
 from siliang.tasks.embeddings.tokens import TextEncoder, adapt, encoded_with, parts_of, show, synthetic_row
 from siliang.tasks.metrics import ACCURACY, SPEARMAN
-from siliang.tasks.related_texts import only_pair
+from siliang.tasks.related_texts import in_one_line, only_pair, two_texts
 from siliang.tasks.task import EntryValues, Reply, StepLoss, Task, Trained
 from siliang.types import ConfigError, DataError, TaskType
 
@@ -190,7 +190,7 @@ def check_taken(settings: EmbeddingConfig, loss: str) -> None:
             )
 
 
-def with_settings(task: Task, config: RunConfig) -> Task:
+def with_settings(task: Task, config: RunConfig, learned: Classification | None) -> Task:
     """The task with the vectors and the loss of a run."""
     settings = config.embedding or EmbeddingConfig()
     found = with_vectors(task, settings)
@@ -271,9 +271,10 @@ def _example(run: Trained, text: str | tuple[str, str] | Example) -> Example:
         return only_pair(text)
     if isinstance(text, Example):
         return text
-    parts = text.split("\t") if isinstance(text, str) else list(text)
-    if len(parts) > 2 or not all(part.strip() for part in parts):
-        given = shortened("\t".join(parts), 60)
+    if (pair := two_texts(text)) is not None:
+        return Related(pair[0], (pair[1],))
+    if not isinstance(text, str) or "\t" in text or not text.strip():
+        given = in_one_line(text)
         raise DataError(
             Bilingual(
                 f"{run.name} gives a text its vector, or two texts with a tab between them their similarity, and "
@@ -281,7 +282,7 @@ def _example(run: Trained, text: str | tuple[str, str] | Example) -> Example:
                 f"{run.name} 给出一段文本的向量，或用制表符隔开的两段文本的相似度，而 {given!r} 两者都不是。",
             )
         )
-    return Text(parts[0]) if len(parts) == 1 else Related(parts[0], (parts[1],))
+    return Text(text)
 
 
 def extra_files(

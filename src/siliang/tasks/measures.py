@@ -17,6 +17,7 @@ from typing import NamedTuple
 from siliang.config import BleuTokenizer, EvaluationConfig, MeasureName, RunConfig
 from siliang.data.words import stands_alone, whole_characters
 from siliang.language import Bilingual
+from siliang.records import Classification
 from siliang.tasks.metrics import rouge
 from siliang.tasks.task import Metric, Task
 from siliang.types import ConfigError
@@ -125,7 +126,7 @@ def one_spacing(text: str) -> str:
 # ---- what a run measures ----
 
 
-def with_measures(task: Task, config: RunConfig) -> Task:
+def with_measures(task: Task, config: RunConfig, learned: Classification | None) -> Task:
     """The task with the measures that a run's settings choose for each evaluation: those of evaluation.measures, and
     that of train.best."""
     known: dict[str | None, MeasureName] = {name: name for name in MEASURES}

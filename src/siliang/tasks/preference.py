@@ -17,7 +17,7 @@ from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
-from siliang.records import Verdict
+from siliang.records import Classification, Verdict
 from siliang.tasks.causal_lm import prompt
 from siliang.tasks.metrics import ACCURACY
 from siliang.tasks.preferences.ranked import answers_of, encoder, log_probabilities, show, synthetic_row
@@ -51,7 +51,7 @@ def step_loss(settings: PreferenceConfig) -> StepLoss:
     return StepLoss(log_probabilities, loss, reference=settings.compares, separable=not settings.nll_weight)
 
 
-def with_settings(task: Task, config: RunConfig) -> Task:
+def with_settings(task: Task, config: RunConfig, learned: Classification | None) -> Task:
     """The task with the loss of a run."""
     settings = config.preference or PreferenceConfig()
     return with_ratings(task, settings) if settings.loss == "kto" else with_loss(task, settings)

@@ -1,4 +1,4 @@
-"""What the tasks share that learn from texts that belong together."""
+"""Texts that belong together, as they are given to predict."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def two_texts(given: str | Sequence[str]) -> tuple[str, str] | None:
     blank."""
     parts = given.split("\t") if isinstance(given, str) else given
     return (parts[0], parts[1]) if len(parts) == 2 and all(part.strip() for part in parts) else None
+
+
+def in_one_line(given: str | Sequence[str]) -> str:
+    """The texts that were given, for a message."""
+    return shortened(given if isinstance(given, str) else "\t".join(given), 60)

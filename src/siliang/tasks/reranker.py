@@ -23,11 +23,11 @@ from siliang.data.spec import NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
-from siliang.secrets import shortened
+from siliang.records import Classification
 from siliang.tasks.embeddings.ranking import NDCG, RANKING, ranking
 from siliang.tasks.losses import WithLogits
 from siliang.tasks.metrics import ACCURACY, SPEARMAN, classification, spearman
-from siliang.tasks.related_texts import only_pair
+from siliang.tasks.related_texts import in_one_line, only_pair, two_texts
 from siliang.tasks.task import Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, ConfigError, DataError, TaskType
 
@@ -145,7 +145,7 @@ def loss(settings: RerankerConfig, output: WithLogits, batch: Batch) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
 
 
-def with_settings(task: Task, config: RunConfig) -> Task:
+def with_settings(task: Task, config: RunConfig, learned: Classification | None) -> Task:
     """The task with the loss of a run."""
     settings = config.reranker or RerankerConfig()
     return replace(with_loss(task, settings), extra_files=partial(extra_files, settings, config.data.max_length))
@@ -282,9 +282,8 @@ def _example(run: Trained, pair: str | tuple[str, str] | Example) -> Related:
     if isinstance(pair, Related):
         return only_pair(pair)
     assert not isinstance(pair, Example)
-    parts = pair.split("\t") if isinstance(pair, str) else list(pair)
-    if len(parts) != 2 or not all(part.strip() for part in parts):
-        given = shortened("\t".join(parts), 60)
+    if (parts := two_texts(pair)) is None:
+        given = in_one_line(pair)
         raise DataError(
             Bilingual(
                 f"{run.name} scores texts for queries, and {given!r} is not both.\nGive a query and a text with a tab "

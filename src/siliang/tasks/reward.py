@@ -15,12 +15,11 @@ from siliang.data.prepared import EvalRows
 from siliang.data.spec import NUMBERS, DataSpec
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
-from siliang.secrets import shortened
 from siliang.tasks.losses import WithLogits
 from siliang.tasks.metrics import ACCURACY
 from siliang.tasks.preference import MARGIN, verdict
 from siliang.tasks.preferences.ranked import answers_of, encoder
-from siliang.tasks.related_texts import two_texts
+from siliang.tasks.related_texts import in_one_line, two_texts
 from siliang.tasks.task import EntryValues, Reply, Shown, StepLoss, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
@@ -125,7 +124,7 @@ def _example(run: Trained, pair: str | tuple[str, str] | Conversation) -> Ranked
     if isinstance(pair, Conversation):
         return Ranked(pair.messages[:-1], (pair.messages[-1:],), pair.tools)
     if (parts := two_texts(pair)) is None:
-        given = shortened(pair if isinstance(pair, str) else "\t".join(pair), 60)
+        given = in_one_line(pair)
         raise DataError(
             Bilingual(
                 f"{run.name} rewards answers to prompts, and {given!r} is not both.\n"

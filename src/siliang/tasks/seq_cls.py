@@ -96,7 +96,7 @@ PROBLEMS: dict[Problem, As] = {
 }
 
 
-def with_settings(task: Task, config: RunConfig, learned: Classification | None = None) -> Task:
+def with_settings(task: Task, config: RunConfig, learned: Classification | None) -> Task:
     """The task of a run's labels. Where they are not known yet, each row has one."""
     settings = config.classification or ClassificationConfig()
     problem: Problem = "one_label" if settings.problem == "auto" else settings.problem
@@ -152,7 +152,6 @@ _WITHOUT_LABELS = Task(
     show=show,
     synthetic_row=synthetic_row,
     with_settings=with_settings,
-    with_learned=with_settings,
     settle=settle,
     counts_rows=True,
     quality=ACCURACY,

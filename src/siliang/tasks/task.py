@@ -253,8 +253,8 @@ class Task:
         smooths_labels: The loss takes `label_smoothing`, as that of a model that writes does.
         step_loss: The loss of a whole step, in the place of any other, where rows are compared with each other. It
             does not take `label_smoothing`.
-        with_settings: The task with what the settings of a run choose; None where they choose nothing.
-        with_learned: The same with what its record says of its labels.
+        with_settings: The task with what the settings of a run choose, and with what its record says of its labels,
+            where there is one; None where they choose nothing.
         with_layout: The task for rows of a layout, where its loss and metrics depend on that; called by `on`.
         settle: The settings with what they leave to the data or to the base model, and why it was chosen; empty where
             they say it.
@@ -309,8 +309,7 @@ class Task:
     loss: Callable[..., Tensor] | None = None
     smooths_labels: bool = False
     step_loss: StepLoss | None = None
-    with_settings: Callable[[Task, RunConfig], Task] | None = None
-    with_learned: Callable[[Task, RunConfig, Classification], Task] | None = None
+    with_settings: Callable[[Task, RunConfig, Classification | None], Task] | None = None
     with_layout: Callable[[Task, str], Task] | None = None
     settle: Callable[[Task, RunConfig], tuple[RunConfig, str]] | None = None
     settled_by: Literal["data", "model"] = "data"

@@ -14,7 +14,7 @@ from siliang.records import Verdict
 from siliang.records.classes import Classification, ClassReport
 from siliang.tasks.labels import metrics
 from siliang.tasks.labels.losses import squared_error
-from siliang.tasks.labels.predictions import asked, examples_of, mistakes, read_logits, stacked, text_of
+from siliang.tasks.labels.predictions import asked, input_values, inputs_of, mistakes, read_logits, replies_of, stacked
 from siliang.tasks.metrics import MAE, SPEARMAN
 from siliang.tasks.task import HeldOutAnswers, LabelHooks, Metric, Reply, Task, Trained
 
@@ -33,7 +33,7 @@ class PredictedNumber:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The text, or the two of a pair."""
-        return (self.text,) if self.pair is None else (self.text, self.pair)
+        return inputs_of(self.text, self.pair)
 
     @property
     def predicted(self) -> str:
@@ -42,8 +42,7 @@ class PredictedNumber:
 
     def values(self) -> dict[str, object]:
         """The same for JSON."""
-        pair = {} if self.pair is None else {"pair": self.pair}
-        return {"text": self.text, **pair, "number": round(self.number, 6)}
+        return input_values(self.text, self.pair) | {"number": round(self.number, 6)}
 
 
 def as_number_of_text(task: Task, settings: ClassificationConfig, learned: Classification | None) -> Task:
@@ -76,8 +75,7 @@ def replies(found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[i
     if not found:
         return
     pairs = zip(*_both(found, rows), strict=True)
-    for (number, example), (given, expected) in zip(examples_of(found, rows), pairs, strict=True):
-        yield number, Reply(text_of(example), f"{expected:.6g}", f"{given:.4g}", None)
+    yield from replies_of(found, rows, ((f"{expected:.6g}", f"{number:.4g}", None, None) for number, expected in pairs))
 
 
 def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
@@ -87,8 +85,8 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: Held
 
 def report(found: Mapping[int, np.ndarray], rows: EvalRows) -> ClassReport:
     """The rows with the largest differences."""
-    given, expected = _both(found, rows)
-    return ClassReport(mistakes=mistakes(replies(found, rows), rows, np.abs(given - expected).tolist()))
+    predicted, expected = _both(found, rows)
+    return ClassReport(mistakes=mistakes(replies(found, rows), rows, np.abs(predicted - expected).tolist()))
 
 
 def _both(found: Mapping[int, np.ndarray], rows: EvalRows) -> tuple[np.ndarray, np.ndarray]:

@@ -21,13 +21,14 @@ from siliang.tasks.labels import losses, metrics
 from siliang.tasks.labels.calibration import ece, softmax, temperature_of_classes
 from siliang.tasks.labels.predictions import (
     asked,
-    examples_of,
     in_brackets,
+    input_values,
+    inputs_of,
     mistakes,
     most_probable,
     read_logits,
+    replies_of,
     stacked,
-    text_of,
     top_values,
 )
 from siliang.tasks.metrics import ACCURACY, F1, MAE, classification
@@ -59,7 +60,7 @@ class PredictedClass:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The text, or the two of a pair."""
-        return (self.text,) if self.pair is None else (self.text, self.pair)
+        return inputs_of(self.text, self.pair)
 
     @property
     def predicted(self) -> str:
@@ -69,9 +70,8 @@ class PredictedClass:
 
     def values(self) -> dict[str, object]:
         """The same for JSON."""
-        pair = {} if self.pair is None else {"pair": self.pair}
-        own = {"text": self.text, **pair, "label": self.label, "probability": round(self.probability, 4)}
-        return own | top_values(self.top)
+        own = {"label": self.label, "probability": round(self.probability, 4)}
+        return input_values(self.text, self.pair) | own | top_values(self.top)
 
 
 def as_one_label(task: Task, settings: ClassificationConfig, learned: Classification | None) -> Task:
@@ -135,11 +135,10 @@ def replies(temperature: float, found: Mapping[int, np.ndarray], rows: EvalRows)
     if not found:
         return
     chances = softmax(stacked(found) / temperature)
-    given, labels = chances.argmax(1).tolist(), _labels(found, rows).tolist()
-    for i, (number, example) in enumerate(examples_of(found, rows)):
-        expected, predicted = rows.labels[labels[i]], rows.labels[given[i]]
-        sure = round(float(chances[i, given[i]]), 4)
-        yield number, Reply(text_of(example), expected, predicted, labels[i] == given[i], sure)
+    predicted, expected = chances.argmax(1).tolist(), _labels(found, rows).tolist()
+    names, sure = rows.labels, chances.max(1).tolist()
+    answers = ((names[e], names[p], e == p, round(s, 4)) for e, p, s in zip(expected, predicted, sure, strict=True))
+    yield from replies_of(found, rows, answers)
 
 
 def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:

@@ -13,6 +13,7 @@ from siliang.data.prepared import EvalRows
 from siliang.language import Bilingual
 from siliang.records.classes import ERRORS, Mistake
 from siliang.secrets import shortened
+from siliang.tasks.related_texts import in_one_line, two_texts
 from siliang.tasks.task import Reply, Trained
 from siliang.types import DataError
 
@@ -34,17 +35,30 @@ def stacked(found: Mapping[int, np.ndarray]) -> np.ndarray:
     return np.stack(list(found.values()))
 
 
-def text_of(example: Example) -> str:
-    """The text of a row, or both of a pair, one below the other."""
-    assert isinstance(example, Labelled | SeveralLabels)
-    return example.text if example.pair is None else f"{example.text}\n{example.pair}"
+# The right answer, the model's, whether it counts as right, and its probability: those of a `Reply`.
+Answer = tuple[str, str, bool | None, float | None]
 
 
-def examples_of(found: Mapping[int, object], rows: EvalRows) -> Iterator[tuple[int, Example]]:
-    """(number, example) of each entry."""
+def replies_of(
+    found: Mapping[int, np.ndarray], rows: EvalRows, answers: Iterable[Answer]
+) -> Iterator[tuple[int, Reply]]:
+    """The answer to the text of each entry, or to both texts of a pair, one below the other, with its row's number."""
     numbers = rows.tokens.column("row").tolist()
-    for entry in found:
-        yield numbers[entry], rows.examples[numbers[entry]]
+    for entry, answer in zip(found, answers, strict=True):
+        example = rows.examples[numbers[entry]]
+        assert isinstance(example, Labelled | SeveralLabels)
+        text = example.text if example.pair is None else f"{example.text}\n{example.pair}"
+        yield numbers[entry], Reply(text, *answer)
+
+
+def inputs_of(text: str, pair: str | None) -> tuple[str, ...]:
+    """The text that a prediction is for, or the two of a pair."""
+    return (text,) if pair is None else (text, pair)
+
+
+def input_values(text: str, pair: str | None) -> dict[str, object]:
+    """The same for JSON."""
+    return {"text": text} if pair is None else {"text": text, "pair": pair}
 
 
 def mistakes(replies: Iterable[tuple[int, Reply]], rows: EvalRows, order: Sequence[float]) -> list[Mistake]:
@@ -105,10 +119,9 @@ def asked(
 def _parts(run: Trained, text: str | tuple[str, str]) -> tuple[str, str | None]:
     if run.layout != "sentence-pair":
         return (text if isinstance(text, str) else "\t".join(text)), None
-    parts = text.split("\t") if isinstance(text, str) else text
-    if len(parts) != 2 or not all(part.strip() for part in parts):
+    if (parts := two_texts(text)) is None:
         first, second = run.columns["text"], run.columns["text_pair"]
-        given = shortened(text, 60)
+        given = in_one_line(text)
         raise DataError(
             Bilingual(
                 f"{run.name} was trained on pairs of texts, {first!r} and {second!r}, and {given!r} has no "
@@ -119,4 +132,4 @@ def _parts(run: Trained, text: str | tuple[str, str]) -> tuple[str, str | None]:
                 "请用制表符隔开两段文本，或给出含这两列的文件：siliang predict RUN a.csv。",
             )
         )
-    return parts[0], parts[1]
+    return parts

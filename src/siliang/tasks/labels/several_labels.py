@@ -19,13 +19,14 @@ from siliang.tasks.labels import losses, metrics
 from siliang.tasks.labels.calibration import best_threshold, ece, sigmoid, temperature_of_labels
 from siliang.tasks.labels.predictions import (
     asked,
-    examples_of,
     in_brackets,
+    input_values,
+    inputs_of,
     mistakes,
     most_probable,
     read_logits,
+    replies_of,
     stacked,
-    text_of,
     top_values,
 )
 from siliang.tasks.metrics import F1
@@ -57,7 +58,7 @@ class PredictedLabels:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The text, or the two of a pair."""
-        return (self.text,) if self.pair is None else (self.text, self.pair)
+        return inputs_of(self.text, self.pair)
 
     @property
     def predicted(self) -> str:
@@ -66,9 +67,8 @@ class PredictedLabels:
 
     def values(self) -> dict[str, object]:
         """The same for JSON."""
-        pair = {} if self.pair is None else {"pair": self.pair}
-        chances = [round(p, 4) for p in self.probabilities]
-        return {"text": self.text, **pair, "labels": list(self.labels), "probabilities": chances} | top_values(self.top)
+        own = {"labels": list(self.labels), "probabilities": [round(p, 4) for p in self.probabilities]}
+        return input_values(self.text, self.pair) | own | top_values(self.top)
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class LabelRule:
         """The probability of each label."""
         return sigmoid(logits / self.temperature)
 
-    def given(self, logits: np.ndarray) -> np.ndarray:
-        """1 for each label that is given."""
+    def predicted(self, logits: np.ndarray) -> np.ndarray:
+        """1 for each predicted label."""
         return (self.chances(logits) >= np.asarray(self.thresholds)).astype(int)
 
 
@@ -132,7 +132,7 @@ def in_line(labels: Iterable[str]) -> str:
 
 def measure(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) -> dict[str, float]:
     """F1 over labels, averaged over them, and the share of rows without a mistake."""
-    return metrics.of_several(rule.given(stacked(found)), _labels(found, rows))
+    return metrics.of_several(rule.predicted(stacked(found)), _labels(found, rows))
 
 
 def replies(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
@@ -140,11 +140,14 @@ def replies(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) ->
     if not found:
         return
     logits, labels = stacked(found), _labels(found, rows)
-    given, chances = rule.given(logits), rule.chances(logits)
+    chances = rule.chances(logits)
     sure = np.maximum(chances, 1 - chances).min(1).tolist()
-    for i, (number, example) in enumerate(examples_of(found, rows)):
-        expected, predicted = (in_line(rows.labels[n] for n in np.flatnonzero(row)) for row in (labels[i], given[i]))
-        yield number, Reply(text_of(example), expected, predicted, expected == predicted, round(sure[i], 4))
+    expected, predicted = (
+        [in_line(rows.labels[n] for n in np.flatnonzero(row)) for row in array]
+        for array in (labels, rule.predicted(logits))
+    )
+    answers = ((e, p, e == p, round(s, 4)) for e, p, s in zip(expected, predicted, sure, strict=True))
+    yield from replies_of(found, rows, answers)
 
 
 def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: HeldOutAnswers | None) -> Verdict | None:
@@ -157,10 +160,10 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: Held
 def report(rule: LabelRule, found: Mapping[int, np.ndarray], rows: EvalRows) -> ClassReport:
     """Each label, and the rows with the most confident wrong decision."""
     logits, labels = stacked(found), _labels(found, rows)
-    given, chances = rule.given(logits), rule.chances(logits)
-    wrong = np.where(given != labels, np.abs(chances - labels), 0.0).max(1)
+    predicted, chances = rule.predicted(logits), rule.chances(logits)
+    wrong = np.where(predicted != labels, np.abs(chances - labels), 0.0).max(1)
     return ClassReport(
-        classes=metrics.by_class(given, labels, rows.labels),
+        classes=metrics.by_class(predicted, labels, rows.labels),
         mistakes=mistakes(replies(rule, found, rows), rows, wrong.tolist()),
     )
 
@@ -205,7 +208,7 @@ def fit(
 def predict(rule: LabelRule, run: Trained, texts: Iterable[str | tuple[str, str]]) -> Iterator[PredictedLabels]:
     """The labels of each text, in order; those of `asked`."""
     for example, logits in asked(run, texts, lambda text, pair: SeveralLabels(text, (), pair)):
-        chances, given = rule.chances(logits), np.flatnonzero(rule.given(logits)).tolist()
-        labels = tuple(run.labels[i] for i in given)
-        sure = tuple(float(chances[i]) for i in given)
+        chances, predicted = rule.chances(logits), np.flatnonzero(rule.predicted(logits)).tolist()
+        labels = tuple(run.labels[i] for i in predicted)
+        sure = tuple(float(chances[i]) for i in predicted)
         yield PredictedLabels(example.text, labels, sure, example.pair, most_probable(run, chances))
