@@ -31,8 +31,8 @@ from siliang import LoraConfig, PeftModel, get_peft_model
 from siliang.config import RunConfig
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import Encoder
-from siliang.data.examples import Conversation, Message
 from siliang.data.load import load_examples
+from siliang.data.messages import Conversation, Message
 from siliang.models.tokenizers import load_tokenizer
 from siliang.records import Record
 from siliang.safety.safe_yaml import read_yaml

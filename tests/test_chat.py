@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import refused, run
 
-from siliang.data.examples import Message
+from siliang.data.messages import Message
 from siliang.run_folder import open_run
 from siliang.use.generate import generate
 

@@ -15,7 +15,7 @@ from every_task import configured, make_models
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LogitsProcessorList
 
-from siliang.data.examples import Conversation, Message
+from siliang.data.messages import Conversation, Message
 from siliang.run_folder import OpenedRun, open_run
 from siliang.train.run import train
 from siliang.types import ConfigError, DataError, InterruptedRunError

@@ -17,8 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from siliang import IA3Config, LoraConfig, get_peft_model
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import Encoder
-from siliang.data.examples import Conversation, Message
 from siliang.data.jinja import as_jinja
+from siliang.data.messages import Conversation, Message
 from siliang.data.templates import TEMPLATES
 from siliang.language import local
 from siliang.safety import limits

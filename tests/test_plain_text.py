@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from siliang.config import DataConfig, RunConfig
-from siliang.data.examples import Text, conversation
+from siliang.data.examples import Text
+from siliang.data.messages import conversation
 from siliang.data.prepared import EvalRows
 from siliang.data.tokens import tokenize
 from siliang.peft_api.model import PeftModel

@@ -27,8 +27,8 @@ from siliang import PeftModel
 from siliang.config import RunConfig
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import Encoder
-from siliang.data.examples import Conversation, Message
 from siliang.data.load import load_examples
+from siliang.data.messages import Conversation, Message
 from siliang.models.load import load_model
 from siliang.models.tokenizers import load_tokenizer
 from siliang.report.gather import gather

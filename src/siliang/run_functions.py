@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from siliang.config import MeasureName
-from siliang.data.examples import Example
+from siliang.data.example import Example
 from siliang.language import Bilingual
 from siliang.types import ConfigError
 

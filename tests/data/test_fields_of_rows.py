@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from siliang.config import Columns, DataConfig
 from siliang.data.encode import IGNORED
-from siliang.data.examples import Call, Conversation, Message, Prepared
+from siliang.data.examples import Prepared
 from siliang.data.find_layout import find_layout
 from siliang.data.load import load_examples
+from siliang.data.messages import Call, Conversation, Message
 from siliang.data.spec import DataSpec
 from siliang.data.tokens import tokenize
 from siliang.data.turns import unused_fields

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer
 
 from siliang.data.conversations import prompt_tokens, writer
 from siliang.data.encode import Encoder
-from siliang.data.examples import Call, Conversation, Message
 from siliang.data.jinja import as_jinja, with_chat_template
+from siliang.data.messages import Call, Conversation, Message
 from siliang.data.templates import FIELDS, TEMPLATES
 
 

@@ -15,8 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from siliang.config import DataConfig, RunConfig
 from siliang.data.conversations import prompt_tokens, stop_tokens, writer
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.examples import Call, Conversation, Message
 from siliang.data.jinja import as_jinja
+from siliang.data.messages import Call, Conversation, Message
 from siliang.data.templates import FAMILIES, TEMPLATES
 from siliang.data.tokens import tokenize
 from siliang.tasks import CAUSAL_LM

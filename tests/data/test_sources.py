@@ -16,8 +16,9 @@ from reading import iter_rows, read_rows
 
 from siliang.config import Columns, DataConfig
 from siliang.data import json_stream
-from siliang.data.examples import Labelled, Tagged, Text, conversation
+from siliang.data.examples import Labelled, Tagged, Text
 from siliang.data.load import Examples, load_examples
+from siliang.data.messages import conversation
 from siliang.data.reading import DataRow, Reading
 from siliang.data.sources import open_source
 from siliang.data.spec import DataSpec

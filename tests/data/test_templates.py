@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer
 from siliang.config import DataConfig
 from siliang.data.conversations import prompt_tokens, stop_tokens, writer
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.examples import Call, Conversation, Message, conversation
+from siliang.data.messages import Call, Conversation, Message, conversation
 from siliang.data.templates import FIELDS, find_template
 from siliang.data.tokens import tokenize
 from siliang.models.chatglm3 import ChatGLMTokenizer

@@ -24,19 +24,8 @@ from siliang.data.conversations import prompt_tokens, shared_tokens, windows
 from siliang.data.encode import IGNORED
 from siliang.data.entries import token_labels
 from siliang.data.example_set import ExampleSet
-from siliang.data.examples import (
-    Conversation,
-    Labelled,
-    Message,
-    Prepared,
-    SourceTarget,
-    Span,
-    Tagged,
-    Text,
-    conversation,
-    from_json,
-    to_json,
-)
+from siliang.data.examples import Labelled, Prepared, SourceTarget, Span, Tagged, Text, from_json, to_json
+from siliang.data.messages import Conversation, Message, conversation
 from siliang.data.small_table import SmallTable
 from siliang.data.tokens import tokenize, usable
 from siliang.tasks import CAUSAL_LM, QUESTION_ANS, SEQ_2_SEQ_LM, SEQ_CLS, TASKS, TOKEN_CLS
@@ -225,7 +214,20 @@ def test_tokens_of_other_code_are_others(monkeypatch: pytest.MonkeyPatch, tmp_pa
     rows = ExampleSet.build([("1", conversation("say", "a"))])
     arguments = (rows, TOKENIZER, config(), CAUSAL, None, True)
     before = token_key.key_of(*arguments)
-    data = ("encode", "chat", "templates", "conversations", "pairs", "tokens", "words", "jinja", "examples", "judge")
+    data = (
+        "encode",
+        "chat",
+        "templates",
+        "conversations",
+        "pairs",
+        "tokens",
+        "words",
+        "jinja",
+        "example",
+        "messages",
+        "examples",
+    )
+    data += ("judge",)
     names = [f"data/{name}" for name in data]
     shared = ("tasks/context_windows", "tasks/preferences/ranked", "tasks/embeddings/tokens")
     for name in (*names, *(f"tasks/{task.data.name}" for task in TASKS.values()), *shared):

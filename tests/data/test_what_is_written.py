@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from reading import read_rows
 
 from siliang.config import DataConfig
-from siliang.data.examples import Conversation, Labelled
+from siliang.data.examples import Labelled
 from siliang.data.load import load_examples
+from siliang.data.messages import Conversation
 from siliang.data.refused import media_in
 from siliang.data.spec import DataSpec
 from siliang.tasks import CAUSAL_LM, SEQ_CLS

@@ -10,7 +10,8 @@ from every_task import make_models
 from tiny import write_jsonl
 
 from siliang.config import EmbeddingConfig, RunConfig
-from siliang.data.examples import Example, Labelled, Related, Scored
+from siliang.data.example import Example
+from siliang.data.examples import Labelled, Related, Scored
 from siliang.tasks import settled
 from siliang.tasks.embedding import EMBEDDING, with_vectors
 from siliang.tasks.embeddings.tokens import texts_of

@@ -12,8 +12,10 @@ from siliang.check import find
 from siliang.check.input import gather_input
 from siliang.config import Columns, DataConfig, RunConfig
 from siliang.data.encode import IGNORED
-from siliang.data.examples import Example, Message, Ranked, Rated, from_json, to_json
+from siliang.data.example import Example
+from siliang.data.examples import from_json, to_json
 from siliang.data.find_layout import find_layout
+from siliang.data.messages import Message, Ranked, Rated
 from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet, tokenize
 from siliang.engine.batches import sequences_of

@@ -21,7 +21,7 @@ from siliang.config import RunConfig
 from siliang.data.batch import Batch
 from siliang.data.conversations import writer
 from siliang.data.encode import Encoder
-from siliang.data.examples import conversation
+from siliang.data.messages import conversation
 from siliang.engine.step import Engine
 from siliang.models.tokenizers import load_tokenizer
 from siliang.run_folder import open_run

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
-from siliang.data.examples import Ranked, Rated
+from siliang.data.messages import Ranked, Rated
 from siliang.language import Bilingual
 
 FEWEST = 20  # pairs of which a share says something

@@ -11,7 +11,7 @@ import numpy as np
 from siliang.check.finding import Problem, rows_with
 from siliang.check.input import CheckInput
 from siliang.data.chat import ChatTemplate
-from siliang.data.examples import Conversation, Message
+from siliang.data.messages import Conversation, Message
 from siliang.data.templates import find_template
 from siliang.language import Bilingual
 from siliang.types import DataError

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from siliang.cli.console import as_text, print_product
-from siliang.cli.options import NewTokens, RepetitionPenalty, Seed, Stop, System, Temperature, TopK, TopP
+from siliang.cli.options import NewTokens, RepetitionPenalty, Seed, Stop, System, Temperature, TopK, TopP, sampling_of
 from siliang.cli.used_run import Force, Run, TaskId, check_folders, show_hint, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
@@ -63,18 +63,9 @@ def generate(
         from siliang.run_folder import find_run_or_model, open_trained
         from siliang.use.generate import generate as write
         from siliang.use.generate import how_it_is_asked
-        from siliang.use.sampling import Sampling
 
         quiet_loading()
-    sampling = Sampling(
-        max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
+    sampling = sampling_of(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
     location = next((name for name in reversed(base or []) if name), None)
     with_base = "" in (base or [])
     opened = open_trained(find_run_or_model(run, base=location, force=force), device=find_device())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from siliang.language import both
+
+if TYPE_CHECKING:  # slow to import
+    from siliang.use.sampling import Sampling
 
 Model = Annotated[
     str | None,
@@ -83,3 +86,26 @@ NewTokens = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help=both("One JSON object.", "输出一个 JSON 对象。"))]
+
+
+def sampling_of(
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    repetition_penalty: float | None,
+    stop: list[str] | None,
+    seed: int | None,
+) -> Sampling:
+    """The options of generating as one value."""
+    from siliang.use.sampling import Sampling
+
+    return Sampling(
+        max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )

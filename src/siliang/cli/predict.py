@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siliang.cli.console import as_text, command_line, input_lines, print_json
-from siliang.cli.options import NewTokens, RepetitionPenalty, Seed, Stop, System, Temperature, TopK, TopP
+from siliang.cli.options import NewTokens, RepetitionPenalty, Seed, Stop, System, Temperature, TopK, TopP, sampling_of
 from siliang.cli.used_run import Base, Force, Run, TaskId, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
@@ -139,15 +139,7 @@ def predict(
     opened.task_id, opened.top, opened.min_confidence = task_id, top, min_confidence
     show_notes(opened.trained.notes if opened.trained else ())
     if data is not None and output is not None:
-        how = Sampling(
-            max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-            stop=tuple(stop or ()),
-            seed=seed,
-        )
+        how = sampling_of(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
         if opened.task.prompt is None and (how != Sampling() or system or batch_size):
             raise ConfigError(
                 Bilingual(

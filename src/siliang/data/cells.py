@@ -8,7 +8,7 @@ import re
 from datetime import date, time, timedelta
 from decimal import Decimal
 
-from siliang.data.examples import Example
+from siliang.data.example import Example
 from siliang.data.json_stream import WrittenFloat
 from siliang.data.numbers import as_number
 from siliang.data.text_files import INVISIBLE

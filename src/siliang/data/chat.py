@@ -18,8 +18,8 @@ from typing import Literal
 from siliang.data.chat_entries import Frame, Selection, View, Written, fill, places
 from siliang.data.chat_messages import CLOSE, OPEN, THOUGHT, ChatMessage, TalkWithPlaces
 from siliang.data.encode import Encoder
-from siliang.data.examples import Conversation
 from siliang.data.jinja import Arguments
+from siliang.data.messages import Conversation
 from siliang.data.rendering import Job, Renderer
 from siliang.data.templates import CHAT, FieldTemplate, JinjaTemplate, Piece, Template
 from siliang.language import Bilingual

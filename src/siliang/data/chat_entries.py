@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from siliang.data.chat_messages import CLOSE, OPEN
-from siliang.data.examples import Conversation
+from siliang.data.messages import Conversation
 from siliang.data.templates import BORDER, Piece
 
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")

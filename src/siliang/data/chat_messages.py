@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from siliang.data.examples import Conversation, Message
+from siliang.data.messages import Conversation, Message
 from siliang.language import Bilingual, local
 from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import shortened

@@ -8,8 +8,10 @@ from siliang.config import DataConfig
 from siliang.data.chat import ChatTemplate, Written
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.entries import Rows, TokenEntry, dropped, token_labels
-from siliang.data.examples import Conversation, Example, Message, Prepared, Text
+from siliang.data.example import Example
+from siliang.data.examples import Prepared, Text
 from siliang.data.jinja import Arguments
+from siliang.data.messages import Conversation, Message
 from siliang.data.templates import Piece, find_template, template_for
 from siliang.language import Bilingual
 from siliang.models.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from siliang.data.examples import IGNORED
+from siliang.data.example import IGNORED
 from siliang.data.templates import Piece
 from siliang.language import Bilingual
 from siliang.models.tokenizer import Tokenizer

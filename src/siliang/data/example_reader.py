@@ -7,8 +7,8 @@ from itertools import chain
 
 from siliang.config import Columns, DataConfig, Source
 from siliang.data.cells import BadRow
+from siliang.data.example import Example
 from siliang.data.example_set import ExampleSet, bad_row, nothing_usable
-from siliang.data.examples import Example
 from siliang.data.find_layout import find_layout, second_text
 from siliang.data.labels import find_labels, known_class
 from siliang.data.layouts import RowLayout

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from siliang.data.cache import cache_folder, prune
-from siliang.data.examples import Example, from_json, to_json
+from siliang.data.example import Example
+from siliang.data.examples import from_json, to_json
 from siliang.language import Bilingual, local, together
 
 if TYPE_CHECKING:  # half a second of importing that a plan without data does not need

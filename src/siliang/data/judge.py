@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from siliang.data.entries import BAD, Rows
-from siliang.data.examples import Example
+from siliang.data.example import Example
 from siliang.language import Bilingual
 from siliang.models.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from siliang.data.cells import BadRow
-from siliang.data.examples import Example
+from siliang.data.example import Example
 from siliang.data.label_cells import SET, listed
 from siliang.data.numbers import as_number, is_whole
 from siliang.data.text_files import INVISIBLE

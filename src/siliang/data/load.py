@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from siliang.config import DataConfig, Source
+from siliang.data.example import Example
 from siliang.data.example_reader import ExampleReader, RunLayouts
 from siliang.data.example_set import ExampleSet, bad_rows_message
-from siliang.data.examples import Example
 from siliang.data.reading import columns_in_words
 from siliang.data.spec import DataSpec
 from siliang.data.splitting import mixed, split, weighted

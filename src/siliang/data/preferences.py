@@ -18,7 +18,7 @@ from functools import partial
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_text, cell, given
-from siliang.data.examples import Message, Ranked
+from siliang.data.messages import Message, Ranked
 from siliang.data.refused import refuse_media
 from siliang.data.turns import history_of, listed, tools_of, turns_of
 from siliang.language import Bilingual

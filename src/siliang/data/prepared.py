@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from siliang.config import DataConfig
+from siliang.data.example import Example
 from siliang.data.example_set import ExampleSet, bad_rows_message
-from siliang.data.examples import Example, Span
+from siliang.data.examples import Span
 from siliang.data.jinja import SERVED_LAYOUTS
 from siliang.data.spec import DataSpec
 from siliang.data.templates import AUTO, CHAT, template_for

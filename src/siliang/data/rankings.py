@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, given
-from siliang.data.examples import Ranked
+from siliang.data.messages import Ranked
 from siliang.data.numbers import as_number
 from siliang.data.preferences import answer_of, checked, prompt_of
 from siliang.data.refused import refuse_media

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values
-from siliang.data.examples import Message, Ranked, Rated
+from siliang.data.messages import Message, Ranked, Rated
 from siliang.data.preferences import answer_of, checked, prompt_of
 from siliang.data.refused import refuse_media
 from siliang.data.turns import tools_of, turns_of

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from siliang.config import DataConfig
 from siliang.data.entries import Rows
-from siliang.data.examples import Example
+from siliang.data.example import Example
 from siliang.data.label_cells import LabelReader, one_label
 from siliang.models.tokenizer import Tokenizer
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from siliang.config import DataConfig, Source
 from siliang.data.entries import BAD, DROPPED, reason_of
+from siliang.data.example import Example
 from siliang.data.example_reader import ExampleReader
 from siliang.data.example_set import ExampleSet, bad_row, bad_rows_message
-from siliang.data.examples import Example
 from siliang.data.small_table import SmallTable, TokenColumns
 from siliang.data.spec import DataSpec
 from siliang.data.splitting import mixed

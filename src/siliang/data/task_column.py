@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from siliang.data.examples import Example
+from siliang.data.example import Example
 from siliang.data.numbers import is_whole
 from siliang.language import Bilingual
 from siliang.secrets import short_repr

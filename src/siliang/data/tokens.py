@@ -12,8 +12,9 @@ import torch
 from siliang.config import DataConfig
 from siliang.data.encode import IGNORED
 from siliang.data.entries import BAD, Rows, bad_row, is_bad, number_of_bad, reason_of, stored
+from siliang.data.example import Example
 from siliang.data.example_set import ExampleSet, bad_rows_message
-from siliang.data.examples import Example, from_json
+from siliang.data.examples import from_json
 from siliang.data.judge import Judge
 from siliang.data.map_examples import BATCH, map_examples
 from siliang.data.small_table import SmallTable, TokenColumns

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, short
-from siliang.data.examples import Call, Conversation, Message, Role
+from siliang.data.messages import Call, Conversation, Message, Role
 from siliang.data.refused import MEDIA, media_in, refuse_other_lessons, text_only
 from siliang.language import Bilingual, local
 from siliang.safety.safe_json import JsonError, parse_json

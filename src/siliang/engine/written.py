@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from siliang.config import EvaluationConfig, RunConfig
-from siliang.data.examples import Conversation, Message
+from siliang.data.messages import Conversation, Message
 from siliang.data.prepared import EvalRows
 from siliang.data.task_column import TASK_IDS
 from siliang.data.tokens import TokenSet

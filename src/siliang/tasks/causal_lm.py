@@ -14,7 +14,9 @@ from typing import Any
 from siliang.config import DataConfig
 from siliang.data.conversations import encode, prompt_tokens, stop_tokens, writer
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.examples import Conversation, Example, Prepared, Text
+from siliang.data.example import Example
+from siliang.data.examples import Prepared, Text
+from siliang.data.messages import Conversation
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.language import Bilingual

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from siliang.config import EmbeddingConfig, RunConfig
-from siliang.data.examples import Example, Related, Text
+from siliang.data.example import Example
+from siliang.data.examples import Related, Text
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import NUMBERS, DataSpec, TokenColumn
 from siliang.language import Bilingual

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from siliang.config import DataConfig, RerankerConfig, RunConfig
 from siliang.data.entries import Rows, dropped
-from siliang.data.examples import Example, Related, Scored
+from siliang.data.example import Example
+from siliang.data.examples import Related, Scored
 from siliang.data.pairs import coded_texts
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import NUMBERS, DataSpec, Encode, TokenColumn

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from siliang.data.examples import Conversation, Message, Ranked
+from siliang.data.messages import Conversation, Message, Ranked
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import NUMBERS, DataSpec
 from siliang.language import Bilingual

@@ -13,7 +13,9 @@ from typing import Any
 from siliang.config import DataConfig
 from siliang.data.encode import Encoder
 from siliang.data.entries import Rows, dropped
-from siliang.data.examples import Conversation, Example, SourceTarget, Text
+from siliang.data.example import Example
+from siliang.data.examples import SourceTarget, Text
+from siliang.data.messages import Conversation
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode
 from siliang.language import Bilingual

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from siliang.config import DataConfig, MeasureName, RunConfig, TrainConfig
-from siliang.data.examples import Conversation, Example, Text
+from siliang.data.example import Example
+from siliang.data.examples import Text
+from siliang.data.messages import Conversation
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import DataSpec
 from siliang.language import Bilingual

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, given
-from siliang.data.examples import Conversation, Message, Ranked, Rated, SourceTarget, Text
+from siliang.data.examples import SourceTarget, Text
 from siliang.data.find_layout import find_layout
 from siliang.data.layouts import LAYOUTS
+from siliang.data.messages import Conversation, Message, Ranked, Rated
 from siliang.data.reading import DataRow, Reading
 from siliang.data.refused import PREFERENCES, WANTED
 from siliang.data.sources import open_source

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from siliang.data.examples import Conversation, Message
+from siliang.data.messages import Conversation, Message
 from siliang.engine.written import positions_of
 from siliang.files import write_text
 from siliang.language import Bilingual

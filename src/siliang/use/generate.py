@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from siliang.config import RunConfig
-from siliang.data.examples import Conversation, Message, Text
+from siliang.data.examples import Text
+from siliang.data.messages import Conversation, Message
 from siliang.engine.batches import in_steps
 from siliang.engine.written import check_beams, one_plain_answer, padded_prompts, positions_of, room_behind, writing
 from siliang.language import Bilingual

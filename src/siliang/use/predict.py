@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.cells import BadRow, as_text, given
-from siliang.data.examples import Example, Text
+from siliang.data.example import Example
+from siliang.data.examples import Text
 from siliang.data.find_layout import find_layout
 from siliang.data.layouts import LAYOUTS
 from siliang.data.reading import DataRow, Reading

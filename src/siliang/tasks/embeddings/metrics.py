@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siliang.config import EmbeddingConfig
-from siliang.data.examples import Example, Labelled, Related, Scored
+from siliang.data.example import Example
+from siliang.data.examples import Labelled, Related, Scored
 from siliang.data.prepared import EvalRows
 from siliang.tasks.embeddings.losses import Entries
 from siliang.tasks.embeddings.ranking import DEPTH, in_order, ranking

@@ -11,7 +11,8 @@ from typing import Any
 
 from siliang.config import DataConfig, EmbeddingConfig
 from siliang.data.entries import Rows, TokenEntry, dropped
-from siliang.data.examples import Example, Labelled, Related, Scored, Text
+from siliang.data.example import Example
+from siliang.data.examples import Labelled, Related, Scored, Text
 from siliang.data.pairs import CodedText, coded_texts
 from siliang.data.spec import Encode
 from siliang.language import Bilingual

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from siliang.data.example import Example
 from siliang.data.example_set import ExampleSet
-from siliang.data.examples import Example, Labelled, SeveralLabels
+from siliang.data.examples import Labelled, SeveralLabels
 from siliang.data.prepared import EvalRows
 from siliang.language import Bilingual
 from siliang.records.classes import ERRORS, Mistake

@@ -11,7 +11,7 @@ from siliang.data.chat import ChatTemplate
 from siliang.data.conversations import encode, writer
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.entries import Rows, TokenEntry, dropped, token_labels
-from siliang.data.examples import Conversation, Ranked
+from siliang.data.messages import Conversation, Ranked
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import Encode
 from siliang.models.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from siliang.data.chat import ChatTemplate
 from siliang.data.conversations import writer
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.entries import TokenEntry, token_labels
-from siliang.data.examples import Ranked, Rated
+from siliang.data.messages import Ranked, Rated
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.language import Bilingual
