@@ -1,6 +1,6 @@
 """The better of two answers: a model that writes learns which of them is preferred.
 
-Loss: one of `preference_losses.LOSSES`, of the log-probabilities of both answers, and mostly of those that the base
+Loss: one of `preferences/losses.LOSSES`, of the log-probabilities of both answers, and mostly of those that the base
 model gives. Metrics: the share of pairs of which the chosen answer has the higher reward, and by how much. A reward is
 beta times the log-probability that the answer has gained over the base model.
 """
