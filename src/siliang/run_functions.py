@@ -88,7 +88,7 @@ def predict(
         top: So many of the most probable classes, in `values()["top"]`. None: only the most probable one.
         min_confidence: Below this probability a prediction is "no label". None: classification.min_confidence of the
             run.
-        batch_size: Rows that go through the model at once. None: the run's own.
+        batch_size: Rows that go through the model at once. None: as many as are the fastest.
 
     Returns:
         Each has `predicted`, `probability`, `inputs`, and `values()` for JSON.

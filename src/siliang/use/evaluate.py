@@ -112,10 +112,23 @@ def engine_of(run: OpenedRun) -> Iterator[Engine]:
 
 
 def sums_of(
-    run: OpenedRun, engine: Engine, tokens: TokenSet, reader: Reader | None = None, batch_size: int | None = None
+    run: OpenedRun,
+    engine: Engine,
+    tokens: TokenSet,
+    reader: Reader | None = None,
+    batch_size: int | None = None,
+    *,
+    tokens_at_once: int | None = None,
 ) -> Sums:
-    """The sums of an evaluation in training, over the same batches."""
-    collator, computing = _collator(run, engine, batch_size), partial(autocast, run.precision, run.model.device)
+    """The sums of an evaluation in training, over the same batches.
+
+    Args:
+        batch_size: Rows of a batch; None: the run's own.
+        tokens_at_once: The most tokens of a batch, where neither the run nor the device has a limit.
+    """
+    collator = _collator(run, engine, batch_size)
+    collator.tokens_at_once = collator.tokens_at_once or tokens_at_once
+    computing = partial(autocast, run.precision, run.model.device)
     return measure(run.model, engine, tokens, collator, reader=reader, autocast=computing)
 
 

@@ -18,6 +18,7 @@ from siliang.data.sources import open_source
 from siliang.data.task_column import with_task
 from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, tokenize
+from siliang.engine.splits import mixing
 from siliang.language import Bilingual, local
 from siliang.run_folder import OpenedRun
 from siliang.tasks import Prediction, Trained
@@ -25,7 +26,8 @@ from siliang.types import ConfigError, DataError, message_of
 from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
 
-AT_ONCE = 256  # texts that are tokenized together
+AT_ONCE = 1024  # texts that are tokenized together, and sorted by length
+MOST_TOKENS = 16_384  # of a batch where the device sets no limit
 Input = str | tuple[str, str] | tuple[str, ...] | Example  # a text, a pair of texts, words, or an example
 
 
@@ -35,7 +37,7 @@ def predict(run: OpenedRun, inputs: Iterable[Any], *, batch_size: int | None = N
 
     Args:
         inputs: Those of the task's own `predict`; read lazily.
-        batch_size: Rows that go through the model at once; None for the run's own.
+        batch_size: Rows that go through the model at once; None: as many as are the fastest.
 
     Raises:
         ConfigError: The run writes text.
@@ -115,11 +117,13 @@ def _read(
     columns = data.columns.model_copy(update={"task_id": None})  # all are of the run's task_id
     data = data.model_copy(update={"too_long": "cut", "skip_bad_rows": False, "columns": columns})
     waiting = iter(examples)
+    # a run's batches are those of its steps, which are smaller than what is the fastest without gradients
+    rows_at_once = batch_size or (run.config.train.batch_size if mixing(run.model) else AT_ONCE)
     with engine_of(run) as engine:
         while some := list(islice(waiting, AT_ONCE)):
             tokens = tokenize(some, run.tokenizer, data, task.data, labels=run.labels, judged=False)
             check_positions(run, tokens, Bilingual("a text", "有文本"))
-            yield some, tokens, sums_of(run, engine, tokens, task.read, batch_size).found
+            yield some, tokens, sums_of(run, engine, tokens, task.read, rows_at_once, tokens_at_once=MOST_TOKENS).found
 
 
 @dataclass(frozen=True)
