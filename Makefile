@@ -7,7 +7,7 @@ NUMERIC := tests/ops tests/engine tests/parity tests/golden tests/models tests/t
 	tests/distributed/test_ranks.py $(addprefix tests/test_,$(addsuffix .py,adapter_life checkpoint inject quantized shared stock_trainer))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 test-long cluster-test check audit docs compat peft-tests faults fmt bench bench-smoke methods-table same bench-gpu clean
+.PHONY: help demo test test-avx2 test-long cluster-test check audit docs compat peft-tests faults fmt bench bench-avx2 bench-smoke methods-table same bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 19
@@ -68,8 +68,13 @@ fmt: .venv/dev  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/bench  ## siliang against PEFT and TRL on the same steps, in turn, hours of it; ONLY="W1 W3" for some
+# Unsloth is in .venv-peers, an environment of its own
+bench: .venv/bench  ## siliang against PEFT, TRL and Unsloth on the same steps, in turn, two hours of it; a stopped one goes on; ONLY="W1 W3" for some
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY))
+
+bench-avx2: .venv/bench  ## the same with the instructions of a processor without AVX-512
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY))
 
 bench-smoke: .venv/bench  ## whether the bench runs and its losses agree, at tiny sizes
 	$(BIN)/python -m bench --smoke
@@ -85,7 +90,7 @@ bench-gpu: .venv/bench  ## the same on the CUDA device that is there
 	$(BIN)/python -m bench --gpu $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .venv-compat .peft-tests .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-compat .venv-peers .peft-tests .pytest_cache .ruff_cache .hypothesis
 
 .venv/base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "siliang needs Python 3.11 or later; say which with: make PYTHON=python3.12 ..."; exit 1; }

@@ -1,7 +1,8 @@
 """siliang against PEFT + transformers.Trainer and TRL, on the same model, data and steps, in turn.
 
-python -m bench [--only W1 W3] [--rounds 3]      W1 to W4, on the CPU
+python -m bench [--only W1 W3] [--rounds 3]      W1 to W4, W6 and W7, on the CPU; goes on where it was stopped
 python -m bench --gpu                            W5, on the CUDA device that is there
+python -m bench --only W6 --pin "peft: bf16 weights, grouped"      with settings that are known, without a search
 python -m bench --smoke                          everything at tiny sizes: does it run, do the losses agree
 python -m bench --table docs/benchmarks/...      the table again, from its records
 """
@@ -15,10 +16,13 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from bench.workloads import ON_CPU, ON_CUDA, WORKLOADS
+from bench.workloads import ON_CPU, ON_CUDA, WORKLOADS, Library
 from siliang.config import RunConfig, assign
+
+if TYPE_CHECKING:  # asks torch for devices
+    from bench.record import Setting
 
 
 def main() -> int:
@@ -28,9 +32,9 @@ def main() -> int:
         report(options.table)
         return 0
     if not options.gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # W1 to W4 are the CPU's; set before anything asks torch for devices
-    from bench.folders import SHARED
-    from bench.rounds import Bench, Plan, is_there
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others are the CPU's; set before anything asks torch for devices
+    from bench.rounds import Bench, Plan, why_missing
+    from bench.rows import SHARED
     from siliang.hardware import find_device
 
     if options.gpu and find_device().type != "cuda":
@@ -40,9 +44,12 @@ def main() -> int:
     if not options.smoke and not SHARED.is_dir():
         print(f"bench: the data of the workloads is not at {SHARED}. --smoke needs none.", file=sys.stderr)
         return 2
-    for peer in options.peers:
-        if not is_there(peer):
-            print(f"bench: {peer} is not installed, and is left out: pip install 'siliang[bench]'")
+    peers: list[Library] = options.peers or (
+        ["peft", "trl"] if options.smoke or options.gpu else ["peft", "trl", "unsloth"]
+    )
+    for peer in peers:
+        if reason := why_missing(peer):
+            print(f"bench: {peer} is left out: {reason}")
     extra: dict[str, Any] = {}
     for assignment in options.set:
         assign(extra, assignment, RunConfig)
@@ -50,14 +57,16 @@ def main() -> int:
         rounds=options.rounds,
         steps=options.steps,
         gate_steps=options.gate_steps,
-        peers=tuple(options.peers),
+        peers=tuple(peers),
+        pinned=dict(options.pin),
+        again=options.again,
         all_settings=options.all_settings,
         parts=tuple(options.parts),
         extra=extra,
     )
     if options.smoke:
         plan.smoke, plan.searched = True, names[:1]
-        plan.rounds, plan.steps, plan.search_steps, plan.gate_steps = 1, 2, 2, 5
+        plan.rounds, plan.gate_steps = 1, 5
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.output or (Path(scratch) if options.smoke else default_folder())
         bench = Bench(plan, folder / "records", lambda line: print(line, flush=True))
@@ -87,14 +96,34 @@ def report(folder: Path) -> int:
     return 1 if failed or not verdicts else 0
 
 
+def slug(text: str) -> str:
+    """A text as a part of a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def default_folder() -> Path:
-    """docs/benchmarks/<date>-<processor or card>."""
+    """docs/benchmarks/<date>-<processor and its instructions, or card>."""
+    from bench.record import instructions
     from siliang.hardware import describe_device, find_device
 
     device = describe_device(find_device())
-    name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
-    name += f"-{device.threads}-threads" if device.kind == "cpu" else ""
+    name = slug(device.name)
+    name += f"-{device.threads}-threads-{slug(instructions().partition(' (')[0])}" if device.kind == "cpu" else ""
     return Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / f"{datetime.now(UTC):%Y-%m-%d}-{name}"
+
+
+def _pin(text: str) -> tuple[Library, Setting]:
+    """A peer and its setting, as the report prints it: "unsloth: fp32, grouped, compiled"."""
+    from bench.record import Setting
+
+    name, _, setting = text.partition(":")
+    libraries: tuple[Library, ...] = get_args(Library)
+    if name not in libraries:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(libraries)}")
+    try:
+        return libraries[libraries.index(name)], Setting.parse(setting)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PEER: FORMAT, LAYOUT[, OPTION]: {error}") from None
 
 
 def _options() -> argparse.Namespace:
@@ -103,9 +132,13 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="W", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--methods", nargs="+", metavar="M", help="only these of the workloads' methods")
-    parser.add_argument("--peers", nargs="+", choices=("peft", "trl"), default=["peft", "trl"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=32, help="timed steps of a run, after 3 of warm-up")
+    parser.add_argument("--peers", nargs="+", choices=("peft", "trl", "unsloth"), help="default: all of them")
+    parser.add_argument(
+        "--pin", action="append", type=_pin, default=[], metavar="PEER: SETTING", help="no search for this peer"
+    )
+    parser.add_argument("--again", action="store_true", help="also what has been measured already")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="timed steps of a run, after 3 of warm-up; the workload's by default")
     parser.add_argument("--gate-steps", type=int, default=50)
     parser.add_argument(
         "--parts", nargs="+", choices=("time", "gate"), default=["time", "gate"], help="the gate needs no idle machine"

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.rows import SHARED, made_up_rows, shared_rows
 from bench.workloads import SEED, Workload
-from siliang.demo import TRAIN, encoder_folder
-from siliang.types import TaskType
+from siliang.demo import encoder_folder
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 LAYERS, WIDTH = 2, 64  # of every model in --smoke
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -56,35 +54,16 @@ def make_ready(workload: Workload, scratch: Path, *, smoke: bool) -> None:
     Raises:
         FileNotFoundError: The project's test data is not there; --smoke needs none.
     """
-    data = scratch / f"{workload.task.value}-{workload.rows}.jsonl"
+    data = scratch / workload.data_file
     if not data.exists():
-        rows = list(islice(_rows(workload.task, smoke=smoke), 64 if smoke else workload.rows))
+        make = made_up_rows if smoke else shared_rows
+        rows = list(islice(make(workload.data), 64 if smoke else workload.rows))
         data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     if not (scratch / workload.model).exists():
         if workload.model == "encoder":
             _make_encoder(scratch / workload.model, smoke=smoke)
         else:
             _make_decoder(workload.model, scratch / workload.model, smoke=smoke)
-
-
-def _rows(task: TaskType, *, smoke: bool) -> Iterator[dict[str, str]]:
-    """Rows of the data: of the project's test data, or of the demo's reviews, which are cut in two for instructions."""
-    if smoke:
-        for row in map(json.loads, TRAIN.read_text(encoding="utf-8").splitlines()):
-            words = row["text"].split()
-            half = len(words) // 2
-            if task is TaskType.SEQ_CLS:
-                yield {"text": row["text"], "label": str(row["label"])}
-            elif half:
-                yield {"instruction": " ".join(words[:half]), "input": "", "output": " ".join(words[half:])}
-    elif task is TaskType.SEQ_CLS:
-        for line in (SHARED / "data/sst2/train.tsv").read_text(encoding="utf-8").splitlines():
-            text, _, label = line.rpartition("\t")
-            yield {"text": text, "label": label}
-    else:
-        for row in json.loads((SHARED / "data/alpaca_zh_52k.json").read_text(encoding="utf-8")):
-            if row["instruction"].strip() and row["output"].strip():
-                yield {key: row[key] for key in ("instruction", "input", "output")}
 
 
 def _make_decoder(name: str, folder: Path, *, smoke: bool) -> None:

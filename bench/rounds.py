@@ -1,34 +1,32 @@
 """The order of measurements: the peers' best settings are looked for, both sides pass the gate, then all are timed in
-turn. Each measurement is a separate process."""
+turn. Each measurement is a separate process; those that are timed import everything themselves."""
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import torch
-
+from bench.environments import ENVIRONMENTS, ROOT, python_of, variables, versions_in
 from bench.folders import make_ready
-from bench.record import NAMES, Job, Measurement, Setting
+from bench.record import NAMES, Job, Measurement, Setting, code_sha256, instructions, read_records
+from bench.settings import DEFAULT, Tried, chosen, search
 from bench.workloads import Library, Workload
 from siliang.hardware import describe_device, find_device, has_bf16, versions
 
-DEFAULT = Setting(dtype="fp32", layout="padded")  # of PEFT with the Trainer, without settings
-PURPOSES = {"time": ("-time", "-search"), "gate": ("-gate",)}  # in the names of a part's records
-Tried = tuple[float, Library, Setting]  # tokens per second
+PURPOSES = {"time": ("time", "search"), "gate": ("gate",)}  # of a part's records
 
 
 @dataclass
@@ -36,30 +34,33 @@ class Plan:
     """How much is measured.
 
     Attributes:
-        steps: Of a timed run; a multiple of 16, which is one round of the length groups at these sizes.
-        search_steps: Of each setting tried.
+        steps: Of a timed run; None: as many as the workload says.
         all_settings: bf16 even where the hardware only imitates it.
         searched: The workloads whose peers' settings are looked for, and that are timed; None: all. The others pass the
             gate alone.
+        pinned: Settings of peers that are not looked for; then nothing else is timed, not their defaults either.
         parts: The gate's losses hold on a busy machine, times do not: they can be had in two goes.
+        again: Measure again what has a record already.
         extra: Settings of siliang's own.
     """
 
     parts: tuple[Literal["time", "gate"], ...] = ("time", "gate")
-    rounds: int = 3
-    steps: int = 32
+    rounds: int = 2
+    steps: int | None = None
     warmup: int = 3
-    search_steps: int = 16
     gate_steps: int = 50
-    peers: tuple[Library, ...] = ("peft", "trl")
+    peers: tuple[Library, ...] = ("peft", "trl", "unsloth")
     all_settings: bool = False
     smoke: bool = False
     searched: tuple[str, ...] | None = None
+    pinned: dict[Library, Setting] = field(default_factory=dict)
+    again: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Bench:
-    """Runs workloads and writes a record of each measurement.
+    """Runs workloads and writes a record of each measurement. What the records have already is not measured again, as
+    long as neither the code nor the libraries have changed.
 
     Args:
         records: The folder of records.
@@ -71,39 +72,56 @@ class Bench:
         self._scratch = tempfile.TemporaryDirectory(prefix="siliang-bench-")
         self.scratch = Path(self._scratch.name)
         self._device = find_device()
+        self._code, self._instructions = code_sha256(), instructions()
+        self._kept: dict[str, Measurement] = {}
         # a fork of a process that has imported everything; CUDA does not survive a fork, and needs a new process
         cuda = self._device.type == "cuda"
         self._context: Any = multiprocessing.get_context("spawn" if cuda or os.name == "nt" else "forkserver")
         if not cuda and os.name != "nt":
-            self._context.set_forkserver_preload(["bench.ours", "bench.peer"])
+            self._context.set_forkserver_preload(["bench.ours", "bench.peer", "bench.trl_trainers"])
 
     def close(self) -> None:
         """Removes models and data."""
         self._scratch.cleanup()
 
     def run(self, workload: Workload, labels: list[str] | None = None) -> None:
-        """All measurements of a workload, in place of what an earlier bench left of it."""
+        """All measurements of a workload, in place of what an earlier bench of other code left of it."""
         make_ready(workload, self.scratch, smoke=self.plan.smoke)
         for method in workload.methods:
-            if labels and method.label not in labels:
-                continue
-            for old in self.records.glob(f"{workload.name}-{method.label}-*.json"):
-                if any(purpose in old.name for part in self.plan.parts for purpose in PURPOSES[part]):
-                    old.unlink()
-            self._run(workload, method.label)
+            if not labels or method.label in labels:
+                self._keep(workload, method.label)
+                self._run(workload, method.label)
+
+    def _keep(self, workload: Workload, method: str) -> None:
+        """Finds the records that still hold, and removes the others."""
+        purposes = {purpose for part in self.plan.parts for purpose in PURPOSES[part]}
+        for old in read_records(self.records, f"{workload.name}-{method}-*.json"):
+            if old.job.purpose in purposes and (self.plan.again or not self._holds(old)):
+                (self.records / f"{old.job.name}.json").unlink()
+            else:
+                self._kept[old.job.name] = old
+
+    def _holds(self, old: Measurement) -> bool:
+        return (
+            old.code == self._code
+            and old.instructions == self._instructions
+            and old.versions == libraries(old.job.library)
+            and old.device == describe_device(self._device)
+        )
 
     def _run(self, workload: Workload, method: str) -> None:
         plan = self.plan
         peers: list[Library] = [p for p in plan.peers if p in workload.layouts and is_there(p)]
         timed = "time" in plan.parts and (plan.searched is None or workload.name in plan.searched)
         tried = self._search(workload, method, peers) if timed else []
-        entries = _chosen(workload, tried)
+        entries = chosen(workload, tried, [] if plan.pinned else peers)
         if "gate" in plan.parts:
             self._gate(workload, method, peers)
         for number in range(1, plan.rounds + 1 if timed else 1):
             self._measure(workload, method, "siliang", Setting(), "time", number)
             for library, setting in entries:
-                self._measure(workload, method, library, setting, "time", number)
+                if number == 1 or setting != DEFAULT or (library, setting) in [t[1:] for t in tried]:
+                    self._measure(workload, method, library, setting, "time", number)
 
     def _gate(self, workload: Workload, method: str, peers: list[Library]) -> None:
         self._measure(workload, method, "siliang", Setting(), "gate")
@@ -115,23 +133,27 @@ class Bench:
 
     def _search(self, workload: Workload, method: str, peers: list[Library]) -> list[Tried]:
         """The settings of the peers that work, the fastest first."""
-        dtypes: list[Any] = ["fp32"]
-        if self.plan.all_settings or has_bf16(self._device):
-            dtypes += ["bf16 weights", "bf16 autocast"]
         tried: list[Tried] = []
         for peer in peers:
-            for setting in (Setting(dtype=d, layout=x) for d in dtypes for x in workload.layouts[peer]):
+            if peer in self.plan.pinned:
+                tried.append((0.0, peer, self.plan.pinned[peer]))
+                continue
+
+            def speed(setting: Setting, peer: Library = peer) -> float | None:
                 found = self._measure(workload, method, peer, setting, "search")
-                if not found.error:
-                    tried.append((found.tokens_per_s, peer, setting))
+                return None if found.error else found.tokens_per_s
+
+            bf16 = self.plan.all_settings or has_bf16(self._device)
+            tried += search(peer, workload, speed, bf16=bf16)
         return sorted(tried, key=lambda t: -t[0])
 
     def _measure(
         self, workload: Workload, method: str, library: Library, setting: Setting, purpose: Any, number: int = 0
     ) -> Measurement:
         plan = self.plan
-        warmup = min(plan.warmup, 1) if plan.smoke else plan.warmup
-        steps = {"search": plan.search_steps, "gate": plan.gate_steps - warmup, "time": plan.steps}[purpose]
+        warmup = 1 if plan.smoke else plan.warmup
+        timed_steps = plan.steps or workload.steps
+        steps = {"search": workload.search_steps, "gate": plan.gate_steps - warmup, "time": timed_steps}[purpose]
         job = Job(
             workload=workload.name,
             method=method,
@@ -139,87 +161,105 @@ class Bench:
             setting=setting,
             purpose=purpose,
             round=number,
-            steps=steps,
+            steps=2 if plan.smoke and purpose != "gate" else steps,
             warmup=warmup,
+            batch=workload.gate_batch if purpose == "gate" else None,
             smoke=plan.smoke,
             extra=plan.extra if library == "siliang" else {},
         )
+        start, kept = time.perf_counter(), self._kept.get(job.name)
+        if kept is not None and kept.job == job:
+            found = kept
+        else:
+            found = self._in_a_process(job)
+            found.write(self.records)
+        what = found.error or f"{found.tokens_per_s:,.0f} tokens/s, {found.above_bytes / 1e6:,.0f} MB above the weights"
+        place = f"round {number}" if number else purpose
+        seconds = "kept" if found is kept else f"{time.perf_counter() - start:.0f} s"
+        self.say(f"{workload.name} {method:<7} {place:<8} {NAMES[library]:<14} {setting!s:<22} {what} ({seconds})")
+        log = self.scratch / f"{job.name}.log"
+        if found.error and log.is_file():
+            self.say("    " + "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-4:]))
+        return found
+
+    def _in_a_process(self, job: Job) -> Measurement:
+        """Runs a job in a process; returns its record."""
         found = Measurement(
             job=job,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
             device=describe_device(self._device),
-            versions=versions() | {name: version(name) for name in ("peft", "trl", "bitsandbytes") if find_spec(name)},
+            versions=libraries(job.library),
+            instructions=self._instructions,
+            code=self._code,
         )
-        start = time.perf_counter()
         path, log = self.scratch / f"{job.name}.json", self.scratch / f"{job.name}.log"
         path.write_text(found.model_dump_json(), encoding="utf-8")
-        process = self._context.Process(target=run_job, args=(path, log, self.scratch))
+        if job.library in ENVIRONMENTS or (job.purpose == "time" and not job.smoke):
+            code = self._new_process(job, path, log)
+        else:
+            code = self._fork(path, log)
+        found = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
+        if code and not found.error:
+            found.error = f"the process ended with {code}"
+        return found
+
+    def _fork(self, path: Path, log: Path) -> int:
+        process = self._context.Process(target=run_forked, args=(path, log, self.scratch))
         process.start()
         try:
             process.join()
         finally:
             process.terminate()  # nothing, unless the user interrupts
-        found = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
-        if process.exitcode and not found.error:
-            found.error = f"the process ended with {process.exitcode}"
-        found.write(self.records)
-        what = found.error or f"{found.tokens_per_s:,.0f} tokens/s, {found.above_bytes / 1e6:,.0f} MB above the weights"
-        place = f"round {number}" if number else purpose
-        self.say(
-            f"{workload.name} {method:<7} {place:<8} {NAMES[library]:<14} {setting!s:<22} {what} "
-            f"({time.perf_counter() - start:.0f} s)"
-        )
-        if found.error:
-            self.say("    " + "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-4:]))
-        return found
+        return process.exitcode
+
+    def _new_process(self, job: Job, path: Path, log: Path) -> int:
+        environment = ENVIRONMENTS.get(job.library)
+        python = str(python_of(job.library)) if environment else sys.executable
+        first = environment.first if environment else ()
+        variables_of_job = variables()
+        if job.library == "unsloth":
+            from bench.unsloth_settings import variables_of
+
+            variables_of_job |= variables_of(job, native_bf16=has_bf16(self._device))
+        command = [python, "-m", "bench.job", str(path), str(self.scratch), repr(time.time()), *first]
+        with log.open("w") as opened:
+            process = subprocess.Popen(command, cwd=ROOT, env=variables_of_job, stdout=opened, stderr=subprocess.STDOUT)
+            try:
+                return process.wait()
+            finally:
+                process.terminate()  # nothing, unless the user interrupts
 
 
-def _chosen(workload: Workload, tried: list[Tried]) -> list[tuple[Library, Setting]]:
-    """What is timed: each peer's fastest setting, the fastest of each layout that a target names, PEFT's default.
-
-    Args:
-        tried: The fastest first.
-    """
-    chosen: list[tuple[Library, Setting]] = []
-    for _, peer, setting in tried:
-        if all(p != peer for p, _ in chosen):
-            chosen.append((peer, setting))
-    entries: list[tuple[Library, Setting]] = [(peer, setting) for _, peer, setting in tried]
-    for layout in (t.against for t in workload.targets):
-        chosen += [entry for entry in entries if entry[1].layout == layout][:1]
-    chosen += [entry for entry in entries if entry == ("peft", DEFAULT)]
-    return [entry for i, entry in enumerate(chosen) if entry not in chosen[:i]]
+@cache
+def libraries(library: Library) -> dict[str, str]:
+    """The versions that a library is measured with."""
+    own = versions() | {name: version(name) for name in ("peft", "trl", "bitsandbytes") if find_spec(name)}
+    return own | versions_in(python_of(library)) if library in ENVIRONMENTS else own
 
 
 def is_there(library: Library) -> bool:
-    """Whether a library is installed."""
-    return library in get_args(Library) and find_spec(library) is not None
+    """Whether a library is installed, or can be, in an environment of its own."""
+    return not why_missing(library)
 
 
-def run_job(path: Path, log: Path, scratch: Path) -> None:
-    """In the new process: reads the record's job, trains, fills the record.
+@cache
+def why_missing(library: Library) -> str:
+    """Why a library cannot be measured; nothing if it can."""
+    if library not in ENVIRONMENTS:
+        return "" if find_spec(library) is not None else "it is not installed: pip install 'siliang[bench]'"
+    try:
+        python_of(library)
+    except subprocess.CalledProcessError as error:
+        return f"its environment could not be made: {(error.stderr or str(error)).strip().splitlines()[-1]}"
+    return ""
 
-    Args:
-        path: The record's file.
-        log: Where the libraries' own words go.
-        scratch: The folder of models and data.
-    """
+
+def run_forked(path: Path, log: Path, scratch: Path) -> None:
+    """Runs a job in this process, a fork, whose words go into the log."""
+    from bench.job import run_job
+
     with log.open("w") as opened:
         for number in (1, 2):
             os.dup2(opened.fileno(), number)
-    found = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
-    if found.job.smoke:
-        torch.set_num_threads(1)  # work so small is only held up by threads that wait for each other
-        gc.freeze()  # and by looking through all that was imported, each time that garbage is collected
-    try:
-        if found.job.library == "siliang":
-            from bench.ours import measure
-        else:
-            from bench.peer import measure
-        torch.manual_seed(0)
-        measure(found, scratch)
-    except Exception as error:  # a setting that a peer cannot do is a result
-        traceback.print_exc()
-        found.error = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    path.write_text(found.model_dump_json(), encoding="utf-8")
+    run_job(path, scratch, time.time())

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bench.record import Job, Measurement
 from siliang.memory.peak import PeakMemory
@@ -69,21 +68,26 @@ def settle(model: nn.Module) -> None:
         torch.cuda.empty_cache()
 
 
-class StepClock(TrainerCallback):
+class StepClock:
     """Notes time and tokens where the measured steps begin and end.
+
+    Args:
+        started: When the process began, by time.time().
 
     Attributes:
         tokens: How many tokens, without padding, were trained up to a step that has just ended.
     """
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: Job, device: torch.device, started: float) -> None:
         self.tokens: Callable[[int], int] = lambda step: 0
-        self._job, self._device = job, device
+        self._job, self._device, self._started = job, device, started
+        self._begun = (0.0, 0.0)  # seconds since the process began, and the clock then
         self._marks: list[tuple[float, int]] = []
         self._by_step = [0]
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.step_ended(state.global_step)
+    def begin(self) -> None:
+        """What comes before the training is done."""
+        self._begun = time.time() - self._started, time.perf_counter()
 
     def step_ended(self, step: int) -> None:
         """Step number `step`, from 1, was made."""
@@ -103,6 +107,7 @@ class StepClock(TrainerCallback):
         """
         (start, before), (end, after) = self._marks
         found.seconds, found.tokens = end - start, after - before
+        found.before_s, found.warmup_s = self._begun[0], start - self._begun[1]
         found.loaded_bytes, found.peak_bytes = memory.start_bytes, memory.update()
         found.losses = [float(line["loss"]) for line in history if "loss" in line]
         found.grad_norms = [float(line["grad_norm"]) for line in history if "grad_norm" in line]

@@ -11,23 +11,30 @@ from bench.gate import compare
 from bench.record import NAMES, Measurement, Setting
 from bench.workloads import WORKLOADS, Library, Target
 
+ROWS = 1_000  # of the reader's own data
 Key = tuple[str, str]  # (workload, method)
 Entries = dict[tuple[Library, str], list[Measurement]]  # by library and setting, round after round
 
 
 def render(records: list[Measurement]) -> str:
     """The report in Markdown."""
-    head = records[0]
+    head = next((r for r in records if r.job.library == "siliang"), records[0])
     lines = ["# siliang and its peers", ""]
     device = head.device
     lines += [
-        f"- {device.name}, {device.threads} threads, {device.memory_bytes / 2**30:.0f} GiB; "
-        + ", ".join(f"{name} {number}" for name, number in head.versions.items()),
+        f"- {device.name}, {device.threads} threads, {device.memory_bytes / 2**30:.0f} GiB"
+        + (f", {head.instructions}" if head.instructions else "")
+        + f"; {_versions(head.versions)}",
+        *_other_versions(records, head),
         f"- {min(r.started_at for r in records)} to {max(r.started_at for r in records)}",
         *(f"- `{command}`" for command in dict.fromkeys(r.command for r in records)),
         "- tokens/s: without padding, after the warm-up steps; memory: peak above the loaded weights; eta: share of",
-        "  the speed at which the required matrix products alone would run; ratio: siliang to this line, median",
-        "  [least, most] over the rounds",
+        "  the speed at which the matrix products of the usual step alone would run (with shared beginnings fewer are",
+        "  needed, and eta can be above 1); ratio: siliang to this line, median [least, most] over the rounds",
+        f"- {ROWS:,} rows: seconds of a process that trains so many, once: imports, data, model (siliang: also its",
+        "  checks and its plan), and what is compiled, from the measured runs, and the steps at their measured speed;",
+        "  outside: the share that is no step. The peers' rows and weights are read by siliang's functions (Unsloth's",
+        "  weights by its own)",
     ]
     lines += [
         f"- {w}: {note}" for w in dict.fromkeys(r.job.workload for r in records) if (note := WORKLOADS[w].excluded)
@@ -58,8 +65,9 @@ def gates(records: list[Measurement]) -> list[tuple[bool, str]]:
 
 def _times(records: list[Measurement]) -> list[str]:
     lines = [
-        "| workload | method | library | setting | tokens/s | eta | memory, MB | speed ratio | memory ratio |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| workload | method | library | setting | tokens/s | eta | memory, MB | speed ratio | memory ratio "
+        f"| {ROWS:,} rows, s | outside |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     timed = {key for key, _ in _by_method(records, "time")}
     rest = [r for r in records if (r.job.workload, r.job.method) not in timed]  # in --smoke the gate's runs serve
@@ -75,10 +83,19 @@ def _times(records: list[Measurement]) -> list[str]:
             own = ", ".join([ours[0].precision, *_flat(ours[0].job.extra)]) if library == "siliang" else setting
             lines.append(
                 f"| {workload} | {method} | {NAMES[library]} | {own} | {speed:,.0f} | {eta} | {memory:,.0f} | "
-                + " | ".join(ratios)
+                + " | ".join([*ratios, *_of_rows(found)])
                 + " |"
             )
     return lines
+
+
+def _of_rows(found: list[Measurement]) -> tuple[str, str]:
+    """Seconds of a process that trains `ROWS` rows, and the share of them outside of steps."""
+    batch = WORKLOADS[found[0].job.workload].batch
+    values = [r.seconds_of_rows(ROWS, batch) for r in found if r.imports_s]
+    if not values:
+        return "", ""
+    return f"{median(whole for whole, _ in values):,.0f}", f"{median(1 - steps / w for w, steps in values):.0%}"
 
 
 def _targets(records: list[Measurement]) -> list[str]:
@@ -106,13 +123,28 @@ def _judge(target: Target, ours: list[Measurement], peers: Entries) -> Iterable[
     if target.memory:
         ok = median(memory) <= target.memory
         yield _verdict(f"memory of {name}", ok, f"<= {target.memory}x", f"{_spread(memory)}x")
-    if target.eta:
-        reached = median(r.tokens_per_s / r.limit_tokens_per_s for r in ours if r.limit_tokens_per_s)
+    shares = [r.tokens_per_s / r.limit_tokens_per_s for r in ours if r.limit_tokens_per_s]
+    if target.eta and shares:
+        reached = median(shares)
         yield _verdict("eta", reached >= target.eta, f">= {target.eta}", f"{reached:.2f}")
 
 
 def _verdict(what: str, met: bool, target: str, reached: str) -> str:
     return f"{'met' if met else 'MISSED'}: {what}, target {target}, reached {reached}"
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def _other_versions(records: list[Measurement], head: Measurement) -> list[str]:
+    """A line for each library that is measured with other versions."""
+    found = {r.job.library: r.versions for r in records}
+    return [
+        f"- {name}: {_versions({k: v for k, v in found[library].items() if head.versions.get(k) != v})}"
+        for library, name in NAMES.items()
+        if library in found and found[library] != head.versions
+    ]
 
 
 def _searches(records: list[Measurement]) -> list[str]:

@@ -11,9 +11,10 @@ from siliang.types import TaskType
 
 VIRTUAL_TOKENS = 20
 SEED = 7
-Library = Literal["siliang", "peft", "trl"]
+Library = Literal["siliang", "peft", "trl", "unsloth"]
 Layout = Literal["padded", "grouped", "flat"]
 Layouts = dict[Library, tuple[Layout, ...]]
+Data = Literal["instructions", "reviews", "system", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,15 @@ class Workload:
 
     Attributes:
         model: A key of `folders.SHAPES`, or "encoder".
+        data: What `folders` makes the rows of.
         rows: 64 batches of them: the Trainer then groups lengths in rounds of 16 batches, and whole rounds are timed.
         batch: Rows of a step.
+        gate_batch: Rows of a step whose losses are compared: fewer, since the number changes nothing in the comparison.
+        steps: Timed steps: 16 are one round of the length groups; fewer where steps are long and lengths similar.
+        search_steps: Of each setting tried.
         layouts: How the peers may lay out a batch, library by library: "padded", "grouped" by length, or "flat", all
-            rows in one without padding.
-        excluded: Excluded `layouts`, with the reason, for the table.
+            rows in one without padding. Only these libraries are measured.
+        excluded: Excluded `layouts` and libraries, with the reason, for the table.
     """
 
     name: str
@@ -74,10 +79,19 @@ class Workload:
     targets: tuple[Target, ...]
     layouts: Layouts
     task: TaskType = TaskType.CAUSAL_LM
+    data: Data = "instructions"
     rows: int = 512
     batch: int = 8
+    gate_batch: int = 2
+    steps: int = 16
+    search_steps: int = 16
     max_length: int = 256
     excluded: str = ""
+
+    @property
+    def data_file(self) -> str:
+        """The name of the file of its rows."""
+        return f"{self.data}-{self.rows}.jsonl"
 
     def method(self, label: str) -> Method:
         """The method of that label."""
@@ -90,8 +104,12 @@ def _lora(label: str, rank: int, targets: list[str] | str, *, quantized: bool = 
 
 
 _PADDED: Layouts = {"peft": ("padded", "grouped")}
-_CAUSAL: Layouts = {"peft": ("padded", "grouped"), "trl": ("padded", "grouped", "flat")}
-_ALIBI: Layouts = {"peft": ("padded", "grouped"), "trl": ("padded", "grouped")}
+_CAUSAL: Layouts = {
+    "peft": ("padded", "grouped"),
+    "trl": ("padded", "grouped", "flat"),
+    "unsloth": ("padded", "grouped"),
+}
+_PAIRS: Layouts = {"trl": ("padded", "grouped")}
 _GPU: Layouts = {"peft": ("padded", "grouped", "flat"), "trl": ("padded", "flat")}
 _PROMPT = {"num_virtual_tokens": VIRTUAL_TOKENS}
 _ON_GPU = (_lora("lora", 16, "all-linear"), _lora("qlora", 16, "all-linear", quantized=True))
@@ -114,8 +132,9 @@ WORKLOADS: dict[str, Workload] = {
             "bloom",
             (_lora("lora", 8, ["query_key_value"]), Method("bitfit", "bitfit", None)),
             (Target(2.5, 0.4),),
-            _ALIBI,
-            excluded="BLOOM's alibi takes no positions, so rows laid end to end would see each other: no flat layout",
+            _PADDED,
+            excluded="BLOOM's alibi takes no positions, so rows laid end to end would see each other: no flat layout. "
+            "TRL is measured on W1",
         ),
         Workload(
             "W3",
@@ -142,9 +161,12 @@ WORKLOADS: dict[str, Workload] = {
             (Target(2.5),),
             _PADDED,
             task=TaskType.SEQ_CLS,
+            data="reviews",
             rows=2048,
             batch=32,
+            gate_batch=8,
             max_length=86,
+            excluded="TRL and Unsloth train no classifiers on a CPU",
         ),
         Workload(
             "W4",
@@ -152,7 +174,34 @@ WORKLOADS: dict[str, Workload] = {
             "llama",
             (_lora("qlora", 8, "all-linear", quantized=True),),
             (Target(1.5, 0.6),),
+            _PADDED,
+            excluded="TRL is measured on W1",
+        ),
+        Workload(
+            "W6",
+            "instructions behind a system prompt of 300 tokens, W1's model",
+            "llama",
+            (_lora("lora", 8, ["q_proj", "v_proj"]),),
+            (Target(3.0),),
             _CAUSAL,
+            data="system",
+            steps=8,
+            search_steps=4,
+            max_length=512,
+        ),
+        Workload(
+            "W7",
+            "preference pairs, DPO, W1's model",
+            "llama",
+            (_lora("lora", 8, ["q_proj", "v_proj"]),),
+            (Target(2.0, 0.5),),
+            _PAIRS,
+            task=TaskType.PREFERENCE,
+            data="pairs",
+            steps=6,
+            search_steps=3,
+            max_length=512,
+            excluded="TRL's DPOTrainer lays no rows end to end: it switches padding_free off",
         ),
         *(
             Workload(
@@ -170,7 +219,7 @@ WORKLOADS: dict[str, Workload] = {
         ),
     )
 }
-ON_CPU = ("W1", "W2", "W3", "W4")
+ON_CPU = ("W1", "W2", "W3", "W4", "W6", "W7")
 ON_CUDA = ("W5-1b",)
 
 
@@ -182,17 +231,19 @@ def run_config(
     smoke: bool,
     steps: int,
     log_every: int,
+    batch: int | None = None,
     extra: dict[str, Any] | None = None,
 ) -> RunConfig:
     """The run, of which ours takes everything, and the peer model, data, seed and learning rate.
 
     Args:
         scratch: Where `make_ready` put models and data.
+        batch: Rows of a step; the workload's own if None.
         extra: Settings of siliang's own, such as {"train": {"gradient_checkpointing": True}}.
     """
     train = {
         "max_steps": steps,
-        "batch_size": 4 if smoke else workload.batch,
+        "batch_size": min(4, batch or workload.batch) if smoke else batch or workload.batch,
         "schedule": "constant",
         "warmup_fraction": 0.0,
         "seed": SEED,
@@ -205,7 +256,7 @@ def run_config(
         "method": {"name": method.name, **method.arguments},
         "quantization": {"bits": 4, "type": "nf4", "double": True} if method.quantized else None,
         "data": {
-            "train": str(scratch / f"{workload.task.value}-{workload.rows}.jsonl"),
+            "train": str(scratch / workload.data_file),
             "test_size": 0.0,
             "max_length": 64 if smoke else workload.max_length,
         },

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from bench.environments import ENVIRONMENTS, wanted
 from bench.gate import compare
 from bench.methods_page import BEGIN, DOCS, END, RECORD, Line, read_lines, tables
 from bench.methods_table import ENTRIES, chosen_rate, climb
 from bench.record import Job, Measurement, Setting, read_records
+from bench.settings import DEFAULT, chosen, search
 from bench.steps import set_start, start_sha256
 from bench.table import render
+from bench.unsloth_settings import variables_of
 from bench.workloads import WORKLOADS
 from siliang.methods import METHODS
 from siliang.records import Device
@@ -91,6 +94,44 @@ def test_a_missed_target_is_told() -> None:
     assert "met: eta, target >= 0.8, reached 0.89" in text
 
 
+def test_the_seconds_of_rows_are_those_of_a_whole_process() -> None:
+    values = {"before_s": 10.0, "warmup_s": 7.5, "imports_s": 6.0, "seconds": 2.0}  # 4 steps of 0.5 s, after one
+    record = measurement("peft", "time", 1, **values)
+    assert record.seconds_of_rows(1_000, 8) == (10.0 + 7.0 + 125 * 0.5, 125 * 0.5)
+    with_first_pass = record.model_copy(update={"first_pass_s": 1.0})  # a quarter of a second for each of 5 steps
+    assert with_first_pass.seconds_of_rows(1_000, 8) == (10.0 - 1.25 + 7.0 + 125 * 0.75, 125 * 0.75)
+    assert "| 80 | 21% |" in render([measurement("siliang", "time", 1), record])
+
+
+def test_the_best_setting_is_found_part_by_part() -> None:
+    speeds = {"fp32, grouped": 3.0, "bf16 storage, grouped": 4.0, "bf16 storage, padded": 2.0}
+    speeds |= {"bf16 storage, grouped, compiled": 5.0}
+    seen: list[str] = []
+
+    def speed(setting: Setting) -> float | None:
+        seen.append(str(setting))
+        return speeds[str(setting)]
+
+    tried = search("unsloth", WORKLOADS["W1"], speed, bf16=False)
+    assert seen == list(speeds)
+    assert chosen(WORKLOADS["W1"], tried, ["unsloth"]) == [("unsloth", tried[0][2]), ("unsloth", DEFAULT)]
+    assert str(tried[0][2]) == "bf16 storage, grouped, compiled"
+    assert Setting.parse(str(tried[0][2])) == tried[0][2]
+
+
+def test_a_peer_of_its_own_environment_is_given_its_settings() -> None:
+    job = measurement("unsloth").job.model_copy(update={"setting": Setting.parse("bf16 storage, grouped, compiled")})
+    found = variables_of(job, native_bf16=False)
+    assert (found["UNSLOTH_CPU_FROZEN_BF16"], found["UNSLOTH_CPU_COMPILE"], found["UNSLOTH_CPU_BF16"]) == (
+        "1",
+        "1",
+        "0",
+    )
+    requirements = wanted(ENVIRONMENTS["unsloth"])
+    assert requirements[0] == "torch==2.13.0"  # another would be a download of gigabytes
+    assert [r for r in requirements if r.startswith("transformers")] == ["transformers==5.17.0"]
+
+
 def test_the_start_depends_on_names_alone() -> None:
     class Adapter(nn.Module):
         def __init__(self) -> None:
@@ -115,9 +156,22 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_method_runs_beside_peft(tmp_path: Path) -> None:
     done = run("--smoke", "--peers", "peft", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    pairs = sum(len(WORKLOADS[name].methods) for name in ("W1", "W2", "W3", "W4"))
+    pairs = sum(len(WORKLOADS[name].methods) for name in ("W1", "W2", "W3", "W4", "W6"))
     assert f"gate: {pairs} passed" in done.stdout
     assert (tmp_path / "README.md").read_text(encoding="utf-8").strip() in done.stdout
+
+
+@pytest.mark.slow
+def test_pairs_run_beside_trl_and_a_stopped_bench_goes_on(tmp_path: Path) -> None:
+    pinned = ("--only", "W7", "--peers", "trl", "--pin", "trl: fp32, grouped, reference first")
+    done = run("--smoke", *pinned, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gate: 1 passed" in done.stdout
+    timed = [r for r in read_records(tmp_path / "records") if r.job.purpose == "time"]
+    assert {r.job.library: r.first_pass_s > 0 for r in timed} == {"siliang": False, "trl": True}
+    again = run("--smoke", *pinned, "--output", str(tmp_path))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("(kept)") == 4
 
 
 @pytest.mark.slow
