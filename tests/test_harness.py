@@ -17,6 +17,7 @@ from tiny import WORDS, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siliang.config import RunConfig
+from siliang.records import Record
 from siliang.run_folder import open_run
 from siliang.train.run import train
 from siliang.types import ConfigError
@@ -81,7 +82,9 @@ def of_peft(trained: Path, model: Path, folder: Path) -> dict[str, Any]:
     return found["results"]
 
 
-def test_the_figures_are_those_on_pefts_model(trained: Path, models: dict[str, Path], own_tasks: Path) -> None:
+def test_the_figures_are_those_on_pefts_model(
+    trained: Path, models: dict[str, Path], own_tasks: Path, tmp_path: Path
+) -> None:
     expected = of_peft(trained, models["causal_lm"], own_tasks)
     ended = run("eval", trained, "--harness", own_tasks, "--json")
     found = json.loads(ended.out)
@@ -91,6 +94,19 @@ def test_the_figures_are_those_on_pefts_model(trained: Path, models: dict[str, P
         theirs = {key.split(",")[0]: v for key, v in metrics.items() if "," in key and not isinstance(v, str)}
         assert ours == pytest.approx(theirs), task
     assert 0 < found["choose_word/acc"] < 1
+    kept = Record.read(trained).harness
+    assert {f"{task}/{name}": v for task, one in kept.items() for name, v in one.metrics.items()} == {
+        name: value for name, value in found.items() if "/" in name
+    }
+    assert kept["choose_word"].rows == 16 and kept["choose_word"].version == "1.0" and not kept["write_word"].chat
+    ended = run("report", trained, "--output", tmp_path / "page.html")
+    assert (
+        "choose_word/acc" in ended.out
+        and "acc_stderr" not in ended.out
+        and f"{found['choose_word/acc']:.4f}" in ended.out
+    )
+    page = (tmp_path / "page.html").read_text()
+    assert "choose_word/acc_norm" in page and "write_word/chrf" in page
 
 
 def test_one_file_some_rows_and_the_runs_template(trained: Path, own_tasks: Path) -> None:

@@ -109,13 +109,14 @@ def evaluate(
     opened = open_run(run, base=base, force=force, device=find_device())
     if harness is not None:
         from siliang.config.section import split_names
-        from siliang.use.harness import run_harness
+        from siliang.use.harness import keep_in_record, run_harness
 
         most = settings.get("rows")
         result = run_harness(
             opened, split_names(harness), rows=most if isinstance(most, int) else None, few_shot=few_shot, chat=chat
         )
-        show_notes(list(opened.trained.notes) if opened.trained else [])
+        lost = keep_in_record(opened, result, few_shot=few_shot, chat=chat)
+        show_notes([*(opened.trained.notes if opened.trained else []), *([lost] if lost else [])])
         if json:
             print_json({**result.metrics, "rows": result.rows, "versions": result.versions})
             return

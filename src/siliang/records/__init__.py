@@ -3,6 +3,7 @@
 from siliang.records.answers import ANSWERS_NAME, Answer, Answers
 from siliang.records.classes import Classification, ClassMetrics, ClassReport, Mistake
 from siliang.records.comparison import COMPARISON_NAME, Comparison, Trial, metrics_of
+from siliang.records.harness import HarnessTask
 from siliang.records.metrics import Metrics
 from siliang.records.plan import CATEGORIES, Category, Change, Fit, MethodPlan, PlanRecord
 from siliang.records.run import (
@@ -39,6 +40,7 @@ __all__ = [
     "Device",
     "File",
     "Fit",
+    "HarnessTask",
     "Learned",
     "Memory",
     "MethodPlan",

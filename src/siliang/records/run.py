@@ -13,6 +13,7 @@ from pydantic import Field
 from siliang.config import LAYOUT_NAMES, RunConfig, Seed, differences
 from siliang.language import Bilingual
 from siliang.records.classes import Classification, ClassReport
+from siliang.records.harness import HarnessTask
 from siliang.records.metrics import Metrics
 from siliang.records.saved import Count, Date, Name, Number, Part, Positive, Rate, Saved, Sha256
 from siliang.secrets import HIDDEN, short_repr, shortened
@@ -215,6 +216,8 @@ class Record(Saved):
     """How each measure of written texts was computed, such as BLEU's signature of sacrebleu."""
     final: Metrics = Field(default_factory=dict)
     """Metrics at the end: eval_loss, accuracy or perplexity, base_eval_loss where measured."""
+    harness: dict[Name, HarnessTask] = Field(default_factory=dict, max_length=1000)
+    """What `siliang eval --harness` has measured since, by task."""
 
     def check(self) -> None:
         """The settings are those of a run, and the rest fits them. What a task needs is in tasks/record.py.

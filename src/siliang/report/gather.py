@@ -89,6 +89,16 @@ class ReportData:
         return task_in(record) if record is not None else TASKS[self.task]
 
     @property
+    def less_is_better(self) -> set[str]:
+        """Of the metrics of lm-eval's tasks, by TASK/METRIC."""
+        return {
+            f"{task}/{name}"
+            for record in self.records
+            for task, measured in record.harness.items()
+            for name in measured.less_is_better
+        }
+
+    @property
     def majority(self) -> float | None:
         """Share of the most frequent class; None if the task has no classes."""
         shares = [run.answers.majority for group in self.groups for run in group.runs if run.answers is not None]

@@ -184,6 +184,7 @@ def _summarize(group: Group, quality: Metric) -> MethodSummary:
     for name in sorted({key for metrics in of_answers for key in metrics}):
         if m := Mean.from_values(metrics[name] for metrics in of_answers if name in metrics):
             others[name] = m
+    others |= _of_harness(records)
     return MethodSummary(
         label=group.label,
         total=first.parameters.total if first else 0,
@@ -202,3 +203,14 @@ def _summarize(group: Group, quality: Metric) -> MethodSummary:
         errors=[(run.seed, run.error) for run in group.runs if run.error is not None],
         runs=len(group.runs),
     )
+
+
+def _of_harness(records: list[Record]) -> dict[str, Mean]:
+    """The metrics of lm-eval's tasks, by TASK/METRIC; not their standard errors, which are over rows and not seeds."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for task, measured in record.harness.items():
+            for name, value in measured.metrics.items():
+                if not name.partition(",")[0].endswith("_stderr"):
+                    found.setdefault(f"{task}/{name}", []).append(value)
+    return {name: m for name, values in sorted(found.items()) if (m := Mean.from_values(values))}

@@ -46,14 +46,14 @@ class Column:
 
 def table(methods: list[MethodSummary], data: ReportData, w: dict[str, str]) -> tuple[list[Column], list[list[Cell]]]:
     """The columns, and one row of cells per method."""
-    task = data.task_row
+    task, less = data.task_row, data.less_is_better
     quality = task.quality
     names = {name for method in methods for name in method.others} - {quality.name}
     extra = [name for name in METRICS if name in names] + sorted(names.difference(METRICS))
     columns = [
         Column("method", w["method"], numeric=False),
         Column(quality.name, w.get(quality.name, quality.name), higher=quality.higher),
-        *(Column(name, w.get(name, name), higher=task.metric(name).higher) for name in extra),
+        *(Column(name, w.get(name, name), higher=task.metric(name).higher and name not in less) for name in extra),
         *([] if quality.name == "eval_loss" else [Column("loss", w["loss"], higher=False)]),
         Column("minutes", w["minutes"], higher=False),
         Column("peak", w["peak"], higher=False),

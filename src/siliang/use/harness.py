@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from siliang.engine.written import positions_of
 from siliang.language import Bilingual, local
+from siliang.records import HarnessTask, Record
 from siliang.run_folder import OpenedRun, served_tokenizer
 from siliang.tasks import task_of
 from siliang.types import ConfigError, first_line, nearest
@@ -33,11 +35,13 @@ class HarnessResult:
         metrics: By the task's name and the metric's, `TASK/acc`, and `TASK/acc_stderr` for its standard error.
         rows: The rows of each task.
         versions: The version of each task, and of lm-eval.
+        less_is_better: Those of the metrics.
     """
 
     metrics: dict[str, float]
     rows: dict[str, int]
     versions: dict[str, str] = field(default_factory=dict[str, str])
+    less_is_better: frozenset[str] = frozenset()
 
 
 def run_harness(
@@ -138,14 +142,49 @@ def _run(
             apply_chat_template=chat,
         )
     metrics: dict[str, float] = {}
+    less: set[str] = set()
     for name, values in found["results"].items():
         for key, value in values.items():
             metric, _, chosen = str(key).partition(",")  # acc,none: with the filter of the answers
             if isinstance(value, int | float) and not isinstance(value, bool) and chosen:
-                metrics[f"{name}/{metric}" if chosen == "none" else f"{name}/{metric},{chosen}"] = float(value)
+                own = f"{name}/{metric}" if chosen == "none" else f"{name}/{metric},{chosen}"
+                metrics[own] = float(value)
+                if found["higher_is_better"].get(name, {}).get(metric) is False:
+                    less.add(own)
     counts = {name: int(n["effective"]) for name, n in found["n-samples"].items()}
     versions = {name: str(number) for name, number in found["versions"].items()}
-    return HarnessResult(metrics, counts, versions | {"lm-eval": version("lm-eval")})
+    return HarnessResult(metrics, counts, versions | {"lm-eval": version("lm-eval")}, frozenset(less))
+
+
+def keep_in_record(
+    run: OpenedRun, result: HarnessResult, *, few_shot: int | None = None, chat: bool = False
+) -> str | None:
+    """Writes what was measured into the run's record, each task in the place of its last measurement.
+
+    Returns:
+        Why it is not kept; None where it is.
+    """
+    trained = run.trained
+    if trained is None or trained.folder.resolve() != trained.run.resolve():
+        return Bilingual("not kept: these are not the final weights of a run", "没有保存：这不是一次运行的最终权重")
+    record = Record.read(trained.run)
+    for task in dict.fromkeys(name.partition("/")[0] for name in result.metrics):
+        own = {name.partition("/")[2]: value for name, value in result.metrics.items() if name.startswith(f"{task}/")}
+        record.harness[task] = HarnessTask(
+            metrics=own,
+            less_is_better=sorted(name for name in own if f"{task}/{name}" in result.less_is_better),
+            rows=result.rows.get(task),
+            version=result.versions.get(task, ""),
+            lm_eval=result.versions["lm-eval"],
+            few_shot=few_shot,
+            chat=chat,
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+    try:
+        record.write(trained.run)
+    except OSError as error:  # a folder that is only read
+        return Bilingual(f"not kept: {first_line(error)}", f"没有保存：{local(first_line(error), 'zh')}")
+    return None
 
 
 def _find_tasks(tasks: Sequence[str]) -> tuple[Any, list[str]]:
