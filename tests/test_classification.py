@@ -19,7 +19,7 @@ from every_task import make_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
-from sklearn.metrics import cohen_kappa_score, f1_score, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, precision_recall_fscore_support
 from tiny import WORDS, write_jsonl
 from transformers import AutoModelForSequenceClassification
 
@@ -31,7 +31,7 @@ from siliang.records import Answers, Record
 from siliang.safety.safe_yaml import dump_yaml
 from siliang.tasks.labels import losses, metrics
 from siliang.tasks.labels.calibration import best_threshold, ece, sigmoid, softmax, temperature_of_classes
-from siliang.tasks.metrics import spearman
+from siliang.tasks.metrics import classification, spearman
 from siliang.train.prepare import prepare
 from siliang.train.run import train
 from siliang.train.types import Listener
@@ -200,6 +200,16 @@ def test_metrics_are_scikit_learns_and_scipys() -> None:
     same = np.ones(4)
     assert metrics.of_numbers(same, same) == {"mse": 0.0, "mae": 0.0, "spearman": 0.0, "r2": 0.0}
     assert metrics.quadratic_kappa(np.zeros(3, int), np.zeros(3, int), 2) == 0.0
+
+
+@pytest.mark.parametrize("classes", [1, 2, 9])
+def test_accuracy_and_f1_of_classes_are_scikit_learns(classes: int) -> None:
+    random = np.random.default_rng(classes)
+    for rows in (1, 4, 60):  # classes that occur nowhere, or in one of both, are among them
+        a, b = random.integers(0, classes, rows), random.integers(0, classes, rows)
+        f1: Any = f1_score(b, a, average="macro")
+        found = classification(a.tolist(), b.tolist())
+        assert found == {"accuracy": accuracy_score(b, a), "f1": float(f1)}
 
 
 @pytest.mark.parametrize("labels", [1, 2, 5])

@@ -22,6 +22,19 @@ def test_imports_nothing_heavy(code: str) -> None:
     assert found.stdout.split() == []
 
 
+def test_training_imports_no_optional_library() -> None:
+    """transformers' Trainer and its helpers import PEFT where it is installed, and PEFT bitsandbytes: two seconds."""
+    needless = ("peft", "bitsandbytes", "transformers.trainer", "transformers.trainer_utils", "datasets", "pandas")
+    code = "import siliang.train.run, siliang.plan.preflight, sys"
+    found = subprocess.run(
+        [PYTHON, "-c", f"{code}; print(*[m for m in {(*needless, 'sklearn', 'trl')} if m in sys.modules])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == []
+
+
 @pytest.mark.parametrize("listing", ["settings", "settings_zh", "methods", "methods_zh"])
 def test_what_is_listed_is_what_there_is(listing: str) -> None:
     file: Path = getattr(listings, listing.upper())

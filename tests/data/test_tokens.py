@@ -17,7 +17,7 @@ from tiny import WORDS, word_tokenizer
 from tokenizers import normalizers
 
 from siliang.config import DataConfig
-from siliang.data import token_key
+from siliang.data import example_set, token_key
 from siliang.data import tokens as tokens_module
 from siliang.data.collate import PadCollator
 from siliang.data.conversations import prompt_tokens, shared_tokens, windows
@@ -167,8 +167,6 @@ def test_examples_survive_the_table(example: object) -> None:
 
 
 def test_more_than_memory_goes_to_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    from siliang.data import example_set
-
     monkeypatch.setattr(example_set, "SPILL_BYTES", 2000)
     many = ExampleSet.build((f"f:{i}", Text(f"row {i}")) for i in range(300))
     assert many.table.cache_files  # memory-mapped
@@ -244,7 +242,8 @@ def test_pairs_and_single_texts_are_never_tokenized_together() -> None:
         tokenize([Labelled("a", "x", "one"), Labelled("is", "y")], TOKENIZER, config(), SEQ_CLS.data, labels=["x", "y"])
 
 
-def test_processes_give_the_same_tokens() -> None:
+def test_processes_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example_set, "FEW_ROWS", 5)
     rows = ExampleSet.build((str(i), conversation("say", WORDS[i % 9])) for i in range(1200))
     one = tokenize(rows, TOKENIZER, config(workers=1), CAUSAL)
     two = tokenize(rows, TOKENIZER, config(workers=2, train_on="last"), CAUSAL)
@@ -271,10 +270,17 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
     assert made.learned.tolist() == [sum(x != IGNORED for x in made[i]["labels"]) for i in range(9)]
 
 
-def test_few_examples_have_the_tokens_of_many() -> None:
+@pytest.mark.parametrize("kept", ["in memory", "in a set", "in a file"])
+def test_few_examples_have_the_tokens_of_many(kept: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Few are kept in a small table, without `datasets`."""
+    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
     talks = [conversation("say", w) for w in WORDS[:9]]
-    few = tokenize(talks, TOKENIZER, config(), CAUSAL)
+    rows = ExampleSet.build((str(i), e) for i, e in enumerate(talks)) if kept != "in memory" else talks
+    if kept == "in a file":
+        monkeypatch.setattr(tokens_module, "CACHED_ROWS", 5)
+        tokenize(rows, TOKENIZER, config(), CAUSAL)
+    few = tokenize(rows, TOKENIZER, config(), CAUSAL)
+    monkeypatch.setattr(example_set, "FEW_ROWS", 5)
     many = tokenize(ExampleSet.build((str(i), e) for i, e in enumerate(talks)), TOKENIZER, config(), CAUSAL)
     assert isinstance(few.table, SmallTable) and isinstance(many.table, Dataset)
     assert few.table.column_names == many.table.column_names
@@ -284,6 +290,32 @@ def test_few_examples_have_the_tokens_of_many() -> None:
         assert np.array_equal(getattr(few, numbers), getattr(many, numbers))
     assert [x.tolist() for x in few.lists("input_ids")] == [x.tolist() for x in many.lists("input_ids")]
     assert [few.select([4, 2])[i] for i in range(2)] == [many.select([4, 2])[i] for i in range(2)]
+    assert [x.tolist() for x in few.select([4, 2]).lists("labels")] == [few[i]["labels"] for i in (4, 2)]
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "text", "objects"])
+def test_a_damaged_file_of_tokens_is_made_anew(damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
+    monkeypatch.setattr(tokens_module, "CACHED_ROWS", 5)
+    rows = ExampleSet.build((str(i), conversation("say", w)) for i, w in enumerate(WORDS[:9]))
+    made = tokenize(rows, TOKENIZER, config(), CAUSAL)
+    (file,) = (tmp_path / "tokens").iterdir()
+    good = file.read_bytes()
+    if damage == "objects":  # pickles
+        np.savez(file, **{"input_ids.numbers": np.array([{}], object)})  # type: ignore[arg-type]
+    else:
+        file.write_bytes({"cut": good[:-100], "other": good[:300] + bytes(50) + good[350:], "text": b"[]"}[damage])
+    again = tokenize(rows, TOKENIZER, config(), CAUSAL)
+    assert [made[i] for i in range(9)] == [again[i] for i in range(9)]
+    assert file.read_bytes() == good
+
+
+def test_more_rows_than_a_small_table_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example_set, "FEW_ROWS", 5)
+    few = ExampleSet.build((str(i), conversation("say", w)) for i, w in enumerate(WORDS[:4]))
+    often = few.select([0, 3] * 4)  # of a source with a weight
+    assert few.few and not often.few
+    assert list(often) == [few[0], few[3]] * 4 and often.where(7) == "3"
 
 
 def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:

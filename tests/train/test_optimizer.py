@@ -19,7 +19,8 @@ from siliang.config import RunConfig, TrainConfig
 from siliang.methods import METHODS, HeadConfig
 from siliang.tasks import SEQ_CLS
 from siliang.train.checks import check_layerwise, check_loraplus
-from siliang.train.optimizer import OPTIMIZERS, Lion, check_optimizer_runs, make_optimizer, make_schedule
+from siliang.train.optimizer import OPTIMIZERS, Lion, check_optimizer_runs, make_optimizer
+from siliang.train.schedule import make_schedule
 from siliang.types import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""Many examples in an Arrow table: in memory while they are few, in a mapped file when they are many."""
+"""Examples in a table: a small one of a few, an Arrow table of many, mapped from files where memory is too small."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, overload
 from siliang.data.cache import cache_folder, prune
 from siliang.data.example import Example
 from siliang.data.examples import from_json, to_json
+from siliang.data.small_table import SmallTable
 from siliang.language import Bilingual, local, together
 
 if TYPE_CHECKING:  # half a second of importing that a plan without data does not need
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # half a second of importing that a plan without data does no
 
 SPILLED = "rows-"
 SPILL_BYTES = 64 * 2**20  # examples beyond this are in a file
+FEW_ROWS = 2_000  # fewer are in a small table, which needs no import of `datasets`
+KINDS = {"example": "str", "where": "str"}
 SHOWN_BAD_ROWS = 5
 
 
@@ -60,15 +63,13 @@ def bad_row(where: str, reason: str) -> Bilingual:
 class ExampleSet(Sequence[Example]):
     """Examples in order, each with the place of its row."""
 
-    def __init__(self, table: Dataset, spilled: Sequence[_Spilled] = ()) -> None:
+    def __init__(self, table: Dataset | SmallTable, spilled: Sequence[_Spilled] = ()) -> None:
         self.table = table  # columns: example (JSON), where
         self._spilled = tuple(spilled)  # held as long as the rows are
 
     @classmethod
     def build(cls, items: Iterable[tuple[str, Example]]) -> ExampleSet:
         """From (place, example); what is more than memory should hold goes to files, which go away with the rows."""
-        from datasets import Dataset, concatenate_datasets
-
         parts: list[Dataset] = []
         spilled: list[_Spilled] = []
         lines: list[str] = []
@@ -83,9 +84,12 @@ class ExampleSet(Sequence[Example]):
                 spilled.append(_Spilled())
                 parts.append(spilled[-1].write(lines, places))
                 lines, places, held = [], [], 0
-        if lines or not parts:
-            parts.append(Dataset.from_dict({"example": lines, "where": places}) if lines else _nothing())
-        return cls(parts[0] if len(parts) == 1 else concatenate_datasets(parts), spilled)
+        rest = SmallTable({"example": [*lines], "where": [*places]}, KINDS)
+        if not parts:
+            return cls(rest if len(rest) < FEW_ROWS else _as_dataset(rest))
+        from datasets import concatenate_datasets
+
+        return cls(concatenate_datasets([*parts, *([_as_dataset(rest)] if lines else [])]), spilled)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -107,6 +111,9 @@ class ExampleSet(Sequence[Example]):
 
     def lines(self) -> Iterator[str]:
         """The examples as JSON."""
+        if isinstance(self.table, SmallTable):
+            yield from self.table["example"]
+            return
         for batch in self.table.iter(batch_size=1000):
             assert isinstance(batch, dict)  # a list for each column
             yield from batch["example"]
@@ -117,15 +124,26 @@ class ExampleSet(Sequence[Example]):
 
     def select(self, rows: Iterable[int]) -> ExampleSet:
         """Some of the examples, in the order of `rows`; a row may come twice."""
-        return ExampleSet(self.table.select(rows), self._spilled)
+        chosen = rows if isinstance(rows, Sequence) else list(rows)
+        if isinstance(self.table, SmallTable) and len(chosen) >= FEW_ROWS:  # a row may be there many times
+            return ExampleSet(_as_dataset(self.table).select(chosen))
+        return ExampleSet(self.table.select(chosen), self._spilled)
+
+    @property
+    def few(self) -> bool:
+        """Whether the table is a small one."""
+        return isinstance(self.table, SmallTable)
+
+    def dataset(self) -> Dataset:
+        """The table of `datasets`."""
+        return _as_dataset(self.table) if isinstance(self.table, SmallTable) else self.table
 
 
-def _nothing() -> Dataset:
+def _as_dataset(table: SmallTable) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    return Dataset.from_dict(
-        {"example": [], "where": []}, features=Features({"example": Value("string"), "where": Value("string")})
-    )
+    kinds = Features({name: Value("string") for name in KINDS})
+    return Dataset.from_dict({name: table[name] for name in KINDS}, features=kinds)
 
 
 class _Spilled:

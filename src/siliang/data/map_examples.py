@@ -7,13 +7,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 from siliang.config import DataConfig
 from siliang.data.cache import cache_folder, prune, used
 from siliang.data.example_set import ExampleSet
-from siliang.data.small_table import TokenColumns
+from siliang.data.small_table import SmallTable, TokenColumns
 from siliang.language import Bilingual
 from siliang.types import DataError
 
@@ -51,11 +53,7 @@ def map_examples(
     n = len(examples)
     file: str | None = None
     if cached:
-        folder = cache_folder() / "tokens"
-        folder.mkdir(exist_ok=True)
-        used(folder, key)
-        prune(folder)
-        file = str(folder / f"{key}.arrow")
+        file = str(_kept_file(key, ".arrow"))
     workers = data.workers or (max(1, os.cpu_count() or 1) if n >= PARALLEL_ROWS else 1)
     workers = 1 if one_process else min(workers, max(1, n // BATCH))
     if sys.stderr.isatty() and cached:
@@ -77,6 +75,42 @@ def map_examples(
         ) from None
 
 
+def map_few(
+    examples: ExampleSet, function: BatchFunction, kinds: dict[str, str], lists: list[str], key: str, *, cached: bool
+) -> SmallTable:
+    """The small table that a function makes of the batches of a few examples.
+
+    Args:
+        kinds: For each column, what a number is.
+        lists: The columns of lists.
+        key: The name of the table among those that are kept.
+        cached: Keep it in a file.
+    """
+    file = _kept_file(key, ".npz") if cached else None
+    if file is not None and file.is_file():
+        with suppress(OSError, ValueError, KeyError, BadZipFile):  # a damaged file is made anew
+            return SmallTable.read(file, kinds)
+    lines, columns = list(examples.lines()), {name: list[object]() for name in kinds}
+    for start in range(0, len(lines), BATCH):
+        batch = lines[start : start + BATCH]
+        for name, values in function({"example": batch}, list(range(start, start + len(batch)))).items():
+            columns[name] += values
+    table = SmallTable(columns, kinds).compact(lists)
+    if file is not None:
+        with suppress(OSError):  # a full or read-only disk
+            table.write(file)
+    return table
+
+
+def _kept_file(key: str, suffix: str) -> Path:
+    """The file of a table of tokens among those that are kept."""
+    folder = cache_folder() / "tokens"
+    folder.mkdir(exist_ok=True)
+    used(folder, key)
+    prune(folder)
+    return folder / f"{key}{suffix}"
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
     """Within the block a process that is forked ends at SIGTERM, by which the pool ends its processes. With this
@@ -95,12 +129,13 @@ def _terminable() -> Iterator[None]:
 def _mapped(
     examples: ExampleSet, function: BatchFunction, features: Features, key: str, workers: int, file: str | None
 ) -> Dataset:
-    return examples.table.map(
+    table = examples.dataset()
+    return table.map(
         function,
         with_indices=True,
         batched=True,
         batch_size=BATCH,
-        remove_columns=examples.table.column_names,
+        remove_columns=table.column_names,
         features=features,
         num_proc=workers if workers > 1 else None,
         new_fingerprint=key,

@@ -16,7 +16,7 @@ from siliang.data.example import Example
 from siliang.data.example_set import ExampleSet, bad_rows_message
 from siliang.data.examples import from_json
 from siliang.data.judge import Judge
-from siliang.data.map_examples import BATCH, map_examples
+from siliang.data.map_examples import BATCH, map_examples, map_few
 from siliang.data.small_table import SmallTable, TokenColumns
 from siliang.data.spec import DataSpec, Encode
 from siliang.data.task_column import TASK_IDS
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # slow to import
 
     Table = Dataset | SmallTable
 
-CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
+CACHED_ROWS = 100  # from so many on, tokens are kept in a file
 SECONDS, CHARACTERS_A_SECOND = 6.0, 5_000  # for tokens, at the least: any tokenizer makes a hundred times as many
 NO_NUMBERS = np.zeros(0, np.int64)
 OWN = ("lost", "lost_answer")  # columns of every table, which no batch holds
@@ -204,20 +204,26 @@ def tokenize(
     if not isinstance(examples, ExampleSet) and len(examples) > BATCH:
         examples = ExampleSet.build((_nth(i), e) for i, e in enumerate(examples, start=1))
     table: Table
+    tasks = data.columns.task_id is not None
     if isinstance(examples, ExampleSet) and len(examples):
-        features = _features(spec, tasks=data.columns.task_id is not None)
-        key = key_of(examples, tokenizer, data, spec, labels, judged)
-        table = map_examples(
-            examples,
-            partial(_batch, work, judge, list(features)),
-            features,
-            key,
-            data,
-            cached=len(examples) >= CACHED_ROWS,
-            one_process=spec.neighbours,
-        )
+        kinds, cached = _kinds(spec, tasks=tasks), len(examples) >= CACHED_ROWS
+        key = key_of(examples, tokenizer, data, spec, labels, judged) if cached or not examples.few else ""
+        function = partial(_batch, work, judge, list(kinds))
+        if examples.few and (data.workers or 1) == 1:
+            lists = [name for name, column in spec.table.items() if column.many]
+            table = map_few(examples, function, kinds, lists, key, cached=cached)
+        else:
+            table = map_examples(
+                examples,
+                function,
+                _features(spec, tasks=tasks),
+                key,
+                data,
+                cached=cached,
+                one_process=spec.neighbours,
+            )
     else:
-        table = _small_table(examples, work, judge, spec, tasks=data.columns.task_id is not None)
+        table = _small_table(examples, work, judge, spec, tasks=tasks)
 
     def where(number: int) -> str:
         return examples.where(number) if isinstance(examples, ExampleSet) else _nth(number + 1)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from siliang.config import RunConfig
 from siliang.data.batch import Batch

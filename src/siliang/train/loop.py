@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import set_seed
 
 from siliang.data.batch import Batch
 from siliang.data.tokens import TokenSet
@@ -38,10 +38,11 @@ from siliang.train.guard import Guard
 from siliang.train.lines import no_better
 from siliang.train.log import Log, Moment
 from siliang.train.measuring import measure
-from siliang.train.optimizer import make_optimizer, make_schedule
+from siliang.train.optimizer import make_optimizer
 from siliang.train.optimizer_state import load_optimizer_state, optimizer_state
 from siliang.train.reference import take_reference
 from siliang.train.saving import STATE_FILE, read_state, read_weights, save_checkpoint
+from siliang.train.schedule import make_schedule
 from siliang.train.setup import make_accelerator, make_collator, make_engine
 from siliang.train.state import check_like
 from siliang.train.stopping import Timer

@@ -1,8 +1,8 @@
-"""The optimizer of a training, and the schedule of its learning rate."""
+"""The optimizer of a training."""
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
-from transformers.optimization import Adafactor
-from transformers.trainer_pt_utils import get_parameter_names
 
 from siliang.config import TrainConfig
 from siliang.language import Bilingual
@@ -26,10 +22,8 @@ from siliang.types import OTHER_HEADS, ConfigError
 
 BETAS = (0.9, 0.999)  # of Adam's moments, torch's own
 LION_BETAS = (0.9, 0.99)  # of the paper
-MIN_RATE = 0.1  # of the peak, where a schedule ends above zero
-DECAY_SHARE = 0.1  # of the steps, at the end of warmup_stable_decay
 # biases and the weights of norms are not decayed; the patterns are those of transformers' Trainer
-NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 Groups = list[dict[str, Any]]
 # an optimizer of (the model, its groups, the names of the task's heads, the peak learning rate, Adam's eps)
@@ -116,12 +110,13 @@ def parameter_groups(model: nn.Module, settings: TrainConfig, learning_rate: flo
 
     There is no empty group: DeepSpeed leaves it out, and a checkpoint must be the same with every strategy.
     """
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
+    norms = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
     factors = rate_factors(model, settings)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((factors.get(name, 1.0), name in decayed), []).append(p)
+            decayed = not name.startswith(norms) and NOT_DECAYED.search(name.lower()) is None
+            groups.setdefault((factors.get(name, 1.0), decayed), []).append(p)
     ordered = sorted(groups, key=lambda key: (key[0] != 1.0, -key[0], not key[1]))
     return [
         {
@@ -175,6 +170,8 @@ def _adamw(model: nn.Module, groups: Groups, heads: Sequence[str], learning_rate
 
 
 def _adafactor(model: nn.Module, groups: Groups, heads: Sequence[str], learning_rate: float, eps: float) -> Optimizer:
+    from transformers.optimization import Adafactor  # which imports PEFT, where it is installed
+
     return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
 
 
@@ -294,25 +291,3 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 def state_tensors(optimizer: Optimizer) -> Iterable[Tensor]:
     """What an optimizer keeps of its parameters between steps."""
     return (x for kept in optimizer.state.values() for x in kept.values() if isinstance(x, Tensor))
-
-
-def make_schedule(optimizer: Optimizer, name: str, *, warmup_fraction: float, steps: int) -> LRScheduler:
-    """The learning rate rises from zero over the first steps, then falls as `name` says.
-
-    Args:
-        warmup_fraction: Share of `steps` in which it rises.
-    """
-    warmup, more = math.ceil(steps * warmup_fraction), dict[str, float]()
-    if name == "cosine_with_min_lr":
-        more = {"min_lr_rate": MIN_RATE}
-    elif name == "warmup_stable_decay":
-        decay = min(math.ceil(steps * DECAY_SHARE), steps - warmup)
-        more = {"num_decay_steps": decay, "min_lr_ratio": 0.0}
-    schedule: LRScheduler = get_scheduler(
-        "constant_with_warmup" if name == "constant" else name,
-        optimizer=optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=steps,
-        scheduler_specific_kwargs=more,
-    )
-    return schedule

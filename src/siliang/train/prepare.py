@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from siliang.capabilities import why_missing
 from siliang.check import CheckInput, find, gather_input, stop_on_errors
