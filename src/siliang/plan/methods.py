@@ -42,6 +42,7 @@ def plan(
     baseline: bool = False,
     timed: bool = True,
     mesh: DeviceMesh | None = None,
+    training_only: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> PlanRecord:
     """The memory and time of a run, by method.
@@ -56,6 +57,7 @@ def plan(
         baseline: Plan PEFT with transformers.Trainer as well.
         timed: Measure the speed of a device that is here.
         mesh: The ranks of the run; the plan is for each of them.
+        training_only: Leave out the peaks of what may follow a training: evaluation, generation, merging.
         say: Prints a line of progress.
 
     Raises:
@@ -113,6 +115,7 @@ def plan(
         baseline=baseline,
         thorough=len(names) == 1,
         distributed=mesh is not None,
+        training_only=training_only,
     )
     planned = list(_in_parallel(plan_one, names, say))
     first = next((one for one in planned if not one.error), None)

@@ -31,6 +31,7 @@ def plan_method(
     baseline: bool,
     thorough: bool,
     distributed: bool,
+    training_only: bool,
 ) -> MethodPlan:
     """The plan under the first of `configs` that fits, or under the last.
 
@@ -41,6 +42,7 @@ def plan_method(
         baseline: Plan PEFT with transformers.Trainer as well.
         thorough: Measure all phases, and propose changes if the run does not fit.
         distributed: The run has several ranks.
+        training_only: Leave out the phases after the training.
     """
 
     def plan_under(config: RunConfig, *, proposing: bool) -> MethodPlan:
@@ -53,6 +55,7 @@ def plan_method(
             baseline=baseline,
             thorough=thorough,
             distributed=distributed,
+            training_only=training_only,
             proposing=proposing,
         )
 
@@ -74,6 +77,7 @@ def _plan_config(
     baseline: bool,
     thorough: bool,
     distributed: bool,
+    training_only: bool,
     proposing: bool,
 ) -> MethodPlan:
     settings = config.method if name == config.method.name else MethodConfig(name=name)
@@ -86,7 +90,8 @@ def _plan_config(
         batches = fake_run.batches(step.rows)
         always = fake_run.layers if config.train.gradient_checkpointing else 0
         phases = PHASES[:2] if distributed else PHASES  # only one process generates and merges
-        measured = fake_run.measure(batches, recomputed=always, phases=phases if thorough else PHASES[:1])
+        phases = PHASES[:1] if training_only or not thorough else phases
+        measured = fake_run.measure(batches, recomputed=always, phases=phases)
     except SiliangError as error:
         return MethodPlan(method=name, error=error.text)
     except Exception as error:  # some models need the values of their tensors, and fail in any way

@@ -13,6 +13,7 @@ from siliang.engine.splits import mixing_of_run, result_of_a_split
 from siliang.language import Bilingual, both, local
 from siliang.plan.device import Device, for_this_process, share_memory, target_device
 from siliang.plan.history import record_work
+from siliang.plan.kept import KeptPlan, content_key, keep_plan, read_plan, run_key
 from siliang.plan.methods import plan
 from siliang.records import Category, Change, MethodPlan, Predicted, Record
 from siliang.safety.safe_yaml import parse_yaml
@@ -34,7 +35,7 @@ class Planner:
         self.device = device
         self.last_plan: MethodPlan | None = None
         self._before_bytes = 0
-        self._cache: dict[str, MethodPlan] = {}
+        self._cache: dict[str, KeptPlan] = {}
 
     def __call__(
         self, config: RunConfig, subject: CheckInput, say: Callable[[str], None], mesh: DeviceMesh | None = None
@@ -58,28 +59,42 @@ class Planner:
         # CUDA's allocator does not count the context
         uncounted = device.process_bytes if device.kind == "cuda" else 0
         self._before_bytes, self.last_plan = device.process_bytes - uncounted, None
-        key = config.model_dump_json(exclude={"output": True, "train": {"seed"}})
-        planned = self._cache.get(key)
-        if planned is None or planned.fits is False:
-            planned = plan(
-                config,
-                device,
-                data=subject.prepared,
-                invented=subject.invented,
-                base_config=subject.model_config,  # what is loaded, whatever its name
-                timed=False,
-                mesh=mesh,
-            ).methods[0]
-        if planned.error:
+        found = self._find(config, subject, device, mesh)
+        if found.plan.error:
             # a fault of the run will stop it soon
-            say(both(f"memory     {planned.error}", f"内存       {local(planned.error)}"))
+            say(both(f"memory     {found.plan.error}", f"内存       {local(found.plan.error)}"))
             return config, Predicted()
-        planned = self.last_plan = self._cache[key] = _with_overhead_of(planned, device)
+        planned = self.last_plan = _with_overhead_of(found, device)
+        self._cache[run_key(config)] = KeptPlan(plan=planned, process_bytes=device.process_bytes)
         if planned.strategy:
             config = config.with_strategy(planned.strategy)
         config = apply_plan(config, planned, device, say)
         parts = {**planned.parts, "overhead": planned.overhead_bytes - uncounted}
         return config, Predicted(parts, planned.loading_bytes - uncounted)
+
+    def _find(self, config: RunConfig, subject: CheckInput, device: Device, mesh: DeviceMesh | None) -> KeptPlan:
+        """The plan of this process, of an earlier one, or a new one."""
+        found = self._cache.get(run_key(config))
+        if found is not None and found.plan.fits is not False:
+            return found
+        # a budget in bytes counts the memory of the process, which is never twice the same
+        keeps = mesh is None and not isinstance(config.train.memory_budget, int)
+        key = content_key(config, subject, device) if keeps else ""
+        if keeps and (kept := read_plan(key, device)) is not None:
+            return kept
+        planned = plan(
+            config,
+            device,
+            data=subject.prepared,
+            invented=subject.invented,
+            base_config=subject.model_config,  # what is loaded, whatever its name
+            timed=False,
+            mesh=mesh,
+            training_only=True,
+        ).methods[0]
+        if keeps:
+            keep_plan(key, planned, device)
+        return KeptPlan(plan=planned, process_bytes=device.process_bytes)
 
     def calibrate(self, record: Record) -> None:
         """Stores the measured overhead of this run for later plans."""
@@ -88,11 +103,12 @@ class Planner:
             record_work(record.device.name, record.memory.steps_bytes - self._before_bytes - tensors)
 
 
-def _with_overhead_of(planned: MethodPlan, device: Device) -> MethodPlan:
+def _with_overhead_of(found: KeptPlan, device: Device) -> MethodPlan:
     """The plan with the device's present overhead instead of that at the time of planning."""
-    more = device.overhead_bytes - planned.overhead_bytes
+    planned = found.plan
+    more, process = device.overhead_bytes - planned.overhead_bytes, device.process_bytes - found.process_bytes
     changed = {"overhead_bytes": device.overhead_bytes, "peak_bytes": planned.peak_bytes + more}
-    changed["loading_bytes"] = planned.loading_bytes + more
+    changed["loading_bytes"] = planned.loading_bytes + process
     return planned.model_copy(update=changed)
 
 
