@@ -7,5 +7,6 @@ libraries than siliang), `limit` (only the matrix products), `gate` (whether bot
 search for a peer's best), `rounds` (the order of measurements, each in a separate process), `job` (such a process),
 `table` (the report from the records).
 
-`methods_table` measures what every method learns, at its own best learning rate; `methods_page` is the report.
+`startup` says what takes how long until the first step. `methods_table` measures what every method learns, at its own
+best learning rate; `methods_page` is the report.
 """

@@ -42,7 +42,8 @@ def sft_trainer(model: Any, config: RunConfig, job: Job, data: PreparedData, fol
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     table = data.train.table.select_columns(["input_ids", "labels"])
-    assert isinstance(table, Dataset)  # the rows of a run are
+    if not isinstance(table, Dataset):  # few rows are in a small table
+        table = Dataset.from_dict({name: table[name] for name in table.column_names})
     tokenizer: Any = data.tokenizer
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=table, processing_class=tokenizer)
     if job.setting.dtype == "fp32":

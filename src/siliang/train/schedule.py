@@ -27,7 +27,7 @@ LAST_RATE = 1e-7  # of polynomial
 
 
 @dataclass(frozen=True)
-class Span:
+class ScheduleSpan:
     """The steps of a training, and its peak learning rate.
 
     Attributes:
@@ -44,29 +44,29 @@ class Span:
         return (step - self.warmup) / max(1, self.steps - self.warmup)
 
 
-def _constant(span: Span, step: int) -> float:
+def _constant(span: ScheduleSpan, step: int) -> float:
     return 1.0
 
 
-def _linear(span: Span, step: int) -> float:
+def _linear(span: ScheduleSpan, step: int) -> float:
     return max(0.0, (span.steps - step) / max(1, span.steps - span.warmup))
 
 
-def _cosine(span: Span, step: int) -> float:
+def _cosine(span: ScheduleSpan, step: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * span.passed(step)))
 
 
-def _cosine_with_restarts(span: Span, step: int) -> float:
+def _cosine_with_restarts(span: ScheduleSpan, step: int) -> float:
     """One cycle, transformers' default: a cosine that ends at zero."""
     p = span.passed(step)
     return 0.5 * (1.0 + math.cos(math.pi * p)) if p < 1.0 else 0.0
 
 
-def _cosine_with_min_lr(span: Span, step: int) -> float:
+def _cosine_with_min_lr(span: ScheduleSpan, step: int) -> float:
     return _cosine(span, step) * (1 - MIN_RATE) + MIN_RATE
 
 
-def _polynomial(span: Span, step: int) -> float:
+def _polynomial(span: ScheduleSpan, step: int) -> float:
     """Of power 1, to a last rate above zero, which no peak is below."""
     last = min(LAST_RATE, span.peak)
     if step > span.steps:
@@ -75,12 +75,12 @@ def _polynomial(span: Span, step: int) -> float:
     return ((span.peak - last) * left + last) / span.peak
 
 
-def _inverse_sqrt(span: Span, step: int) -> float:
+def _inverse_sqrt(span: ScheduleSpan, step: int) -> float:
     scale = span.warmup or TIMESCALE
     return 1.0 / math.sqrt((step + scale - span.warmup) / scale)
 
 
-def _warmup_stable_decay(span: Span, step: int) -> float:
+def _warmup_stable_decay(span: ScheduleSpan, step: int) -> float:
     decay = min(math.ceil(span.steps * DECAY_SHARE), span.steps - span.warmup)
     into = step - (span.steps - decay)
     if into < 0:
@@ -88,7 +88,7 @@ def _warmup_stable_decay(span: Span, step: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (into / decay))) if into < decay else 0.0
 
 
-SCHEDULES: dict[str, Callable[[Span, int], float]] = {
+SCHEDULES: dict[str, Callable[[ScheduleSpan, int], float]] = {
     "linear": _linear,
     "cosine": _cosine,
     "constant": _constant,
@@ -107,9 +107,9 @@ def make_schedule(optimizer: Optimizer, name: str, *, warmup_fraction: float, st
         warmup_fraction: Share of `steps` in which it rises.
     """
     peak = float(optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
-    span = Span(math.ceil(steps * warmup_fraction), steps, peak)
+    span = ScheduleSpan(math.ceil(steps * warmup_fraction), steps, peak)
     return LambdaLR(optimizer, partial(_factor, SCHEDULES[name], span))
 
 
-def _factor(after_warmup: Callable[[Span, int], float], span: Span, step: int) -> float:
+def _factor(after_warmup: Callable[[ScheduleSpan, int], float], span: ScheduleSpan, step: int) -> float:
     return step / span.warmup if step < span.warmup else after_warmup(span, step)
