@@ -33,7 +33,7 @@ def stop_and_go_on(config: RunConfig, *steps: int) -> dict[str, Any]:
         assert child.wait_for(f"step {step}\n"), child.end().output
         child.signal(signal.SIGTERM)
         ending = child.end()
-        assert ending.code == 130 and "Go on with: siliang train --resume" in ending.output, ending.output
+        assert ending.code == 130 and "Resume with: siliang train --resume" in ending.output, ending.output
         assert Record.read(folder).status == "interrupted"
     ending = run(config, resume=True)
     assert ending.code == 0, ending.output

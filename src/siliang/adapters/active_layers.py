@@ -36,9 +36,9 @@ def active_before(layers: Collection[AdaptedLayer], active: tuple[str, ...]) -> 
     """
     found = {layer.active for layer in layers}
     if len(found) > 1 or len({layer.disabled for layer in layers}) > 1:
-        said = Bilingual(
+        message = Bilingual(
             "The layers differ in what is active or enabled: after this block all have the model's active adapters.",
             "各层激活或启用的适配器不同：此代码块结束后，各层都使用模型的激活适配器。",
         )
-        warnings.warn(said, stacklevel=6)
+        warnings.warn(message, stacklevel=6)
     return found.pop() if len(found) == 1 else active

@@ -164,5 +164,5 @@ def check_not_merged(name: str, merged: Collection[str]) -> None:
 
 def warn_of_no_merge() -> None:
     """For a merge of adapters that are all merged."""
-    said = Bilingual("The adapters are merged already: nothing is done.", "这些适配器已经合并：不做任何事。")
-    warnings.warn(said, stacklevel=4)
+    message = Bilingual("The adapters are merged already: nothing is done.", "这些适配器已经合并：不做任何事。")
+    warnings.warn(message, stacklevel=4)

@@ -85,7 +85,7 @@ def _obeyed(opened: Chat, line: str) -> bool:
             path = Path(rest.strip()).expanduser()
             try:
                 opened.save(path)
-            except OutputError as error:  # the chat goes on
+            except OutputError as error:  # the chat continues
                 print(local(error.args[0]), file=sys.stderr)
             else:
                 print(both(f"saved      {path}", f"已保存     {path}"))

@@ -19,7 +19,7 @@ class Batch:
         inputs: What the model takes, padded on the right; a row a sequence.
         lengths: Tokens of each sequence.
         weight: What the loss is divided by: labelled tokens, or entries.
-        keys: What tells each sequence from others, by its content.
+        keys: A key of each sequence, from its content.
         targets: For a model that writes, each labelled token's number, and the row and column of the state that
             predicts it, (3, N).
         entries: The entries' numbers in their data set, where these were given; empty for a dummy batch.

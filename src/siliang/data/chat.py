@@ -287,7 +287,7 @@ class ChatTemplate:
         *,
         held: bool,
     ) -> tuple[int, int] | None:
-        """The answer of message `i` in the whole text; None where it cannot be told from the rest.
+        """The answer of message `i` in the whole text; None where it cannot be distinguished from the rest.
 
         Args:
             before: The text of the prompt in front of it.

@@ -17,7 +17,7 @@ class View(NamedTuple):
     """The text of a conversation, or of its first turns.
 
     Attributes:
-        spans: (begin, end) of each answer; its end marker is inside or directly behind. None: it cannot be told apart.
+        spans: (begin, end) of each answer; its end marker is inside or directly behind. None: it was not found.
         alone: By answer, the text up to it, when it is the last.
         kept: By answer, whether it is written here as it is then.
     """

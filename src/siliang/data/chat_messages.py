@@ -34,7 +34,7 @@ class TalkWithPlaces:
         thoughts: By message, the number of its reasoning.
         tools: What may be called.
         held_tools: The same, with placeholders.
-        strips: The template may strip texts; otherwise a placeholder stands for a text with its white space.
+        strips: The template may strip texts; otherwise a placeholder represents a text with its white space.
         named: What a template that writes tools and calls must write: their names.
     """
 

@@ -1,4 +1,4 @@
-"""Templates as Jinja: for training, and for whoever serves the model, who writes the same text."""
+"""Templates as Jinja: for training, and for the program that serves the model, which writes the same text."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def as_jinja(template: Template, encoder: Encoder, arguments: Arguments | None =
     """A template as Jinja, for this tokenizer.
 
     Args:
-        arguments: Values of the template's variables, where whoever renders it gives none.
+        arguments: Values of the template's variables, where the caller gives none.
         served: For other programs, which tokenize the whole text: where this tokenizer makes the space in front of an
             answer part of the answer's first token, the generation prompt ends before that space.
     """
@@ -75,7 +75,7 @@ def as_jinja(template: Template, encoder: Encoder, arguments: Arguments | None =
 
 
 def defaults(arguments: Arguments) -> str:
-    """Jinja that gives variables their values, unless whoever renders the template does."""
+    """Jinja that gives variables their values, unless the caller does."""
     return "".join(
         f"{{%- set {name} = {name} if {name} is defined else {json.dumps(value)} -%}}"
         for name, value in arguments.items()

@@ -61,7 +61,7 @@ def launch(devices: int, arguments: list[str], folder: str) -> int:
             raise RankError(
                 Bilingual(
                     f"Rank {rank} of {devices} {how} (process {failure.pid}), and the run ended with it. What was "
-                    f"saved before is whole.\nGo on, with as many devices as you like: {command}",
+                    f"saved before is whole.\nResume, with any number of devices: {command}",
                     f"第 {rank} 号进程（共 {devices} 个，进程号 {failure.pid}）{how.zh}，训练随之结束。此前保存的内容"
                     f"是完整的。\n继续训练，设备数不限：{command}",
                 )

@@ -272,7 +272,7 @@ class AdaLora(LayerMethod[AdaLoraConfig]):
             for path, layer in adapter.layers.items():
                 E = layer.part("lora_E")
                 E.masked_fill_(~_mask(config.rank_pattern, f"{path}.lora_E", E), 0.0)
-        # what the file leaves out goes on to be trained
+        # what the file leaves out is trained further
         for path, key, tensor in _tensors(adapter):
             if config.rank_pattern is not None and step != config.total_step:
                 state[f"{path}.{key}"] = tensor

@@ -29,7 +29,7 @@ class BatchRows:
 
     Attributes:
         rows, device: B, and where the batch is.
-        layout: Where the rows lie while the batch has no padding: whoever takes the padding out sets it.
+        layout: Where the rows lie while the batch has no padding: set by the code that removes the padding.
         setting: What asks, for errors: a setting or an argument.
         mixes_layers: What a layer adds follows from something that is trained outside of it.
     """

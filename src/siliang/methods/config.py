@@ -205,11 +205,11 @@ class PeftConfig(metaclass=_ConfigClass):
             elif value not in (None, False, "", [], {}):
                 ignored.append(f"{key} = {short_repr(value)}")
         if ignored:
-            said = Bilingual(
+            message = Bilingual(
                 f"{source}: unknown fields are ignored: {', '.join(ignored)}.",
                 f"{source}：未知的字段不起作用：{'、'.join(ignored)}。",
             )
-            warnings.warn(said, stacklevel=3)
+            warnings.warn(message, stacklevel=3)
         empty = {f.name for f in dataclasses.fields(cls) if f.default_factory is dict}
         kept = {k: v for k, v in kept.items() if v is not None or k not in empty}  # older releases wrote null
         switches = {f.name for f in dataclasses.fields(cls) if isinstance(f.default, bool)}

@@ -4,7 +4,7 @@ arXiv:2108.06098).
     y = W x + s (A1 B1 * A2 B2) x        s = alpha / r,  B2 = 0: at the start y = W x exactly
 
 The elementwise product of two matrices of rank R has rank up to R squared. On a convolution with use_effective_conv2d
-Ai^T Ti Bi at each place of the window stands for Ai Bi.
+Ai^T Ti Bi at each place of the window replaces Ai Bi.
 
 Shapes: W (O, I), A1, A2 (O, R), B1, B2 (R, I); I in, O out, R = r. With cores: T1, T2 (R, R, *window), A1, A2 (R, O).
 """

@@ -207,7 +207,7 @@ ROWS: tuple[Row, ...] = (
                 "siliang 没有它：data.too_long=cut 截掉答案的末尾，而不是开头。",
             ),
             "raise": Bilingual(
-                "siliang does not have it: `siliang check` tells of rows that are too long.",
+                "siliang does not have it: `siliang check` reports rows that are too long.",
                 "siliang 没有它：`siliang check` 会报告过长的样本。",
             ),
             "false": Bilingual(

@@ -10,7 +10,7 @@ OTHER_FORMAT = Bilingual(
     "Where another number format is set to true, leave a false one out.",
     "如果已把另一种数值格式设为 true，请去掉为 false 的这一项。",
 )
-# What a run may be measured by (the figures of tasks/), as train.best takes it.
+# What a run may be measured by (the metrics of tasks/), as train.best takes it.
 MEASURED = (
     *("loss", "accuracy", "f1", "precision", "recall", "exact_match"),
     *("perplexity", "byte_perplexity", "bits_per_byte", "margin"),

@@ -58,7 +58,7 @@ class AutoPeftModel:
         Args:
             pretrained_model_name_or_path: The adapter's folder, or its name on the hub.
             adapter_name: Its name in the model.
-            is_trainable: Go on training it.
+            is_trainable: Train it further.
             config: Used in the file's place.
             revision: The adapter's on the hub; the base model's is in the config.
             import_allowlist: Packages whose classes a config without a task type may name; None: transformers, torch.

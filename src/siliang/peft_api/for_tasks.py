@@ -97,11 +97,11 @@ def get_peft_model(
     check_config(peft_config)
     if revision is not None:
         if peft_config.revision not in (None, revision):
-            said = Bilingual(
+            message = Bilingual(
                 f"The config has the base model's revision {peft_config.revision}: {revision} takes its place.",
                 f"配置中基座模型的版本是 {peft_config.revision}，改用 {revision}。",
             )
-            warnings.warn(said, stacklevel=2)
+            warnings.warn(message, stacklevel=2)
         peft_config = replace(peft_config, revision=revision)
     kind = PeftMixedModel if mixed else PeftModel.for_task(peft_config.task_type)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)

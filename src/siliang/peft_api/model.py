@@ -373,9 +373,9 @@ class PeftModel(DescribesItself):
 
         Args:
             model_id: The adapter's folder, or its name on the hub.
-            is_trainable: Go on training it; otherwise it is frozen and the model put into eval mode. P-tuning and a
-                projected prefix go on where siliang saved them; from PEFT's files, which lack what made the prompt, the
-                prompt itself is trained.
+            is_trainable: Train it further; otherwise it is frozen and the model put into eval mode. P-tuning and a
+                projected prefix continue where siliang saved them; PEFT's files lack what made the prompt: then it is
+                trained itself.
             config: Used in the file's place.
             autocast_adapter_dtype: This and what follows: see `load_adapter`.
 

@@ -72,7 +72,7 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: Held
 
 
 def question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> HeldOutQuestion | None:
-    """What stands in front of the last answer, as the loss reads it, and that answer.
+    """The tokens in front of the last answer, as the loss reads them, and that answer.
 
     The right text is that of the answer's tokens, with what the template writes into it, such as an empty thought;
     where these are not all of it, cut off or unknown to the tokenizer, the answer in the data.

@@ -69,7 +69,7 @@ class StepLoss:
 
     Attributes:
         values: The values of a batch's S sequences, (S, ...): an embedding, a log-probability, a score; what is right
-            for each sequence stands among them where the loss asks for it. From the model's output, or, for a model
+            for each sequence is among them where the loss needs it. From the model's output, or, for a model
             that writes, from the log-probability of each labelled token, (N,), in the order of `batch.targets`.
         loss: Summed over the entries of a step. From the values of each entry, (its sequences, ...), in the order of
             the data set, and from those of the reference model. No value may depend on another batch.
@@ -153,7 +153,7 @@ class Shown:
         ids: The tokens that are read.
         learned: The positions of those that are learned.
         tags: The tag of each token, None for one that has none; None where the task has no tags.
-        target: What is learned from all of them: a text, or tokens. None where it stands among them.
+        target: What is learned from all of them: a text, or tokens. None where it is among them.
     """
 
     ids: Sequence[int]

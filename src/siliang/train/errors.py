@@ -141,7 +141,7 @@ def interrupted_error(run: Run, why: str, step: int, steps: int) -> InterruptedR
     command = shell_command("siliang", "train", "--resume", run.folder)
     return InterruptedRunError(
         Bilingual(
-            f"Stopped at step {step} of {steps}{reason}; that step is saved.\nGo on with: {command}",
+            f"Stopped at step {step} of {steps}{reason}; that step is saved.\nResume with: {command}",
             f"已停在第 {step} 步（共 {steps} 步）{reason_zh}，这一步已保存。\n继续训练：{command}",
         )
     )

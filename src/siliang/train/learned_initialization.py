@@ -175,7 +175,7 @@ class Learner:
     learned: Learned | None = None
 
     def __call__(self, base: PreTrainedModel, config: PeftConfig, plain: PeftConfig) -> PeftConfig:
-        """One rank learns it, and tells the others."""
+        """One rank learns it and broadcasts it."""
         found, kept, self.learned = self.ranks.from_main(lambda: self._learn(base, config, plain))
         for path, initial in kept.items():
             keep_initial(base.get_submodule(path), initial)

@@ -25,7 +25,7 @@ def register() -> None:
     """Tells the Auto classes that model type "chatglm" is opened here; calling it again changes nothing.
 
     Published folders name code of their own (`auto_map`). These classes take its place, so that nothing of the folder
-    is run; only AutoTokenizer still runs it where it is told to with trust_remote_code=True, as do the others before
+    is run; only AutoTokenizer still runs it with trust_remote_code=True, as do the others before
     transformers 5.5. The class names are those that the folders name, because transformers finds a tokenizer by the
     name of its class.
     """

@@ -4,7 +4,7 @@
 
 A message is its role's token, a line of metadata (the name of a tool, mostly empty), and the content. The space before
 the content is the one that the tokenizer writes before every text, and so is the one before the line break, which it
-adds by itself. What the assistant writes ends with the token of whoever speaks next, and only at the very end with
+adds by itself. What the assistant writes ends with the token of the next role, and only at the very end with
 </s>: that token is part of the `generation` span, because the model must learn to write it in order to stop.
 """
 

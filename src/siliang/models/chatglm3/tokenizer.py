@@ -266,7 +266,7 @@ class ChatGLMTokenizer(PythonBackend):
     def _pieces(
         self, text: str, *, closed: bool, put_back: Callable[[str], str] = str
     ) -> Iterator[tuple[str, int, int]]:
-        """Each token of `text`, and the characters it stands for: the first, and the one behind the last.
+        """Each token of `text`, and the characters that it encodes: the first, and the one behind the last.
 
         Args:
             closed: Leave the model's special words text.
@@ -335,7 +335,7 @@ class ChatGLMTokenizer(PythonBackend):
 
 
 def _byte(piece: str) -> int | None:
-    """The byte that a piece like <0x0A> stands for."""
+    """The byte that a piece like <0x0A> encodes."""
     return int(piece[3:5], 16) if len(piece) == 6 and piece.startswith("<0x") and piece[5] == ">" else None
 
 

@@ -67,7 +67,7 @@ def multiple_negatives(entries: Entries, s: EmbeddingConfig) -> Tensor:
     """-log softmax over all positives and negatives of the step of scale cos(a, p), at the anchor's own positive.
 
     Henderson et al. 2017, arXiv 1705.00652; with s.symmetric the mean of both directions, as Radford et al. 2021, arXiv
-    2103.00020. Each positive of an equal anchor is no negative, wherever its text stands in the step: wrong[i, t] where
+    2103.00020. Each positive of an equal anchor is no negative, wherever its text is in the step: wrong[i, t] where
     text t equals the positive of an entry whose anchor equals anchor i.
     """
     A, P = F.normalize(entries.column(0), dim=-1), F.normalize(entries.column(1), dim=-1)

@@ -34,7 +34,7 @@ def write_embedding(settings: EmbeddingConfig, max_length: int, folder: Path, wi
         "__version__": {},
         "model_type": "SentenceTransformer",
         "prompts": prompts,
-        # a text of which nothing is said is a document, as for `siliang predict`
+        # a text without a kind is a document, as for `siliang predict`
         "default_prompt_name": "document" if settings.document_prompt else None,
         "similarity_fn_name": "cosine",
     }
