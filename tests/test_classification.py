@@ -24,8 +24,11 @@ from tiny import WORDS, write_jsonl
 from transformers import AutoModelForSequenceClassification
 
 from siliang.config import ClassificationConfig, RunConfig
+from siliang.data.cells import BadRow
 from siliang.data.infer_problem import look_at
+from siliang.data.label_cells import a_number
 from siliang.data.labels import alike
+from siliang.data.numbers import with_point
 from siliang.engine.order import Order
 from siliang.records import Answers, Record
 from siliang.safety.safe_yaml import dump_yaml
@@ -50,6 +53,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
         (["a", "b", "a;b", "b;c", "c"], "several_labels", ";", "separated by ';'"),
         (["x", "y", "x;y"], "several_labels", ";", "separated by ';'"),
         ([0.5, 2, 3.25], "number", None, "with decimals, such as 0.5"),
+        (["3,5", "4", "2,75"], "number", None, "with a decimal comma, such as 2,75"),
+        (["1,2", "1", "2", "3", "2,3"], "several_labels", ",", "separated by ','"),
+        (["1,2", "2,3", "1,3", "3,4", "1,4", "2,4"], "several_labels", ",", "separated by ','"),
         (["1", "2", "5", "2"], "one_label", None, "where their order counts: ordered"),
         ([i % 15 for i in range(25)], "number", None, "15 different numbers in 25 rows"),
         ([*range(30)], "one_label", None, "whole numbers"),  # a number for each row; reading refuses it
@@ -87,6 +93,13 @@ def test_numbers_that_read_as_one(number: int, zeros: int) -> None:
     names = [str(number), f"{number}.{'0' * zeros}"]
     assert alike(names) == [sorted(names)]
     assert alike([str(number), str(number + 1)]) == []
+
+
+def test_decimal_commas_are_learned_as_numbers(tmp_path: Path) -> None:
+    for written, number in (("3,5", 3.5), ("-0,125", -0.125), ("4", 4.0), ("1,5000", 1.5)):
+        assert a_number({"label": written}, "label") == written and float(with_point(written)) == number
+    with pytest.raises(BadRow, match=r"may be 1\.234 or 1234"):
+        a_number({"label": "1,234"}, "label")
 
 
 # ---- losses ----

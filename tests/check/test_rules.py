@@ -143,6 +143,12 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
             [{"text": f"{a} good", "label": 100.5 + i} for i, a in enumerate(WORDS)], task="seq_cls", model="bert"
         ),
     ),
+    "SL054": (
+        "'0,5' is read as 0.5",
+        lambda c: c(
+            [{"text": f"{a} good", "label": f"{i % 3},5"} for i, a in enumerate(WORDS)], task="seq_cls", model="bert"
+        ),
+    ),
     "SL006": (
         "'pos' has",
         lambda c: c(

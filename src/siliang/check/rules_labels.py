@@ -11,7 +11,7 @@ import numpy as np
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
 from siliang.data.labels import alike, joined, no_label, strange
-from siliang.data.numbers import as_number, is_whole
+from siliang.data.numbers import as_number, has_decimal_comma, is_whole
 from siliang.language import Bilingual
 from siliang.secrets import shortened
 
@@ -271,6 +271,35 @@ def far_numbers(s: CheckInput) -> Iterator[Problem]:
             Bilingual(
                 f"the numbers have the mean {mean:.4g} and the standard deviation {spread:.4g}",
                 f"数值的平均值是 {mean:.4g}，标准差是 {spread:.4g}",
+            )
+        )
+
+
+def decimal_commas(s: CheckInput) -> Iterator[Problem]:
+    """Numbers with a decimal comma.
+
+    Cause: Labels such as "3,5" are read as 3.5. Two classes by their numbers, joined by a comma, look the same.
+
+    Fix: Nothing, if they are numbers (accept: [SL054]). For several labels, set classification.problem=several_labels.
+
+    用逗号作小数点的数
+
+    原因：“3,5”这样的标签读作 3.5。用逗号连接的两个类别编号看起来也是这样。
+
+    办法：如果确实是数，不必处理（accept: [SL054]）。如果是多个标签，请设置 classification.problem=several_labels。
+    """
+    if s.task.labels is None or s.task.data.named is not None or s.task.data.several:
+        return
+    counts = _class_counts(s, "train", "eval")
+    written = [name for name in counts if has_decimal_comma(name.strip())]
+    if written:
+        rows = sum(counts[name] for name in written)
+        shown = shortened(", ".join(map(repr, written[:3])), 60)
+        yield Problem(
+            Bilingual(
+                f"{rows:,} rows have a number with a decimal comma, such as {shown}; "
+                f"{written[0]!r} is read as {written[0].replace(',', '.')}",
+                f"{rows:,} 条样本的数用逗号作小数点，如 {shown}；{written[0]!r} 读作 {written[0].replace(',', '.')}",
             )
         )
 

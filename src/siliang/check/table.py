@@ -71,6 +71,7 @@ RULES: dict[str, Rule] = {
         Rule("SL051", "warning", related.wrong_negatives, "rows"),
         Rule("SL052", "error", related.nothing_to_compare, "rows"),
         Rule("SL053", "warning", related.classes_as_scores, "rows"),
+        Rule("SL054", "warning", labels.decimal_commas, "rows"),
     )
 }
 

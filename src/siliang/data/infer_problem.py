@@ -11,7 +11,7 @@ from siliang.data.cells import BLANKS, as_text
 from siliang.data.find_layout import find_layout
 from siliang.data.label_cells import listed
 from siliang.data.labels import FEW_ROWS, MARKS, joined
-from siliang.data.numbers import as_number, is_whole
+from siliang.data.numbers import as_number, has_decimal_comma, is_whole
 from siliang.data.reading import Reading
 from siliang.data.sources import open_source
 from siliang.data.spec import DataSpec
@@ -19,6 +19,7 @@ from siliang.language import Bilingual
 from siliang.secrets import short_repr
 
 NO_NUMBERS = ("nan", "inf", "+inf", "-inf", "infinity", "-infinity")
+FEW_PAIRS = 6  # of which all are in order by chance once in 64 times
 MOST_ROWS = 20_000  # that are looked at; all rows are checked against the answer when they are read
 
 
@@ -80,6 +81,12 @@ def look_at(cells: Sequence[object], labels: Sequence[str] | None = None) -> Lab
     counted = {name for name in names if name.lower() not in NO_NUMBERS}
     if labels is None and len(counted) > 1 and all(as_number(name) is not None for name in counted):
         names = counted  # among numbers they are refused when the rows are read
+    if labels is None and (commas := decimal_commas(names)):
+        why = Bilingual(
+            f"the labels are numbers with a decimal comma, such as {commas[0]}",
+            f"标签是用逗号作小数点的数，如 {commas[0]}",
+        )
+        return LabelLook("number", None, why)
     mark = separator(names, labels)
     if mark is not None:
         several = next(name for name in sorted(names) if mark in name)
@@ -113,6 +120,19 @@ def look_at(cells: Sequence[object], labels: Sequence[str] | None = None) -> Lab
             f"每条样本是 {n:,} 个整数之一，如 {shown}（如果大小顺序有意义，请用 ordered）",
         )
     return LabelLook("one_label", None, why)
+
+
+def decimal_commas(names: set[str]) -> list[str]:
+    """Those of the labels that have a decimal comma, if all are numbers. Numbers of classes, joined with commas, are
+    written in their order, and some of them alone, or more than two together."""
+    found = sorted(name for name in names if has_decimal_comma(name))
+    rest = names.difference(found)
+    if not found or not all(as_number(name) is not None for name in rest):
+        return []
+    pairs = [tuple(map(int, name.split(","))) for name in found]
+    in_order = len(pairs) >= FEW_PAIRS and all(a < b for a, b in pairs)
+    known = rest >= {str(part) for pair in pairs for part in pair}
+    return [] if in_order or known else found
 
 
 def separator(names: set[str], labels: Sequence[str] | None = None) -> str | None:

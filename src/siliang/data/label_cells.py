@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from siliang.data.cells import BLANKS, BadRow, Values, as_text, filled
-from siliang.data.numbers import as_number
+from siliang.data.numbers import as_number, has_decimal_comma, with_point
 from siliang.language import Bilingual
 from siliang.secrets import short_repr, shortened
 
@@ -74,7 +74,7 @@ def several_labels(values: Values, column: str, separator: str | None) -> tuple[
 
 
 def a_number(values: Values, column: str) -> str:
-    """The text of a number.
+    """The text of a number, which may have a decimal comma.
 
     Raises:
         BadRow: It is missing, or something else.
@@ -87,8 +87,16 @@ def a_number(values: Values, column: str) -> str:
             )
         )
     text = filled(values, column).strip(BLANKS)
-    if as_number(text) is None:
+    if as_number(with_point(text)) is None:
         shown = shortened(text, 40)
+        if has_decimal_comma(text):
+            point, whole = text.replace(",", "."), text.replace(",", "")
+            raise BadRow(
+                Bilingual(
+                    f"has {shown!r} in {column!r}, which may be {point} or {whole}: write it in one of these ways",
+                    f"的 {column!r} 是 {shown!r}，可能是 {point}，也可能是 {whole}：请写成其中一种",
+                )
+            )
         raise BadRow(
             Bilingual(
                 f"has {shown!r} in {column!r}, and {SET} = number takes a number; for names, set {SET}=one_label",

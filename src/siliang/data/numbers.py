@@ -16,3 +16,15 @@ def as_number(text: str) -> float | None:
         return None
     number = float(text)
     return number if abs(number) != float("inf") else None
+
+
+def has_decimal_comma(text: str) -> bool:
+    """Whether a text is a number with a comma for its decimal point, as "3,5"; "1,234" may be one, or 1234."""
+    return re.fullmatch(r"[+-]?[0-9]{1,18},[0-9]{1,18}", text) is not None
+
+
+def with_point(text: str) -> str:
+    """A number with a decimal comma as one with a point; another text, and one that may be 1234, as it is."""
+    if not has_decimal_comma(text) or re.fullmatch(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}", text):
+        return text
+    return text.replace(",", ".")

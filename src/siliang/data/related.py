@@ -17,7 +17,7 @@ from decimal import Decimal
 from siliang.config import Columns
 from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled, given, short
 from siliang.data.examples import Related, Scored
-from siliang.data.numbers import as_number
+from siliang.data.numbers import as_number, with_point
 from siliang.data.refused import refuse_media
 from siliang.language import Bilingual
 
@@ -52,7 +52,7 @@ def read_scored(values: Values, c: Columns) -> Result:
     refuse_media(values)
     first, second, value = filled(values, c.text), filled(values, c.text_pair), values.get(c.score)
     number = float(value) if isinstance(value, int | float | Decimal) else None  # True and False are 1 and 0
-    number = as_number(value.strip()) if isinstance(value, str) else number
+    number = as_number(with_point(value.strip())) if isinstance(value, str) else number
     if number is None and as_text(value, c.score).strip():
         shown = short(value)
         return Bilingual(

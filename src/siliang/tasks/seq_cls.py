@@ -15,7 +15,7 @@ from siliang.config import ClassificationConfig, DataConfig, Problem, RunConfig
 from siliang.data import label_cells
 from siliang.data.entries import Rows, dropped
 from siliang.data.examples import Labelled, SeveralLabels
-from siliang.data.numbers import as_number
+from siliang.data.numbers import as_number, with_point
 from siliang.data.pairs import coded_texts
 from siliang.data.spec import LABEL, NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.language import Bilingual
@@ -62,7 +62,7 @@ def _target(example: Labelled | SeveralLabels, numbers: Mapping[str, int]) -> fl
         return [int(name in example.labels) for name in numbers]
     if example.label in numbers or not example.label:
         return numbers.get(example.label, 0)
-    number = as_number(example.label)
+    number = as_number(with_point(example.label))
     assert number is not None and not numbers, "reading refuses it"
     return number
 
