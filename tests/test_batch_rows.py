@@ -12,7 +12,7 @@ from transformers import SwitchTransformersConfig, SwitchTransformersEncoderMode
 import siliang
 from siliang.methods.batch_rows import BatchRows
 from siliang.models.introspect import is_routed
-from siliang.ops.packed_attention import Layout
+from siliang.ops.layout import Layout
 from siliang.types import ConfigError
 
 CPU = torch.device("cpu")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from faults.runs import Place, make_place
 from siliang.methods import METHODS
+from siliang.ops.layout import Layout
 from siliang.ops.lora_linear import lora_linear
-from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.ops.packed_attention import packed_attention
 from siliang.ops.rms_norm import rms_norm
 from siliang.records import Record
 from siliang.run_folder import CHECKPOINTS

@@ -148,6 +148,14 @@ CAPABILITIES: tuple[Capability, ...] = (
         "attention on CUDA computes each sequence by itself",
     ),
     Capability(
+        "shared beginnings",
+        (
+            "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default",
+            "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+        ),
+        "on a CPU, beginnings that rows share are computed for each row",
+    ),
+    Capability(
         "DeepSpeed's ZeRO",  # distributed/deepspeed.py lists the parts of its objects that are used besides these
         (
             "deepspeed.zero:GatheredParameters(params, modifier_rank)",

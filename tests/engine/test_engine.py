@@ -24,7 +24,7 @@ from siliang.engine.padding import NotPackableError, attend
 from siliang.engine.step import Engine
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from siliang.models.checkpointing import enable_checkpointing
-from siliang.ops.packed_attention import Layout
+from siliang.ops.layout import Layout
 from siliang.tasks import CAUSAL_LM, TASKS, Task
 from siliang.types import TaskType
 

@@ -10,9 +10,11 @@ from closeness import assert_all_close, assert_close
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from siliang.ops.dense_attention import repeatable
+from siliang.ops.layout import BUCKET_RATIO, BUCKET_WASTE, Layout
 from siliang.ops.lora_linear import lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
-from siliang.ops.packed_attention import BUCKET_RATIO, BUCKET_WASTE, Layout, packed_attention, prefix_places, repeatable
+from siliang.ops.packed_attention import packed_attention, prefix_places
 from siliang.ops.place import planned_for
 from siliang.ops.recomputed import recomputed_linear
 from siliang.ops.rms_norm import rms_norm

@@ -24,6 +24,13 @@ def trains_all_layers(injection: Injection) -> bool:
     return any(one.prompt is not None or (one.rows is not None and one.rows.mixes_layers) for one in adapters)
 
 
+def looks_ahead(injection: Injection) -> str | None:
+    """Why what an active adapter computes for a token depends on later ones; None if it does not."""
+    adapters = [injection.adapters[name] for name in injection.active]
+    reasons = (layer.LOOKS_AHEAD for one in adapters for layer in one.layers.values())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def trial_inputs(injection: Injection) -> dict[str, int]:
     """What the model is called with beside its tokens where nothing depends on them: rows of the first task."""
     return {"task_ids": 0} if any(isinstance(rows, TaskIds) for rows in active_rows(injection)) else {}

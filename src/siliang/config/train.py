@@ -99,6 +99,13 @@ class TrainConfig(Section):
     """Run the model's layers without padding. The results are the same. Models that do not support it are padded.
 
     模型各层计算时不含填充。结果相同。不支持的模型仍使用填充。"""
+    share_beginnings: bool = True
+    """Compute what rows of a batch have in common at their beginning once: a system prompt, an instruction, the prompt
+    of a pair of answers. The results are the same. For causal models that run without padding; with dropout only in
+    evaluations.
+
+    同一批次的样本开头相同时（系统提示、指令、一对回答的提示），相同的部分只计算一次。结果相同。用于不含填充计算的因果
+    模型；有 dropout 时只用于评估。"""
     group_by_length: bool | None = None
     """Give each step rows of similar length, with the steps in random order: less padding, or fewer attention sizes.
     None: on for seq_cls and question_ans. It is off for tasks with one loss per token, where grouping would give the

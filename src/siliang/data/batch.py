@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from siliang.data.encode import IGNORED
+from siliang.ops.beginnings import Beginnings, find_beginnings
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Batch:
         entries: The entries' numbers in their data set, where these were given; empty for a dummy batch.
         by_token: The weight is of labelled tokens; otherwise of entries.
         sizes: Sequences of each entry; empty where each is one.
+        tree: The tree of the sequences, if they share their beginnings.
     """
 
     inputs: dict[str, Tensor]
@@ -35,6 +39,7 @@ class Batch:
     entries: tuple[int, ...] = ()
     by_token: bool = False
     sizes: tuple[int, ...] = ()
+    tree: Beginnings | None = None
 
     def __len__(self) -> int:
         return len(self.sizes or self.lengths)
@@ -43,6 +48,11 @@ class Batch:
     def tokens(self) -> int:
         """Tokens that are not padding."""
         return sum(self.lengths)
+
+    @property
+    def distinct_tokens(self) -> int:
+        """The same, those of shared beginnings once."""
+        return self.tokens if self.tree is None else self.tree.tokens
 
     @property
     def width(self) -> int:
@@ -86,4 +96,16 @@ class Batch:
             targets=targets,
             entries=self.entries[first:last],
             sizes=self.sizes[first:last],
+            tree=None if self.tree is None else tree_of(inputs, self.lengths[start:stop]),
         )
+
+
+def tree_of(inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> Beginnings | None:
+    """The tree of a padded batch's sequences; None if they share too little.
+
+    Args:
+        inputs: input_ids and, where the model reads them, token_type_ids, each (S, W).
+    """
+    columns = [inputs[name].numpy() for name in ("input_ids", "token_type_ids") if name in inputs]
+    read = np.stack(columns, -1).astype(np.int32)
+    return find_beginnings([row[:n].tobytes() for row, n in zip(read, lengths, strict=True)], read[0, 0].nbytes)

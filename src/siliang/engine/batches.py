@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
-from siliang.data.batch import Batch
+from siliang.data.batch import Batch, tree_of
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
 from siliang.data.tokens import TokenSet
+from siliang.ops.beginnings import Beginnings, find_beginnings
 from siliang.tasks import Task
 
 PADDED_SPLIT_TOKENS = 512  # a batch that cannot be packed is not split below: overhead would eat the gain
@@ -53,6 +55,17 @@ class StepBatches(TypedDict):
     rows: list[int]
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Where beginnings that sequences share are computed once."""
+
+    training: bool = False
+    evaluation: bool = False
+
+
+SEPARATE = Shares()
+
+
 @dataclass
 class StepCollator:
     """Makes the batches of a step's rows.
@@ -62,6 +75,7 @@ class StepCollator:
         tokens_at_once: The maximum number of tokens of a batch, padding included; None for no limit. A longer row is
             a separate batch.
         packed: The batches are run without padding.
+        shares: Whether shared beginnings are computed once.
     """
 
     pad: PadCollator
@@ -69,11 +83,12 @@ class StepCollator:
     rows_at_once: int
     tokens_at_once: int | None = None
     packed: bool = True
+    shares: Shares = SEPARATE
 
     def __call__(self, rows: list[dict[str, Any]]) -> StepBatches:
         numbers = [row.pop("row", -1) for row in rows]
         dummies = [row.pop("dummy", False) for row in rows]
-        batches = [self._batch(part) for part in self.split(rows)]
+        batches = self._batches(rows, share=self.shares.training)
         if any(dummies):  # a rank without rows has only this dummy
             return {"batches": [batch.dummy() for batch in batches], "rows": []}
         return {"batches": batches, "rows": numbers}
@@ -88,21 +103,42 @@ class StepCollator:
         for i, row in zip(entries, rows, strict=True):
             row["entry"] = i
             row.pop("row", None)
-        batches = [self._batch(part) for part in self.split(rows)] if rows else []
+        batches = self._batches(rows, share=self.shares.evaluation) if rows else []
         return [batch.dummy() if min(batch.entries) < 0 else batch for batch in batches]
 
     def narrow_to(self, batches: list[Batch]) -> None:
         """Limits later batches to the size of the largest of these."""
         self.rows_at_once = min(self.rows_at_once, max(map(len, batches)))
-        tokens = max(self.cost_of(batch.lengths) for batch in batches)
+        tokens = max(map(self.cost, batches))
         self.tokens_at_once = min(self.tokens_at_once or tokens, tokens)
 
+    def cost(self, batch: Batch) -> int:
+        """The tokens that a batch computes, padding included, and shared beginnings once."""
+        return self.cost_of(batch.lengths) if batch.tree is None else batch.distinct_tokens
+
     def cost_of(self, lengths: Sequence[int]) -> int:
-        """The tokens that a batch of sequences of these lengths computes, padding included."""
+        """The same for sequences of these lengths that share nothing."""
         return sum(lengths) if self.packed else max(lengths) * len(lengths)
 
     def split(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """Splits the rows of a step into batches."""
+        """Splits the rows of a training step into batches.
+
+        Args:
+            rows: Where beginnings are shared, with their tokens; otherwise their lengths suffice.
+        """
+        return self._split(rows, self._tree(rows) if self.shares.training else None)
+
+    def _batches(self, rows: list[dict[str, Any]], *, share: bool) -> list[Batch]:
+        tree = self._tree(rows) if share else None
+        return [self._batch(part, share=tree is not None) for part in self._split(rows, tree)]
+
+    def _tree(self, rows: list[dict[str, Any]]) -> Beginnings | None:
+        sequences = (sequence for row in rows for sequence in token_bytes(row))
+        return find_beginnings(list(sequences), 8 if "token_type_ids" in rows[0] else 4) if self.packed else None
+
+    def _split(self, rows: list[dict[str, Any]], tree: Beginnings | None) -> list[list[dict[str, Any]]]:
+        if tree is not None:
+            return self._split_tree(rows, tree)
         # the longest rows first: a lack of memory shows at once, and rows of similar length are together
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
         parts: list[list[dict[str, Any]]] = [[]]
@@ -120,7 +156,28 @@ class StepCollator:
             tokens, sequences, longest = tokens + sum(own), sequences + len(own), max(longest, n)
         return parts
 
-    def _batch(self, rows: list[dict[str, Any]]) -> Batch:
+    def _split_tree(self, rows: list[dict[str, Any]], tree: Beginnings) -> list[list[dict[str, Any]]]:
+        """Rows that share their beginning follow one another."""
+        ends = list(accumulate((len(lengths_of(row)) for row in rows), initial=0))
+        leaves = [tree.leaves[a:b] for a, b in pairwise(ends)]  # of the sequences of each row
+        tops = [tree.paths[own[0]][0] for own in leaves]
+        longest = dict.fromkeys(tops, 0)
+        for top, row in zip(tops, rows, strict=True):
+            longest[top] = max(longest[top], len(row["input_ids"]))
+        parts: list[list[dict[str, Any]]] = [[]]
+        there = set[int]()  # spans of the current batch
+        for i in sorted(range(len(rows)), key=lambda i: (-longest[tops[i]], leaves[i])):
+            own = {span for leaf in leaves[i] for span in tree.paths[leaf]}
+            cost = sum(tree.spans[span].length for span in there | own)
+            too_many = self.tokens_at_once is not None and cost > self.tokens_at_once
+            if parts[-1] and (len(parts[-1]) == self.rows_at_once or too_many):
+                parts.append([])
+                there = set()
+            parts[-1].append(rows[i])
+            there |= own
+        return parts
+
+    def _batch(self, rows: list[dict[str, Any]], *, share: bool) -> Batch:
         entries = tuple(row.pop("entry") for row in rows if "entry" in row)
         sizes: tuple[int, ...] = ()
         count = len(rows)
@@ -131,6 +188,7 @@ class StepCollator:
         keys = tuple(_key(row, row["labels"] if takes_labels else ()) for row in rows)
         inputs = self.pad(rows)
         lengths = tuple(len(row["input_ids"]) for row in rows)
+        tree = tree_of(inputs, lengths) if share else None
         by_token = self.task.data.label_per_token and self.task.step_loss is None
         if self.task.writes:
             # if the labels are the tokens of the row, the state of column j predicts token j + 1
@@ -138,9 +196,17 @@ class StepCollator:
             where = (labels != IGNORED).nonzero().T
             targets = torch.stack((labels[tuple(where)], *where))
             weight = targets.shape[1] if by_token else count
-            return Batch(inputs, lengths, weight, keys, targets, entries, by_token, sizes)
+            return Batch(inputs, lengths, weight, keys, targets, entries, by_token, sizes, tree)
         weight = int((inputs["labels"] != IGNORED).sum()) if by_token else count
-        return Batch(inputs, lengths, weight, keys, None, entries, by_token, sizes)
+        return Batch(inputs, lengths, weight, keys, None, entries, by_token, sizes, tree)
+
+
+def token_bytes(row: Mapping[str, Any]) -> list[bytes]:
+    """What the model reads of each sequence of a row: 4 bytes a token, or 8 with its type."""
+    columns = [row[name] for name in ("input_ids", "token_type_ids") if name in row]
+    read = np.asarray(columns, dtype=np.int32).T
+    ends = list(accumulate(lengths_of(row), initial=0))
+    return [read[a:b].tobytes() for a, b in pairwise(ends)]
 
 
 def lengths_of(row: Mapping[str, Any]) -> list[int]:

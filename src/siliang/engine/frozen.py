@@ -11,32 +11,28 @@ Shapes: n tokens of a row, D hidden.
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from siliang.data.cache import cache_folder
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import Undo, replace_forward
-from siliang.engine.random_state import numpy_state
+from siliang.engine.randomness import draws_on_fake, find_randomness
 from siliang.language import Bilingual, local
 from siliang.models.introspect import backbone, named_arguments, parameters_of
+from siliang.ops.layout import Layout
 
 DISK_SHARE = 0.25  # share of the free disk space
-RANDOM = Bilingual("something random", "随机的部分")
 IN_MEMORY = ("tmpfs", "ramfs")  # file systems in memory
 
 
@@ -65,8 +61,8 @@ def find_frozen_layers(model: PreTrainedModel, layers: list[nn.Module], *, compa
         return FrozenLayers(0)
     trial = _Trial(model, layers[first])
     if not comparing:
-        return FrozenLayers(0 if _draws_on_fake(trial) or trial.trained() else first)
-    random_part = _find_randomness(trial)
+        return FrozenLayers(0 if draws_on_fake(trial.run) or trial.trained() else first)
+    random_part = find_randomness(trial.backbone, trial.run, trial.device)
     if (below := trial.trained()) is not None:
         return FrozenLayers(
             0, Bilingual(f"{below} is trained, below layer {first}", f"{below} 在第 {first} 层之下，而它要训练")
@@ -131,76 +127,6 @@ class _Trial:
             if isinstance(variable, nn.Parameter):
                 return names.get(id(variable), "a parameter")
         return None
-
-
-def _find_randomness(trial: _Trial) -> tuple[str, str] | None:
-    """The random operation of a trial, and its place; None if there is none.
-
-    This is found by running the model, not from settings: dropout, skipped layers and jitter have different names in
-    each model.
-    """
-    device = trial.device
-    before: dict[nn.Module, tuple[object, ...]] = {}
-    found: list[tuple[str, str]] = []
-
-    def enter(module: nn.Module, args: object) -> None:
-        before[module] = _random_state(device)
-
-    def leave(path: str, module: nn.Module, args: object, output: object) -> None:
-        if not found and before.get(module) != _random_state(device):  # the innermost module ends first
-            named = [v for n, v in vars(module).items() if ("dropout" in n or n == "p") and isinstance(v, float) and v]
-            what = Bilingual(f"dropout of {max(named):g}", f" {max(named):g} 的 dropout") if named else RANDOM
-            found.append((what, path or type(module).__name__))
-
-    handles: list[RemovableHandle] = []
-    for path, module in trial.backbone.named_modules():
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(partial(leave, path)))
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            first = _random_state(device)
-            trial.run()
-            if not found and first != _random_state(device):  # between its layers, such as layer skipping
-                found.append((RANDOM, type(trial.backbone).__name__))
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
-
-
-def _draws_on_fake(trial: _Trial) -> bool:
-    """Whether a trial on fake tensors uses random numbers; True if it does not run."""
-    draws = _Draws()
-    try:
-        with draws:
-            trial.run()
-    except Exception:  # a model may raise any exception on tensors without values
-        return True
-    return draws.found
-
-
-class _Draws(TorchDispatchMode):
-    """Detects operators that use random numbers."""
-
-    found = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            names = [argument.name for argument in func._schema.arguments]
-            given = dict(zip(names, args, strict=False)) | (kwargs or {})
-            self.found |= "dropout_p" not in names or given.get("dropout_p", 0.0) > 0  # attention without dropout
-        return func(*args, **(kwargs or {}))
-
-
-def _random_state(device: torch.device) -> tuple[object, ...]:
-    """The states of all generators that a model may use, for comparison."""
-    _, keys, place, *_ = numpy_state()
-    on_card = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
-    torchs = torch.get_rng_state().numpy().tobytes()
-    return torchs, on_card, random.getstate(), keys.tobytes(), place
 
 
 @dataclass
@@ -330,14 +256,14 @@ class FrozenCache:
             for restore in undo:
                 restore()
 
-    def exchange(self, hidden_1TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    def exchange(self, hidden_1TD: Tensor, layout: Layout) -> Tensor:
         """The input of layer `count`: the cached states, or the computed ones, which are cached now."""
         if self._keys is None:
             return hidden_1TD
         if self._skipping:
-            states = torch.cat([self.store.get(key) for key in self._keys])
-            return states.to(hidden_1TD.device, non_blocking=True).unsqueeze(0)
-        for key, states_nD in zip(self._keys, hidden_1TD[0].split(lengths), strict=True):
+            states = layout.join([self.store.get(key) for key in self._keys])
+            return states.to(hidden_1TD.device, non_blocking=True)
+        for key, states_nD in zip(self._keys, layout.by_sequence(hidden_1TD), strict=True):
             self.store.put(key, states_nD)
         if self.only_fill:
             raise StopForwardError

@@ -14,6 +14,7 @@ from siliang.engine.padding import trial_error
 from siliang.engine.patches import patched
 from siliang.language import Bilingual
 from siliang.models.introspect import is_encoder_decoder
+from siliang.ops.layout import repeat_rows
 from siliang.ops.masked_ce import head_logits, masked_cross_entropy
 
 
@@ -53,10 +54,10 @@ class HeadLoss:
 
         Args:
             states: The input of the output layer, (..., D).
-            rows: (N,), into the flattened states.
+            rows: (N,), into the flattened states; several labels may be of one.
             labels: (N,).
         """
-        hidden_ND = states.flatten(0, -2).index_select(0, rows)
+        hidden_ND = repeat_rows(states.flatten(0, -2), rows)
         return masked_cross_entropy(
             hidden_ND,
             self._head,
@@ -68,7 +69,7 @@ class HeadLoss:
 
     def logits(self, states: Tensor, rows: Tensor) -> Tensor:
         """The logits of the labelled rows, (N, V), in fp32."""
-        hidden_ND = states.flatten(0, -2).index_select(0, rows)
+        hidden_ND = repeat_rows(states.flatten(0, -2), rows)
         return head_logits(hidden_ND, self._head, softcap=self._softcap, scale=self._scale)
 
     @torch.no_grad()

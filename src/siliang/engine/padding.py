@@ -34,7 +34,9 @@ from siliang.models.introspect import (
     named_arguments,
     parameters_of,
 )
-from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.ops.beginnings import Beginnings
+from siliang.ops.layout import Layout
+from siliang.ops.packed_attention import packed_attention
 from siliang.secrets import shortened
 from siliang.types import first_line, message_of
 
@@ -49,6 +51,10 @@ UNSUPPORTED = (
 
 class NotPackableError(Exception):
     """The model has a part that does not work on packed rows."""
+
+
+class LooksAheadError(NotPackableError):
+    """An attention sees later tokens: no state depends on the beginning alone."""
 
 
 class PaddingFree:
@@ -91,7 +97,8 @@ class PaddingFree:
         self.head_takes_packed = False
         self.readers: list[BatchRows] = []
         self._rows: tuple[tuple[int, ...], int] | None = None
-        self._keep_packed = False
+        self._keep_packed = self._share = False
+        self._tree: Beginnings | None = None
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
         self._handles += [layer.register_forward_hook(self._leave) for layer in {self.layers[0], self.layers[-1]}]
@@ -105,20 +112,31 @@ class PaddingFree:
             restore()
 
     @contextmanager
-    def packed(self, lengths: tuple[int, ...], width: int, *, keep_packed: bool = False) -> Iterator[None]:
+    def packed(
+        self,
+        lengths: tuple[int, ...],
+        width: int,
+        *,
+        keep_packed: bool = False,
+        share: bool = False,
+        tree: Beginnings | None = None,
+    ) -> Iterator[None]:
         """Within the block, which must include the backward pass, the model's layers run without padding.
 
         Args:
             lengths: Tokens of each sequence of the batch, which is padded on the right.
             width: The columns of the padded batch.
             keep_packed: The modules after the layers get (1, T, D), too.
+            share: Virtual tokens may be computed once, as all beginnings that sequences share.
+            tree: The tree of the sequences, if they are to share their beginnings.
         """
         self._rows, self._keep_packed = (lengths, width), keep_packed
+        self._share, self._tree = share, tree
         try:
             with attention_implementation(self._config, ATTENTION):
                 yield
         finally:
-            self.layout = self._rows = None
+            self.layout = self._rows = self._tree = None
             for reader in self.readers:
                 reader.layout = None
             self._packed.clear()
@@ -134,18 +152,26 @@ class PaddingFree:
         if layer is self.layers[0]:
             lengths, width = self._rows
             virtual = hidden.shape[1] - width
-            self.layout = Layout.of(tuple(n + virtual for n in lengths), width + virtual, hidden.device)
+            lengths = tuple(n + virtual for n in lengths)
+            self.layout = Layout.of(lengths, width + virtual, hidden.device, self._tree_behind(virtual, lengths))
             hidden = self.layout.pack(hidden)
             for reader in self.readers:
                 reader.layout = self.layout
         if self.frozen is not None and layer is self.layers[self.frozen.count]:
             assert self.layout is not None
-            hidden = self.frozen.exchange(hidden, self.layout.lengths)
+            hidden = self.frozen.exchange(hidden, self.layout)
         assert self.layout is not None
         packed = {key: self._pack(value) for key, value in named.items()}
         if "attention_mask" in parameters:
             packed["attention_mask"] = self.layout
         return (hidden,), packed
+
+    def _tree_behind(self, virtual: int, lengths: tuple[int, ...]) -> Beginnings | None:
+        """The tree behind so many virtual tokens, which are the same in all sequences of these lengths."""
+        if self._tree is not None or not virtual or not self._share:
+            return self._tree and self._tree.behind(virtual)
+        tree = Beginnings.apart([n - virtual for n in lengths]).behind(virtual)
+        return tree if tree.saves(sum(lengths)) else None
 
     def _leave(
         self, layer: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]
@@ -201,28 +227,25 @@ class PaddingFree:
         model.eval()
         try:
             with suppress(Exception), self.packed(lengths, width, keep_packed=True):
-                model(**batch, **more, **_no_cache(model))
+                model(**batch, **more, **no_cache(model))
                 self.head_takes_packed = True
             if self.head_takes_packed and not comparing:
                 return None
-            padded = model(**batch, **more, **_no_cache(model))
+            padded = model(**batch, **more, **no_cache(model))
             with self.packed(lengths, width):
-                packed = model(**batch, **more, **_no_cache(model))
+                packed = model(**batch, **more, **no_cache(model))
         except Exception as error:  # a model may raise any exception on packed rows
             return trial_error(error, Bilingual("packed rows", "运行打包的样本"))
         finally:
             model.train(training)
         if not comparing:
             return None
-        limit = 1e-3 if _dtype(model) == torch.float32 else 0.2
-        for expected, found in zip(_answers(padded, mask), _answers(packed, mask), strict=True):
-            off = float((expected - found).abs().max()) / (float(expected.std()) + 1e-6)
-            if not off <= limit:
-                return Bilingual(
-                    f"packed rows give other results than padded ones (by {off:.1g} of their spread)",
-                    f"打包的样本与填充的样本结果不同（相差标准差的 {off:.1g} 倍）",
-                )
-        return None
+        if (off := offset_of(model, padded, packed, mask)) is None:
+            return None
+        return Bilingual(
+            f"packed rows give other results than padded ones (by {off:.1g} of their spread)",
+            f"打包的样本与填充的样本结果不同（相差标准差的 {off:.1g} 倍）",
+        )
 
 
 def attend(
@@ -249,6 +272,10 @@ def attend(
             Bilingual(f"{type(module).__name__} wants {wanted[0]}", f"{type(module).__name__} 需要 {wanted[0]}")
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask.tree is not None and not causal:
+        raise LooksAheadError(
+            Bilingual(f"{type(module).__name__} sees later tokens", f"{type(module).__name__} 能看到后面的词元")
+        )
     if sliding_window is not None and not causal:  # a two-sided window: short rows would not detect it
         raise NotPackableError(
             Bilingual(
@@ -266,6 +293,20 @@ def attend(
         dropout_p=dropout,
     )
     return out, None
+
+
+def offset_of(model: nn.Module, expected: Any, found: Any, mask: Tensor) -> float | None:
+    """How far two outputs of a model differ, relative to their spread; None if that is rounding.
+
+    Args:
+        mask: The tokens of the padded batch, (S, W).
+    """
+    limit = 1e-3 if _dtype(model) == torch.float32 else 0.2
+    for one, other in zip(_answers(expected, mask), _answers(found, mask), strict=True):
+        off = float((one - other).abs().max()) / (float(one.std()) + 1e-6)
+        if not off <= limit:
+            return off
+    return None
 
 
 def _answers(output: Any, mask: Tensor) -> list[Tensor]:
@@ -288,7 +329,8 @@ def trial_error(error: Exception, what: str) -> str:
     return Bilingual(f"this model cannot run {what} ({words})", f"这个模型不能{local(what, 'zh')}（{words}）")
 
 
-def _no_cache(model: nn.Module) -> dict[str, bool]:
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument with which a decoder keeps no keys and values."""
     return {"use_cache": False} if getattr(getattr(model, "config", None), "is_decoder", False) else {}
 
 

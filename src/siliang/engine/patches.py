@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from siliang.models.checkpointing import enable_checkpointing
-from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.ops.layout import Layout
+from siliang.ops.packed_attention import packed_attention
 
 if TYPE_CHECKING:
     from transformers.models.bloom.modeling_bloom import BloomAttention
@@ -125,6 +126,9 @@ def _bloom_attention(
     if layer_past is not None:
         assert module.layer_idx is not None
         k, v = layer_past.update(k, v, module.layer_idx)
+    # positions begin at 0 in each sequence, and padding has none: the longest has them all
+    lengths, H = attention_mask.lengths, module.num_heads
+    longest = lengths.index(max(lengths))
     out = packed_attention(
         q,
         k,
@@ -132,7 +136,7 @@ def _bloom_attention(
         attention_mask,
         scaling=module.inv_norm_factor,
         causal=True,
-        bias_HN=module.beta * alibi[: module.num_heads, 0],  # the same for every sequence: all positions begin at 0
+        bias_HN=module.beta * alibi[longest * H : longest * H + H, 0],
         dropout_p=module.attention_dropout.p if module.training else 0.0,
     )
     out = module.dense(out.flatten(2))

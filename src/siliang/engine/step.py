@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from siliang.adapters.active_rows import active_rows, trains_all_layers, trial_inputs
 from siliang.data.batch import Batch
 from siliang.data.task_column import TASK_IDS
+from siliang.engine.batches import Shares
 from siliang.engine.budget import ADAM_STATE, MemoryBudget
 from siliang.engine.causal import check_causal
 from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
@@ -24,11 +26,12 @@ from siliang.engine.noise import EmbeddingNoise
 from siliang.engine.padding import NotPackableError, PaddingFree
 from siliang.engine.recompute import Recompute
 from siliang.engine.reference_store import ReferenceStore
+from siliang.engine.sharing import find_shares
 from siliang.engine.splits import notes_on_splits
 from siliang.engine.whole_step import Context, Gather, alone, log_probabilities, run_step
 from siliang.language import Bilingual, together
 from siliang.models.introspect import output_layer
-from siliang.ops.packed_attention import Layout
+from siliang.ops.layout import Layout
 from siliang.peft_api.model import PeftModel
 from siliang.tasks import Task
 from siliang.types import message_of
@@ -41,6 +44,7 @@ class Engine:
         padding: Runs the model without padding; None if that is off.
         recompute: Which layers keep their activations.
         frozen_layers: The number of lowest layers whose output is cached; 0 if that is off.
+        shares: Where beginnings that sequences share are computed once.
         notes: The optimizations that are off, and why.
     """
 
@@ -50,6 +54,7 @@ class Engine:
         task: Task,
         *,
         packing: bool = True,
+        share: bool = True,
         memory_budget: int | Literal["auto"] | None = None,
         checkpointing: bool = False,
         keep_frozen: bool = False,
@@ -69,6 +74,7 @@ class Engine:
                 is cached.
             keep_reference: Compute the values without the adapter once for each sequence, where the loss takes them. A
                 model without an adapter always keeps them: `keep_reference` computes them before its first step.
+            share: Compute beginnings that sequences share once.
             all_logits: Why all logits are needed, if they are.
             frozen_tokens: Returns the tokens of all rows whose frozen layers' output will be cached.
             memory_share: This process's share of the free main memory, if several processes train on one machine.
@@ -119,6 +125,13 @@ class Engine:
             elif frozen.why_not:
                 what = Bilingual("the frozen layers are computed in every epoch: ", "冻结的层每个 epoch 都要计算：")
                 self.notes.append(together(what, frozen.why_not))
+        self.shares = Shares()
+        if self.padding is not None and share:
+            noise = neftune_alpha is not None
+            self.shares, notes = find_shares(
+                model, self.padding, vocabulary, noise=noise, comparing=comparing, **self._trial
+            )
+            self.notes += notes
         self._fused = FusedModules(self._base)
         self.recompute = Recompute(model, budget, always=checkpointing)
         head = output_layer(self._base) if task.writes else None
@@ -255,11 +268,14 @@ class Engine:
         padding = self.padding
         frozen = padding.frozen if padding and self._training else None
         noise = self._noise if self._training else None
-        tokens = batch.tokens if padding else batch.width * len(batch.lengths)
+        share = self.shares.training if self._training else self.shares.evaluation
+        tree = batch.tree if share else None
+        tokens = (tree.tokens if tree else batch.tokens) if padding else batch.width * len(batch.lengths)
+        packed = partial(padding.packed, share=share, tree=tree, keep_packed=self._keeps_packed) if padding else None
         with (
             self._fused.on(),
             noise.of(batch.lengths) if noise else nullcontext(),
-            padding.packed(batch.lengths, batch.width, keep_packed=self._keeps_packed) if padding else nullcontext(),
+            packed(batch.lengths, batch.width) if packed else nullcontext(),
             self.recompute.chosen(tokens) if torch.is_grad_enabled() else nullcontext(),
             frozen.batch(batch.keys) if frozen else nullcontext(),
         ):
@@ -312,6 +328,8 @@ class Engine:
             return batch.targets[1] * states.shape[1] + batch.targets[2]
         if layout is not None:
             virtual, starts = layout.width - batch.width, layout.starts
+            if layout.tree is not None:
+                return layout.places[batch.targets[1], virtual + batch.targets[2]]
         else:
             virtual = states.shape[1] - batch.width
             starts = tuple(range(0, len(batch.lengths) * states.shape[1], states.shape[1]))

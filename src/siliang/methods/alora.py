@@ -38,6 +38,7 @@ class AloraLinear(LoraLinear):
     """
 
     PART_OF_A_BATCH = False
+    LOOKS_AHEAD = Bilingual("aLoRA begins at a row's last invocation", "aLoRA 从一行最后一次出现触发序列处开始")
 
     invocation: Invocation | None = None
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.models.introspect import backbone, encoder, is_encoder_decoder
-from siliang.ops.packed_attention import Layout
+from siliang.ops.layout import Layout
 from siliang.types import ConfigError
 
 

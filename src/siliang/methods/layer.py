@@ -49,6 +49,8 @@ class LayerAdapter(ABC):
     PART_OF_A_BATCH: ClassVar[bool] = True
     # Those of its own class can all the same.
     WITH_ITS_KIND: ClassVar[bool] = False
+    # Why what it computes for a token depends on later ones; None if it does not.
+    LOOKS_AHEAD: ClassVar[str | None] = None
 
     s: float = 1.0
     config_scaling: float = 1.0

@@ -37,7 +37,7 @@ from siliang.models.introspect import (
     parameters_of,
     sliding_window,
 )
-from siliang.ops.packed_attention import Layout
+from siliang.ops.layout import Layout
 from siliang.types import ConfigError
 
 

@@ -16,7 +16,7 @@ from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import shard
 from siliang.engine.attach import attach
-from siliang.engine.batches import StepCollator, lengths_of, most_tokens
+from siliang.engine.batches import SEPARATE, Shares, StepCollator, lengths_of, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.language import Bilingual
@@ -64,6 +64,7 @@ class FakeRun:
         learning_bytes: Memory of learning the initialization from data, without the model's, before the first step.
         layers: Number of layers that can recompute.
         packed: Batches have no padding.
+        shares: Whether batches share their beginnings: of rows of the data, and not of synthetic ones, which are equal.
         notes: Features that the engine has switched off.
     """
 
@@ -134,6 +135,7 @@ class FakeRun:
                 self.model,
                 task_of(config),
                 packing=config.train.packing and baseline is None,
+                share=config.train.share_beginnings and baseline is None,
                 memory_budget=None,
                 keep_frozen=config.train.keep_frozen and baseline is None and mesh is None,
                 comparing=False,
@@ -144,6 +146,7 @@ class FakeRun:
                 self.engine.recompute.fix(0)  # layers that may recompute keep their input, as the run's do
         self.loads_on_host = quantization is None and device.kind == "cuda"
         self.packed = self.engine.padding is not None
+        self.shares = SEPARATE
         self.layers = len(self.engine.recompute.layers)
         self.notes = self.engine.notes
         self.learning_bytes = self._learning_bytes()
@@ -154,7 +157,9 @@ class FakeRun:
         """The collator that splits rows into batches as in the run."""
         limit, device = self._config.train.tokens_at_once, self._device
         most = None if self._baseline else most_tokens(limit, device.kind, device.precision.dtype)
-        return collator_of(self._config, self.model, batch_size, tokens_at_once=most, packed=self.packed)
+        return collator_of(
+            self._config, self.model, batch_size, tokens_at_once=most, packed=self.packed, shares=self.shares
+        )
 
     def batches(self, rows: list[dict[str, Any]], batch_size: int | None = None) -> list[Batch]:
         """The first two batches of a step, which are the longest: after two, the peak does not grow."""
@@ -290,6 +295,7 @@ def collator_of(
     *,
     tokens_at_once: int | None = None,
     packed: bool,
+    shares: Shares = SEPARATE,
 ) -> StepCollator:
     """A run's collator without a tokenizer; the padding token is that of the model's config."""
     t, pad = config.train, getattr(model.config, "pad_token_id", None)
@@ -299,4 +305,5 @@ def collator_of(
         batch_size or t.batch_size,
         tokens_at_once,
         packed=packed,
+        shares=shares,
     )

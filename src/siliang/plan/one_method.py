@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from siliang.config import MethodConfig, RunConfig
+from siliang.config import MethodConfig, QuantizationConfig, RunConfig
+from siliang.engine.batches import SEPARATE
 from siliang.language import Bilingual
 from siliang.methods import find_method
 from siliang.plan.budget import cached_outputs, room_for_activations
@@ -84,8 +85,16 @@ def _plan_config(
     method = find_method(name)
     # a method that trains the base model itself has no quantized base
     quantization = config.quantization if method.config is not None else None
+
+    def make(wanted: QuantizationConfig | None) -> FakeRun:
+        made = make_run(method=settings, quantization=wanted)
+        made.shares = SEPARATE if step.lengths is None else made.engine.shares
+        return made
+
     try:
-        fake_run = make_run(method=settings, quantization=quantization)
+        fake_run = make(quantization)
+        if fake_run.shares.training and step.sharing is not None:
+            step = replace(step, rows=step.sharing)
         step = replace(step, rows=fake_run.shortened(step.rows, longest=step.longest))
         batches = fake_run.batches(step.rows)
         always = fake_run.layers if config.train.gradient_checkpointing else 0
@@ -111,7 +120,7 @@ def _plan_config(
         layers=fake_run.layers,
         recomputed_layers=always,
         batch_rows=len(batches[0].lengths),
-        batch_tokens=fake_run.collator().cost_of(batches[0].lengths),
+        batch_tokens=fake_run.collator().cost(batches[0]),
         flops_per_token=measured.flops / max(measured.tokens, 1),
         notes=list(fake_run.notes),
         evaluate_bytes=_bytes_of(measured, "evaluate", overhead),
@@ -153,8 +162,7 @@ def _plan_config(
                 and method.freezes_the_base
                 and method.why_settings_not_quantized(settings.arguments) is None
             )
-            quantized = (lambda wanted: make_run(method=settings, quantization=wanted)) if can_quantize else None
-            planned.fit = find_fit(limit, config, fake_run, step, quantized)
+            planned.fit = find_fit(limit, config, fake_run, step, make if can_quantize else None)
             if planned.fit is not None:
                 planned.fit.peak_bytes += overhead + kept
                 planned.fit.parts["frozen"] += kept

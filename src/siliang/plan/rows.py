@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import StepCollator, distinct_tokens, in_steps, lengths_of, sequences_of
+from siliang.engine.batches import Shares, StepCollator, distinct_tokens, in_steps, lengths_of, sequences_of
 from siliang.engine.order import Order, shares
 from siliang.tasks import task_of
 
 MOST_STEPS = 20_000  # steps to search, which takes seconds; later steps consist of the same rows
+MOST_READ = 200  # steps of which the tokens are read, the longest: a millisecond each
 
 
 @dataclass
@@ -23,6 +24,7 @@ class StepRows:
 
     Attributes:
         rows: The collator's input.
+        sharing: The same where shared beginnings are computed once, which may be of another step.
         tokens_per_epoch: Tokens of all rows; None without data.
         lengths: Tokens of each row of the data, or of each sequence if a row has several; None without data.
         cached_tokens: Tokens of all different rows if the run has several epochs: it may cache the outputs of its
@@ -35,6 +37,7 @@ class StepRows:
     lengths: np.ndarray | None = None
     cached_tokens: int = 0
     windows: bool = False
+    sharing: list[dict[str, Any]] | None = None
 
     @property
     def longest(self) -> int | None:
@@ -53,16 +56,40 @@ def heaviest_step(config: RunConfig, tokens: TokenSet, collator: StepCollator, r
         collator: Splits a step's rows into batches, as in the run.
     """
     t, lengths = config.train, tokens.lengths
+    found: list[tuple[int, list[int]]] = []
     heaviest, highest_cost = list(range(min(len(tokens), t.batch_size))), -1
     row_lengths = lengths.tolist()
     for rows in (share for step in order(config, lengths) for share in shares(row_lengths, step, ranks)):
         for part in collator.split([tokens.outline(i) for i in rows]):
             cost = collator.cost_of([length for row in part for length in lengths_of(row)])
+            found.append((cost, rows))
             if cost > highest_cost:
                 highest_cost, heaviest = cost, rows
     again = t.keep_frozen and ranks == 1 and t.steps(len(tokens)) > t.steps_per_epoch(len(tokens))
     cached = distinct_tokens(tokens) if again else 0
-    return StepRows(tokens.__getitems__(heaviest), int(lengths.sum()), tokens.sequence_lengths, cached)
+    sharing = _heaviest_sharing(tokens, collator, found) if t.share_beginnings else None
+    return StepRows(tokens.__getitems__(heaviest), int(lengths.sum()), tokens.sequence_lengths, cached, sharing=sharing)
+
+
+def _heaviest_sharing(
+    tokens: TokenSet, collator: StepCollator, steps: list[tuple[int, list[int]]]
+) -> list[dict[str, Any]] | None:
+    """The rows with the largest batch, where shared beginnings are computed once; None if the longest share nothing.
+
+    Args:
+        steps: The rows of a rank in a step, with the tokens of a batch of them.
+    """
+    collator = replace(collator, shares=Shares(training=True))
+    heaviest, highest_cost = None, -1
+    for cost, rows in sorted(steps, key=lambda step: -step[0])[:MOST_READ]:
+        if cost <= highest_cost:
+            break
+        own = tokens.__getitems__(rows)
+        batches = collator([dict(row) for row in own])["batches"]
+        if (cost := max(map(collator.cost, batches))) > highest_cost:
+            shares = any(batch.tree is not None for batch in batches)
+            heaviest, highest_cost = own if shares else None, cost
+    return heaviest
 
 
 def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:

@@ -110,7 +110,7 @@ def measure(
             step(model, batches)
             tracker.counting = False
             layer_bytes = tracker.layer_bytes
-            token_bytes = tracker.boundary_bytes / max(batches[-1].tokens, 1)
+            token_bytes = tracker.boundary_bytes / max(batches[-1].distinct_tokens, 1)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -86,7 +86,11 @@ class Backward:
 
     def _most_batches(self, shares: list[list[int]]) -> int:
         """The batches of the rank that has the most."""
-        rows = ([self._tokens.outline(max(i, ~i)) for i in share] for share in shares)
+        own = [[max(i, ~i) for i in share] for share in shares]
+        if self._collator.shares.training:  # the split follows from the tokens
+            rows = (self._tokens.__getitems__(share) for share in own)
+        else:
+            rows = ([self._tokens.outline(i) for i in share] for share in own)
         return max(len(self._collator.split(share)) for share in rows)
 
     def _run_batches(self, model: nn.Module, batches: list[Batch], weight: float) -> Tensor:

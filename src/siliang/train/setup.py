@@ -31,6 +31,7 @@ def make_engine(run: Run) -> Engine:
         run.model,
         run.task,
         packing=t.packing,
+        share=t.share_beginnings,
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
         # a rank's rows change, and a stream's may never come again
@@ -58,6 +59,7 @@ def make_collator(run: Run, engine: Engine) -> StepCollator:
         t.batch_size,
         most_tokens(t.tokens_at_once, run.device.type, run.precision.dtype),
         packed=engine.padding is not None,
+        shares=engine.shares,
     )
 
 

@@ -103,7 +103,8 @@ def with_evaluation(run: OpenedRun, settings: Mapping[str, object]) -> OpenedRun
 def engine_of(run: OpenedRun) -> Iterator[Engine]:
     """The engine that measured the run in training; removed from the model at the end of the block."""
     # outside of autocast, as in training: what it tries has to come to the same decisions
-    engine = Engine(run.model, run.task, packing=run.config.train.packing)
+    t = run.config.train
+    engine = Engine(run.model, run.task, packing=t.packing, share=t.share_beginnings)
     try:
         with run.of_task():
             yield engine
@@ -140,6 +141,7 @@ def _collator(run: OpenedRun, engine: Engine, batch_size: int | None) -> StepCol
         batch_size or t.batch_size,
         most_tokens(t.tokens_at_once, run.model.device.type, run.precision.dtype),
         packed=engine.padding is not None,
+        shares=engine.shares,
     )
 
 

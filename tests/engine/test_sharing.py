@@ -1,0 +1,218 @@
+"""Steps on rows that share their beginnings, against the plain model's own loss on padded rows: values and every
+gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_all_close, assert_close
+from stepping import gradients, padded
+from test_methods_everywhere import EVERY, SMALL
+from tiny import VOCABULARY, without_dropout
+from torch import Tensor, nn
+from transformers import Glm4Config, Glm4ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import siliang
+from siliang.data.batch import Batch
+from siliang.data.collate import PadCollator
+from siliang.engine.batches import SEPARATE, Shares, StepCollator
+from siliang.engine.padding import PaddingFree
+from siliang.engine.sharing import find_shares
+from siliang.engine.step import Engine
+from siliang.methods import METHODS
+from siliang.models.checkpointing import enable_checkpointing
+from siliang.tasks import CAUSAL_LM, SEQ_CLS
+from tests.engine.test_engine import METHODS as COMMON
+from tests.engine.test_engine import SHAPE, model_of
+
+BOTH = Shares(training=True, evaluation=True)
+
+
+def rows_in_a_tree() -> list[dict[str, Any]]:
+    """Two branches below one beginning, a row that ends where another goes on, and one of its own."""
+    g = torch.Generator().manual_seed(1)
+
+    def some(n: int) -> list[int]:
+        return torch.randint(5, VOCABULARY, (n,), generator=g).tolist()
+
+    top, left, right = some(12), some(16), some(17)
+    ids = [top + left + some(3), top + left + some(9), top + left, top + right + some(5), some(7), top + right]
+    return [{"input_ids": row, "labels": [-100] * 5 + row[5:], "row": i} for i, row in enumerate(ids)]
+
+
+def family(name: str) -> Any:
+    torch.manual_seed(0)
+    if name == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8))
+    if name == "glm4":
+        return Glm4ForCausalLM(Glm4Config(**SHAPE, head_dim=8, pad_token_id=0))
+    return model_of(name)
+
+
+def step(model: nn.Module, engine: Engine, *, rows_at_once: int = 8, most: int | None = None) -> tuple[Tensor, Any]:
+    """The mean loss of a step, backward included, and its batches."""
+    collate = StepCollator(
+        PadCollator(0), CAUSAL_LM, rows_at_once, most, packed=engine.padding is not None, shares=engine.shares
+    )
+    batches: list[Batch] = collate(rows_in_a_tree())["batches"]
+    return engine.run(model, batches, float(sum(b.weight for b in batches))), batches
+
+
+def compare(model: Any, config: Any, *, checkpointing: bool = False, plain: bool = True) -> Engine:
+    """The engine, if its steps have the plain step's loss and gradients.
+
+    Args:
+        plain: Of the model itself; otherwise, the engine's without sharing, which has no loss terms of the method.
+    """
+    if config is not None:
+        model = siliang.get_peft_model(model, type(config)(**vars(config) | {"task_type": "CAUSAL_LM"}))
+        for p in model.parameters():
+            if p.requires_grad:  # an adapter's start has gradients of zero
+                p.data += 0.02 * torch.randn_like(p)
+    without_dropout(model)
+    model.train()
+    if checkpointing:
+        enable_checkpointing(model)
+    if plain:
+        expected = model(**padded(rows_in_a_tree())).loss
+        expected.backward()
+    else:
+        apart = Engine(model, CAUSAL_LM, share=False)
+        expected, _ = step(model, apart)
+        apart.close()
+    wanted = gradients(model)
+    engine = Engine(model, CAUSAL_LM)
+    for rows_at_once, most in ((8, None), (2, None), (8, 60)):
+        found, batches = step(model, engine, rows_at_once=rows_at_once, most=most)
+        assert any(batch.tree is not None for batch in batches) == engine.shares.training
+        assert_close(found, expected.detach())
+        assert_all_close(gradients(model), wanted)
+    engine.close()
+    return engine
+
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "granite", "glm4", "chatglm3", "gpt2", "bloom")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str) -> None:
+    targets = "all-linear" if name in ("granite", "glm4", "qwen3") else None
+    config = siliang.LoraConfig(init_lora_weights=False, target_modules=targets)
+    assert compare(family(name), config).shares == BOTH
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+@pytest.mark.parametrize("method", COMMON)
+def test_common_methods(name: str, method: str) -> None:
+    assert compare(family(name), COMMON[method]).shares == BOTH
+
+
+def test_a_prefix_before_a_window() -> None:
+    assert compare(family("mistral"), COMMON["prefix_tuning"]).shares == BOTH
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prefix_tuning", "prompt_tuning"])
+def test_with_gradient_checkpointing(method: str) -> None:
+    assert compare(family("llama"), COMMON[method], checkpointing=True).shares == BOTH
+
+
+OWN_ROWS = ("poly", "alora", "multitask_prompt_tuning")  # which compute each row in its own way
+OVER_BATCHES = ("lily", "velora", "velora_once")  # take a mean over each batch, and are not packed
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method(method: str) -> None:
+    settings = {key: value for key, value in SMALL.get(method, {}).items() if not key.endswith("dropout")}
+    config = METHODS[settings.pop("name", method)].config
+    assert config is not None
+    if method in (*OWN_ROWS, *OVER_BATCHES):
+        model = siliang.get_peft_model(family("llama"), config(task_type="CAUSAL_LM", **settings))
+        engine = Engine(model, CAUSAL_LM)
+        assert engine.shares == SEPARATE and engine.notes
+        assert (engine.padding is not None) == (method in OWN_ROWS)
+        engine.close()
+        return
+    assert compare(family("llama"), config(**settings), plain=False).shares == BOTH
+
+
+def test_virtual_tokens_are_shared_where_texts_share_nothing() -> None:
+    model = siliang.get_peft_model(
+        family("llama"), siliang.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    )
+    model.train()
+    rows = [{"input_ids": [i, 7, 8, i], "labels": [-100, 7, 8, i], "row": i} for i in range(5, 9)]
+    expected = model(**padded(rows)).loss
+    expected.backward()
+    wanted, engine, seen = gradients(model), Engine(model, CAUSAL_LM), list[int]()
+    assert engine.padding is not None
+    layer = engine.padding.layers[0]
+    handle = layer.register_forward_hook(lambda layer, args, output: seen.append(args[0].shape[1]))
+    (batch,) = StepCollator(PadCollator(0), CAUSAL_LM, 8, shares=engine.shares)(rows)["batches"]
+    found = engine.run(model, [batch], batch.weight)
+    handle.remove()
+    assert seen == [20 + 4 * 4]
+    assert_close(found, expected.detach())
+    assert_all_close(gradients(model), wanted)
+
+
+def test_dropout_turns_it_off_in_training() -> None:
+    config = siliang.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1)
+    engine = Engine(siliang.get_peft_model(family("llama"), config), CAUSAL_LM)
+    assert engine.shares == Shares(training=False, evaluation=True)
+    (note,) = engine.notes
+    assert note.startswith("shared beginnings are computed for each row in training: there is something random (")
+    collate = StepCollator(PadCollator(0), CAUSAL_LM, 8, shares=engine.shares)
+    assert all(batch.tree is None for batch in collate(rows_in_a_tree())["batches"])
+
+
+def test_noise_turns_it_off_in_training() -> None:
+    engine = Engine(family("llama"), CAUSAL_LM, neftune_alpha=5.0)
+    assert engine.shares == Shares(training=False, evaluation=True) and "neftune_alpha" in engine.notes[0]
+
+
+def test_an_encoder_shares_nothing() -> None:
+    engine = Engine(model_of("bert"), SEQ_CLS)
+    assert engine.padding is not None and engine.shares == SEPARATE
+
+
+def test_a_layer_that_looks_ahead_is_found() -> None:
+    """Whatever does so: the trial compares."""
+    model = family("llama")
+
+    def mix(module: nn.Module, args: Any, output: Any) -> Any:
+        layout = padding.layout
+        parts = layout.by_sequence(output) if layout is not None else list(output.unsqueeze(1).flatten(0, 1))
+        mixed = [part + part.mean(-2, keepdim=True) for part in parts]
+        return layout.join(mixed) if layout is not None else torch.cat(mixed)
+
+    padding = PaddingFree(model)
+    model.model.layers[0].mlp.register_forward_hook(mix)
+    shares, (note,) = find_shares(model, padding, VOCABULARY)
+    assert shares == SEPARATE and "other results than separate rows" in note
+
+
+def test_it_can_be_turned_off() -> None:
+    engine = Engine(family("llama"), CAUSAL_LM, share=False)
+    assert engine.shares == SEPARATE and not engine.notes
+
+
+def test_rows_that_share_are_in_one_batch() -> None:
+    collate = StepCollator(PadCollator(0), CAUSAL_LM, 8, 60, shares=BOTH)
+    batches = collate(rows_in_a_tree())["batches"]
+    assert sum(batch.tokens for batch in batches) == sum(len(row["input_ids"]) for row in rows_in_a_tree())
+    assert all(batch.distinct_tokens <= 60 for batch in batches) and len(batches) == 2
+    halves = [half for batch in batches for half in batch.halves()]
+    assert any(half.tree is not None for half in halves)
+    assert sum(half.weight for half in halves) == sum(batch.weight for batch in batches)
+
+
+def test_rows_that_share_nothing_are_split_as_without_it() -> None:
+    rows = [{"input_ids": [i] * (5 + 3 * i), "labels": [i] * (5 + 3 * i), "row": i} for i in range(9)]
+    one, other = (
+        StepCollator(PadCollator(0), CAUSAL_LM, 4, 50, shares=shares)([dict(row) for row in rows])["batches"]
+        for shares in (BOTH, SEPARATE)
+    )
+    assert [batch.lengths for batch in one] == [batch.lengths for batch in other]
+    assert all(batch.tree is None for batch in one)
