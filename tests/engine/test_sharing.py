@@ -17,7 +17,7 @@ from transformers import Glm4Config, Glm4ForCausalLM, Qwen3Config, Qwen3ForCausa
 import siliang
 from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
-from siliang.engine.batches import SEPARATE, Shares, StepCollator
+from siliang.engine.batches import SEPARATE, Sharing, StepCollator
 from siliang.engine.padding import PaddingFree
 from siliang.engine.sharing import find_shares
 from siliang.engine.step import Engine
@@ -27,7 +27,7 @@ from siliang.tasks import CAUSAL_LM, SEQ_CLS
 from tests.engine.test_engine import METHODS as COMMON
 from tests.engine.test_engine import SHAPE, model_of
 
-BOTH = Shares(training=True, evaluation=True)
+BOTH = Sharing(training=True, evaluation=True)
 
 
 def rows_in_a_tree() -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ def test_virtual_tokens_are_shared_where_texts_share_nothing() -> None:
 def test_dropout_turns_it_off_in_training() -> None:
     config = siliang.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1)
     engine = Engine(siliang.get_peft_model(family("llama"), config), CAUSAL_LM)
-    assert engine.shares == Shares(training=False, evaluation=True)
+    assert engine.shares == Sharing(training=False, evaluation=True)
     (note,) = engine.notes
     assert note.startswith("shared beginnings are computed for each row in training: there is something random (")
     collate = StepCollator(PadCollator(0), CAUSAL_LM, 8, shares=engine.shares)
@@ -169,7 +169,7 @@ def test_dropout_turns_it_off_in_training() -> None:
 
 def test_noise_turns_it_off_in_training() -> None:
     engine = Engine(family("llama"), CAUSAL_LM, neftune_alpha=5.0)
-    assert engine.shares == Shares(training=False, evaluation=True) and "neftune_alpha" in engine.notes[0]
+    assert engine.shares == Sharing(training=False, evaluation=True) and "neftune_alpha" in engine.notes[0]
 
 
 def test_an_encoder_shares_nothing() -> None:

@@ -56,14 +56,14 @@ class StepBatches(TypedDict):
 
 
 @dataclass(frozen=True)
-class Shares:
+class Sharing:
     """Where beginnings that sequences share are computed once."""
 
     training: bool = False
     evaluation: bool = False
 
 
-SEPARATE = Shares()
+SEPARATE = Sharing()
 
 
 @dataclass
@@ -83,7 +83,7 @@ class StepCollator:
     rows_at_once: int
     tokens_at_once: int | None = None
     packed: bool = True
-    shares: Shares = SEPARATE
+    shares: Sharing = SEPARATE
 
     def __call__(self, rows: list[dict[str, Any]]) -> StepBatches:
         numbers = [row.pop("row", -1) for row in rows]

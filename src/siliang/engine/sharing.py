@@ -11,7 +11,7 @@ from torch import nn
 
 from siliang.adapters.active_rows import looks_ahead
 from siliang.capabilities import why_missing
-from siliang.engine.batches import Shares
+from siliang.engine.batches import Sharing
 from siliang.engine.padding import LooksAheadError, PaddingFree, no_cache, offset_of, trial_error
 from siliang.engine.randomness import draws_on_fake, find_randomness
 from siliang.language import Bilingual, local, together
@@ -29,7 +29,7 @@ def find_shares(
     noise: bool = False,
     comparing: bool = True,
     **more: object,
-) -> tuple[Shares, list[str]]:
+) -> tuple[Sharing, list[str]]:
     """Where beginnings are shared, and the lines that say why not. Of an encoder, which sees later tokens, there are
     none.
 
@@ -43,25 +43,25 @@ def find_shares(
     if padding.readers:
         setting = padding.readers[0].setting
         why = Bilingual(f"{setting} computes each row in its own way", f"{setting} 对每条样本的计算各不相同")
-        return Shares(), [together(off, why)]
+        return Sharing(), [together(off, why)]
     if (why := looks_ahead(model.injection) if isinstance(model, PeftModel) else None) is not None:
-        return Shares(), [together(off, why)]
+        return Sharing(), [together(off, why)]
     if kind_of(next(model.parameters())) == "cpu" and (missing := why_missing(CASCADE)) is not None:
-        return Shares(), [together(off, missing)]
+        return Sharing(), [together(off, missing)]
     trial = _Trial(model, padding, vocabulary, more)
     try:
         reason = trial.differs(comparing=comparing)
     except LooksAheadError:
-        return Shares(), []
+        return Sharing(), []
     except Exception as error:  # a model may raise any exception on shared rows
         reason = trial_error(error, Bilingual("shared beginnings", "共用开头的样本"))
     if reason is not None:
-        return Shares(), [together(off, reason)]
+        return Sharing(), [together(off, reason)]
     why = _random_in_training(trial, noise=noise, comparing=comparing)
     if why is None:
-        return Shares(training=True, evaluation=True), []
+        return Sharing(training=True, evaluation=True), []
     only = Bilingual("shared beginnings are computed for each row in training: ", "训练中，样本相同的开头逐条计算：")
-    return Shares(evaluation=True), [together(only, why)]
+    return Sharing(evaluation=True), [together(only, why)]
 
 
 class _Trial:

@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 from siliang.adapters.active_rows import active_rows, trains_all_layers, trial_inputs
 from siliang.data.batch import Batch
 from siliang.data.task_column import TASK_IDS
-from siliang.engine.batches import Shares
+from siliang.engine.batches import Sharing
 from siliang.engine.budget import ADAM_STATE, MemoryBudget
 from siliang.engine.causal import check_causal
 from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
@@ -125,7 +125,7 @@ class Engine:
             elif frozen.why_not:
                 what = Bilingual("the frozen layers are computed in every epoch: ", "冻结的层每个 epoch 都要计算：")
                 self.notes.append(together(what, frozen.why_not))
-        self.shares = Shares()
+        self.shares = Sharing()
         if self.padding is not None and share:
             noise = neftune_alpha is not None
             self.shares, notes = find_shares(

@@ -24,7 +24,7 @@ LEAST_SHARE = 0.03  # of all tokens: what a tree has to save
 
 
 @dataclass(frozen=True)
-class Span:
+class TreeSpan:
     """Tokens that the same sequences go through.
 
     Attributes:
@@ -50,13 +50,13 @@ class Beginnings:
         leaves: The last span of each sequence.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[TreeSpan, ...]
     leaves: tuple[int, ...]
 
     @classmethod
     def apart(cls, lengths: Sequence[int]) -> Beginnings:
         """Of sequences that share nothing."""
-        spans = tuple(Span(0, n, -1, i + 1, i) for i, n in enumerate(lengths))
+        spans = tuple(TreeSpan(0, n, -1, i + 1, i) for i, n in enumerate(lengths))
         return cls(spans, tuple(range(len(lengths))))
 
     @cached_property
@@ -104,7 +104,7 @@ class Beginnings:
         tops = [i for i, span in enumerate(self.spans) if span.parent < 0]
         if len(tops) > 1 and virtual * (len(tops) - 1) >= LEAST_SAVED:
             moved = (replace(s, start=s.start + virtual, parent=s.parent + 1, end=s.end + 1) for s in self.spans)
-            top = Span(0, virtual, -1, len(self.spans) + 1, self.spans[0].row)
+            top = TreeSpan(0, virtual, -1, len(self.spans) + 1, self.spans[0].row)
             return Beginnings((top, *moved), tuple(leaf + 1 for leaf in self.leaves))
         spans = (
             replace(s, length=s.length + virtual) if s.parent < 0 else replace(s, start=s.start + virtual)
@@ -152,7 +152,7 @@ def find_beginnings(sequences: Sequence[bytes], size: int, least: int = LEAST_SA
     for i in range(len(tops) - 1, -1, -1):
         if (parent := tops[i][2]) >= 0:
             ends[parent] = max(ends[parent], ends[i])
-    spans = (Span(*top[:3], end, top[3]) for top, end in zip(tops, ends, strict=True))
+    spans = (TreeSpan(*top[:3], end, top[3]) for top, end in zip(tops, ends, strict=True))
     found = Beginnings(tuple(spans), tuple(leaves))
     return found if found.saves(sum(lengths), least) else None
 

@@ -16,7 +16,7 @@ from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import shard
 from siliang.engine.attach import attach
-from siliang.engine.batches import SEPARATE, Shares, StepCollator, lengths_of, most_tokens
+from siliang.engine.batches import SEPARATE, Sharing, StepCollator, lengths_of, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.language import Bilingual
@@ -295,7 +295,7 @@ def collator_of(
     *,
     tokens_at_once: int | None = None,
     packed: bool,
-    shares: Shares = SEPARATE,
+    shares: Sharing = SEPARATE,
 ) -> StepCollator:
     """A run's collator without a tokenizer; the padding token is that of the model's config."""
     t, pad = config.train, getattr(model.config, "pad_token_id", None)

@@ -10,7 +10,7 @@ import numpy as np
 
 from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import Shares, StepCollator, distinct_tokens, in_steps, lengths_of, sequences_of
+from siliang.engine.batches import Sharing, StepCollator, distinct_tokens, in_steps, lengths_of, sequences_of
 from siliang.engine.order import Order, shares
 from siliang.tasks import task_of
 
@@ -79,7 +79,7 @@ def _heaviest_sharing(
     Args:
         steps: The rows of a rank in a step, with the tokens of a batch of them.
     """
-    collator = replace(collator, shares=Shares(training=True))
+    collator = replace(collator, shares=Sharing(training=True))
     heaviest, highest_cost = None, -1
     for cost, rows in sorted(steps, key=lambda step: -step[0])[:MOST_READ]:
         if cost <= highest_cost:
