@@ -120,7 +120,8 @@ def _random_in_training(trial: _Trial, *, noise: bool, comparing: bool) -> str |
     if noise:
         return Bilingual("train.neftune_alpha adds noise", "train.neftune_alpha 会加入噪声")
     if not comparing:
-        return Bilingual("dropout", "dropout") if draws_on_fake(trial.run) else None
+        random = Bilingual("something in it is random, such as dropout", "其中有随机的部分，如 dropout")
+        return random if draws_on_fake(trial.run) else None
     found = find_randomness(trial.model, trial.run, trial.device, until=trial.padding.layers[-1])
     if found is None:
         return None
