@@ -112,6 +112,48 @@ def test_what_is_more_than_a_and_b_is_not_lost_in_weighted_adapters(settings: di
     assert "new" not in model.peft_config
 
 
+def ia3s(library: Any, **second: Any) -> Any:
+    """Two adapters of IA3 with factors that are not 1."""
+    settings = {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    model = library.get_peft_model(make("llama"), library.IA3Config(**settings), adapter_name="first")
+    model.add_adapter("second", library.IA3Config(**(settings | second)))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if "ia3_l" in name:
+                p.copy_(torch.rand(p.shape) + 0.5)
+    return model.eval()
+
+
+def test_weighted_adapters_of_ia3() -> None:
+    found = []
+    for library in (siliang, peft):
+        model = ia3s(library)
+        model.base_model.add_weighted_adapter(["first", "second"], [0.3, -0.5], "new")
+        model.set_adapter("new")
+        found.append(logits(model))
+    assert_close(*found)
+
+
+def test_weighted_adapters_of_ia3_on_unlike_layers() -> None:
+    """Where an adapter has no factors they are 1. PEFT takes 0."""
+    model = ia3s(siliang, target_modules=["q_proj"], feedforward_modules=[])
+    model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "new")
+    parts = model.base_model.model.model.layers[0].mlp.down_proj.ia3_l
+    torch.testing.assert_close(parts["new"], 0.5 * parts["first"] + 0.5)
+    for unlike, message in (
+        ({"feedforward_modules": []}, "down_proj: some of the adapters scale its input, and others its output"),
+        ({"target_modules": ".*q_proj", "feedforward_modules": []}, "target_modules: adapters can be combined where"),
+    ):
+        model = ia3s(siliang, **unlike)
+        with pytest.raises(ConfigError, match=message):
+            model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "new")
+        assert list(model.peft_config) == list(model.injection.adapters) == ["first", "second"]
+    model.add_adapter("lora", siliang.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="combines adapters of LoRA, or adapters of IA3"):
+        model.add_weighted_adapter(["first", "lora"], [1.0, 1.0], "new")
+
+
 def layer_of(model: Any) -> Any:
     return model.base_model.model.model.layers[0].self_attn.q_proj
 

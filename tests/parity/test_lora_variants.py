@@ -1,5 +1,6 @@
 """What is particular to each variant of LoRA, compared with the live `peft`: starts, terms of the loss, refusals."""
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from closeness import assert_all_close, assert_close, assert_same_losses
 from tiny import TASK, batch, make
+from transformers import OPTConfig, OPTForCausalLM
 
 import siliang
 from siliang.engine.method_hooks import extra_loss
@@ -199,6 +201,22 @@ def test_aloras_offsets() -> None:
     assert_close(
         ours(input_ids=ROWS, alora_offsets=offsets).logits, theirs(input_ids=ROWS, alora_offsets=offsets).logits
     )
+
+
+@torch.no_grad()
+def test_alora_where_the_head_calls_a_part_of_the_backbone() -> None:
+    """OPT's model with a head calls the decoder of its backbone, and not the backbone."""
+    config = OPTConfig(
+        vocab_size=40, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    base = OPTForCausalLM(config).eval()
+    settings: dict[str, Any] = {**ALORA, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    ours: Any = siliang.get_peft_model(copy.deepcopy(base), siliang.LoraConfig(**settings)).eval()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    offsets = [3, None, 8, 99, 1]
+    for arguments in ({}, {"alora_offsets": offsets}, {}):
+        assert_close(*(model(input_ids=ROWS, **arguments).logits for model in (ours, theirs)))
 
 
 def test_what_alora_refuses() -> None:

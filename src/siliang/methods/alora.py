@@ -66,6 +66,7 @@ class Invocation:
         self._real_SW: Tensor | None = None
         self._packed: dict[int, Tensor] = {}
         self._seen: Tensor | None = None  # the ids whose keys and values are in the cache, (S, K)
+        self._placed: Tensor | None = None  # the ids whose invocation `alora_offsets` gave
         self._cache: weakref.ref[object] | None = None
 
     def mask(self, x: Tensor, *, routed: bool) -> Tensor:
@@ -118,9 +119,17 @@ class Invocation:
 
     def read_offsets(self, ids_SW: Tensor, offsets: Sequence[int | None]) -> None:
         """Takes PEFT's `alora_offsets`: how many tokens from the end the invocation begins, None for nowhere."""
-        W = ids_SW.shape[1]
+        self._placed, W = ids_SW, ids_SW.shape[1]
         starts = torch.tensor([W - min(offset or 0, W) for offset in offsets], device=ids_SW.device)
         self._set(torch.arange(W, device=ids_SW.device) >= starts[:, None], None)
+
+    def has_placed(self, ids_SW: Tensor) -> bool:
+        """Whether `alora_offsets` gave the invocation of these very tokens."""
+        return self._placed is ids_SW
+
+    def forget_offsets(self) -> None:
+        """The next forward pass reads its tokens."""
+        self._placed = None
 
     def keep(self, cache: object) -> None:
         """Remembers which cache the tokens that were read are in."""
@@ -160,11 +169,8 @@ def follow_tokens(model: nn.Module, layers: Iterable[LayerAdapter], tokens: Sequ
     Returns:
         A function that ends it.
     """
-    here, invocation, body = (
-        [layer for layer in layers if isinstance(layer, AloraLinear)],
-        Invocation(tokens),
-        backbone(model),
-    )
+    here, invocation = [layer for layer in layers if isinstance(layer, AloraLinear)], Invocation(tokens)
+    hosts = dict.fromkeys((model, backbone(model)))  # OPT's model with a head calls a part of its backbone alone
 
     def before(
         module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -180,9 +186,11 @@ def follow_tokens(model: nn.Module, layers: Iterable[LayerAdapter], tokens: Sequ
                     "alora_invocation_tokens：调用模型时没有 input_ids，aLoRA 要在其中查找触发序列。",
                 )
             )
+        if module is model:
+            invocation.forget_offsets()
         if isinstance(offsets, Sequence):
             invocation.read_offsets(ids, offsets)
-        else:
+        elif not invocation.has_placed(ids):
             invocation.read(ids, named.get("attention_mask"), cache_in(named), cached_tokens(named))
         return args, kwargs
 
@@ -192,7 +200,8 @@ def follow_tokens(model: nn.Module, layers: Iterable[LayerAdapter], tokens: Sequ
 
     for layer in here:
         layer.invocation = invocation
-    handles = [body.register_forward_pre_hook(before, with_kwargs=True), body.register_forward_hook(after)]
+    handles = [host.register_forward_pre_hook(before, with_kwargs=True) for host in hosts]
+    handles += [host.register_forward_hook(after) for host in hosts]
 
     def end() -> None:
         for handle in handles:

@@ -10,13 +10,23 @@ from typing import ClassVar
 
 from torch import nn
 
+from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.combine import MajoritySign
 from siliang.adapters.injection import Injection
 from siliang.methods.config import PeftConfig
+from siliang.methods.ia3 import IA3Config
 from siliang.methods.low_rank import LowRank
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
 from siliang.peft_api.of_layers import is_convertible, targeted_modules, targeted_parameters
-from siliang.peft_api.weighted import Combination, check_base_unchanged, loras_of
+from siliang.peft_api.weighted import (
+    Combination,
+    check_base_unchanged,
+    check_no_copy_twice,
+    check_one_each,
+    fill_factors,
+    ia3_of_all,
+    loras_of,
+)
 
 
 class TunerModel(Injection):
@@ -158,7 +168,8 @@ class TunerModel(Injection):
         density: float | None = None,
         majority_sign_method: MajoritySign = "total",
     ) -> None:
-        """Adds a LoRA adapter made of several, inactive and frozen. As in PEFT nothing happens where the name is taken.
+        """Adds an adapter made of several of LoRA or of IA3, inactive and frozen. As in PEFT nothing happens where the
+        name is taken. Adapters of IA3 take no arguments but the weights.
 
         Args:
             adapters: Their names.
@@ -177,7 +188,12 @@ class TunerModel(Injection):
             return
         for name in adapters:
             check_known(name, self.adapters)
-        loras = loras_of([self.adapters[name] for name in adapters])
+        chosen = [self.adapters[name] for name in adapters]
+        ia3 = [config for adapter in chosen if isinstance(config := adapter.config, IA3Config)]
+        if ia3 and len(ia3) == len(chosen):
+            self._add_weighted_ia3(chosen, ia3, adapters, weights, adapter_name)
+            return
+        loras = loras_of(chosen)
         how = Combination(
             adapters=adapters,
             weights=weights,
@@ -203,3 +219,22 @@ class TunerModel(Injection):
             self.delete_adapter(adapter_name)
             raise
         assert self.active == active
+
+    def _add_weighted_ia3(
+        self,
+        chosen: Sequence[AttachedAdapter],
+        configs: Sequence[IA3Config],
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+    ) -> None:
+        check_one_each(adapters, weights)
+        check_no_copy_twice(chosen)
+        self.add_adapter(adapter_name, ia3_of_all(configs))
+        try:
+            for path, new in self.adapters[adapter_name].layers.items():
+                own = zip(chosen, weights, strict=True)
+                fill_factors(path, new, [(adapter.layers.get(path), weight) for adapter, weight in own])
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise

@@ -1,8 +1,9 @@
-"""A new LoRA adapter out of several: `add_weighted_adapter`.
+"""A new adapter out of several of LoRA, or of IA3: `add_weighted_adapter`.
 
 linear and its like   A and B are combined for themselves, each with the root of weight times scaling
 cat                   A and B of all, one behind the other: exact, of the sum of the ranks
 ..._svd               the updates s B A are combined, and A and B are the main directions of what comes out
+of IA3                the weighted sum of the factors l; of an adapter that lacks a layer, l is 1 there
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.combine import WAYS, MajoritySign, combine
 from siliang.language import Bilingual
+from siliang.methods.ia3 import IA3Config
+from siliang.methods.layer import LayerAdapter
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.low_rank import LowRank
 from siliang.methods.tied_ends import TiedHead
@@ -54,13 +57,7 @@ class Combination:
         Raises:
             ConfigError: The adapters cannot be combined this way.
         """
-        if len(self.weights) != len(self.adapters) or not self.adapters:
-            raise ConfigError(
-                Bilingual(
-                    f"adapters and weights: {len(self.adapters)} and {len(self.weights)}; give one for each.",
-                    f"适配器 {len(self.adapters)} 个，权重 {len(self.weights)} 个；请为每个适配器给出一个权重。",
-                )
-            )
+        check_one_each(self.adapters, self.weights)
         if self.way not in COMBINATIONS:
             raise ConfigError(
                 Bilingual(
@@ -96,7 +93,7 @@ class Combination:
             lora_alpha=r,
             use_rslora=False,
             init_lora_weights=True,
-            target_modules=_targets(configs),
+            target_modules=_all_names("target_modules", [config.target_modules for config in configs]),
             rank_pattern={},
             alpha_pattern={},
         )
@@ -195,24 +192,71 @@ def _signed(roots: Sequence[float], scaled: Sequence[float]) -> list[float]:
     return [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)]
 
 
-def _targets(configs: Sequence[LoraConfig]) -> list[str] | str:
+def _all_names(field: str, targets: Sequence[list[str] | str | None]) -> list[str] | str:
     """The targets of all.
 
     Raises:
         ConfigError: Some are names and others an expression.
     """
-    targets = [config.target_modules for config in configs]
     if all(isinstance(t, str) for t in targets):
         return "|".join(f"({t})" for t in targets)
     lists = [t for t in targets if isinstance(t, list)]
     if len(lists) < len(targets):
         raise ConfigError(
             Bilingual(
-                "target_modules: adapters can be combined where all have names, or all an expression.",
-                "target_modules：要合成的适配器须都用名称，或都用表达式。",
+                f"{field}: adapters can be combined where all have names, or all an expression.",
+                f"{field}：要合成的适配器须都用名称，或都用表达式。",
             )
         )
     return sorted({name for names in lists for name in names})
+
+
+def check_one_each(adapters: Sequence[str], weights: Sequence[float]) -> None:
+    """
+    Raises:
+        ConfigError: There is not one weight for each adapter.
+    """
+    if len(weights) != len(adapters) or not adapters:
+        raise ConfigError(
+            Bilingual(
+                f"adapters and weights: {len(adapters)} and {len(weights)}; give one for each.",
+                f"适配器 {len(adapters)} 个，权重 {len(weights)} 个；请为每个适配器给出一个权重。",
+            )
+        )
+
+
+def ia3_of_all(configs: Sequence[IA3Config]) -> IA3Config:
+    """The config of IA3 on the layers of all."""
+    return replace(
+        configs[0],
+        target_modules=_all_names("target_modules", [config.target_modules for config in configs]),
+        feedforward_modules=_all_names("feedforward_modules", [config.feedforward_modules for config in configs]),
+    )
+
+
+@torch.no_grad()
+def fill_factors(path: str, new: LayerAdapter, parts: Sequence[tuple[LayerAdapter | None, float]]) -> None:
+    """Sets IA3's factors of the new adapter on a layer.
+
+    Args:
+        path: Of the layer.
+        parts: Of each adapter its part on the layer, None where it has none, and its weight.
+
+    Raises:
+        ConfigError: One scales the layer's input, another its output.
+    """
+    if any(one is not None and type(one) is not type(new) for one, _ in parts):
+        raise ConfigError(
+            Bilingual(
+                f"{path}: some of the adapters scale its input, and others its output (feedforward_modules), which "
+                "cannot be combined.",
+                f"{path}：有的适配器缩放它的输入，有的缩放输出（feedforward_modules），无法合成。",
+            )
+        )
+    own = new.part("ia3_l")
+    own.copy_(
+        sum((w * (torch.ones_like(own) if one is None else one.part("ia3_l")) for one, w in parts), start=0 * own)
+    )
 
 
 def loras_of(adapters: Sequence[AttachedAdapter]) -> list[LoraConfig]:
@@ -225,10 +269,20 @@ def loras_of(adapters: Sequence[AttachedAdapter]) -> list[LoraConfig]:
     if len(loras) < len(adapters):
         raise ConfigError(
             Bilingual(
-                "add_weighted_adapter combines LoRA adapters, and one of these is of another method.",
-                "add_weighted_adapter 用于合成 LoRA 适配器，而其中一个是别的方法。",
+                "add_weighted_adapter combines adapters of LoRA, or adapters of IA3, and one of these is of another "
+                "method.",
+                "add_weighted_adapter 只合成 LoRA 适配器，或只合成 IA3 适配器，而其中一个是别的方法。",
             )
         )
+    check_no_copy_twice(adapters)
+    return loras
+
+
+def check_no_copy_twice(adapters: Sequence[AttachedAdapter]) -> None:
+    """
+    Raises:
+        ConfigError: Several adapters that are to be combined have a copy of one module.
+    """
     copied = [path for adapter in adapters for path in adapter.parts.modules]
     if twice := next((path for path in copied if copied.count(path) > 1), None):
         raise ConfigError(
@@ -237,4 +291,3 @@ def loras_of(adapters: Sequence[AttachedAdapter]) -> list[LoraConfig]:
                 f"{twice}：有几个适配器都带有它的副本（modules_to_save），无法合成。",
             )
         )
-    return loras
