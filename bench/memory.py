@@ -171,7 +171,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 LENGTHS = (192, 192, 160, 128, 128, 96, 64, 64)
 PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
-FORMATS = ("fp32", "bf16", "nf4")  # and int8, which the table has not
+FORMATS = ("fp32", "bf16", "nf4")  # and int8, and kept (fp32 with weights kept in bf16), which the table has not
 
 
 @dataclass(frozen=True)
@@ -208,18 +208,22 @@ class Case:
             return None
         return QuantizationConfig(bits=4 if self.kind == "nf4" else 8, compute_dtype="fp32")
 
-    def config(self) -> RunConfig:
-        """The run that is measured."""
+    def config(self, model: Path | None = None) -> RunConfig:
+        """The run that is measured.
+
+        Args:
+            model: The folder of its model, where the plan reads it.
+        """
         return RunConfig.build(
             {
-                "model": self.model,
+                "model": str(model or self.model),
                 "task": MODELS[self.model][0].title,
                 "method": {"name": self.method}
                 | ({"num_virtual_tokens": 20} if self.method in PROMPTS else {})
                 | SETTINGS[self.settings],
                 "data": {"train": "-"},
                 "train": {"packing": self.packing, "batch_size": len(LENGTHS), "memory_budget": None},
-                "distributed": {"strategy": "fsdp"},
+                "distributed": {"strategy": "fsdp" if model is None else "auto"},
                 "classification": {"problem": PROBLEMS[self.model]} if self.model in PROBLEMS else None,
                 "embedding": POOLED if MODELS[self.model][0] is EMBEDDING else None,
                 "output": "-",
@@ -240,30 +244,36 @@ def cases(ranks: int = 1) -> Iterator[Case]:
         yield Case(model, method, checkpointing, packing, kind, ranks)
 
 
-def predict(case: Case) -> int:
-    """Planned bytes of tensors at the peak."""
+def predict(case: Case, folder: Path) -> int:
+    """Planned bytes of tensors at the peak.
+
+    Args:
+        folder: For models that are made.
+    """
     device = Device("cpu", None, "unknown", case.precision, 0, 0, here=True)
     config = MODELS[case.model][1]()
     config.num_labels = task_of(case.config()).model.outputs or 2
     with fake_mesh(case.ranks) as mesh:
-        fake_run = FakeRun(case.config(), config, device, quantization=case.quantization, mesh=mesh)
+        saved = save_model(case, folder) if case.kind == "kept" else None
+        fake_run = FakeRun(case.config(saved), config, device, quantization=case.quantization, mesh=mesh)
         batches = fake_run.batches(case.rows())
         return fake_run.measure(batches, recomputed=fake_run.layers if case.checkpointing else 0).peaks["train"].nbytes
 
 
-def save_model(name: str, folder: Path) -> Path:
-    """Random weights of one of the models, where they are not there yet."""
-    task, make = MODELS[name]
-    saved = folder / name
+def save_model(case: Case, folder: Path) -> Path:
+    """Random weights of the case's model, where they are not there yet."""
+    task, make = MODELS[case.model]
+    dtype = torch.bfloat16 if case.kind == "kept" else torch.float32
+    saved = folder / f"{case.model}-{dtype}"
     if not saved.is_dir():
-        getattr(transformers, task.model.auto_class).from_config(make()).save_pretrained(saved)
+        getattr(transformers, task.model.auto_class).from_config(make(), dtype=dtype).save_pretrained(saved)
     return saved
 
 
 def measure(case: Case, folder: Path) -> int:
     """Bytes of tensors at the peak of a real second step, as torch's allocator reports them; of several ranks, those of
     the one that has most. Every rank has all of the rows."""
-    saved = save_model(case.model, folder)
+    saved = save_model(case, folder)
     if case.ranks == 1:
         return _measure(case, saved, None)
     meeting = folder / uuid.uuid4().hex
@@ -291,6 +301,7 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
         quantization=case.quantization,
         shardable=True,
         device=find_device(),
+        kept=torch.bfloat16 if case.kind == "kept" else None,
     )
     _learn_start(model, case)
     model, _, _ = attach(model, method, config, case.precision)
@@ -415,7 +426,7 @@ class Result:
 def compare(case: Case, folder: Path) -> Result:
     """Plans the case and makes it."""
     try:
-        planned = predict(case)
+        planned = predict(case, folder)
     except SiliangError as error:
         return Result(case, refused=str(error).partition("\n")[0][:150])
     return Result(case, planned, measure(case, folder))
@@ -449,8 +460,8 @@ def main() -> int:
     asked = [case for case in cases(options.ranks) if all(word in str(case).split() for word in options.only)]
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
-        for model in {case.model for case in asked}:
-            save_model(model, Path(folder))
+        for case in asked:
+            save_model(case, Path(folder))
         # for new processes; torch.set_num_threads does not reach bitsandbytes' threads
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
         with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:

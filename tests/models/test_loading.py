@@ -113,16 +113,16 @@ def test_only_pages_of_a_file_are_given_back(tmp_path: Path) -> None:
     torch.save({"x": x}, tmp_path / "x.bin")
     mapped = torch.load(tmp_path / "x.bin", mmap=True)["x"]
     assert weights._is_file(mapped) is (sys.platform == "linux")
-    assert torch.equal(weights._materialize(False, x, dtype=torch.float64), x.double()) and x[-1] == 2**20 - 1
-    assert torch.equal(weights._materialize(True, mapped), x) and torch.equal(mapped, x)
+    assert torch.equal(weights._materialize(False, False, x, dtype=torch.float64), x.double()) and x[-1] == 2**20 - 1
+    assert torch.equal(weights._materialize(True, False, mapped), x) and torch.equal(mapped, x)
 
 
 def test_a_copy_is_memory_of_its_own_however_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "LEAST_BYTES", 2**18)
     torch.save({"x": torch.arange(8.0)}, tmp_path / "x.bin")
     mapped = torch.load(tmp_path / "x.bin", mmap=True)["x"]
-    assert weights._materialize(True, mapped).data_ptr() != mapped.data_ptr()
-    assert weights._materialize(False, mapped).data_ptr() == mapped.data_ptr()
+    assert weights._materialize(True, False, mapped).data_ptr() != mapped.data_ptr()
+    assert weights._materialize(False, False, mapped).data_ptr() == mapped.data_ptr()
 
 
 def test_what_it_takes_the_place_of_is_there() -> None:

@@ -18,6 +18,7 @@ from siliang.language import Bilingual, local
 from siliang.methods import method_of
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.prompt import PROMPT_KEY, Prompt
+from siliang.ops.stored import plain
 from siliang.types import AdapterError, first_line
 from siliang.weight_files import WEIGHTS_NAME, read_weights
 
@@ -54,11 +55,11 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     found = {}
     for key, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        if plain.numel() and plain.untyped_storage().data_ptr() in seen:
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        found[key] = plain
+        own = plain(tensor.detach()).cpu().contiguous()
+        if own.numel() and own.untyped_storage().data_ptr() in seen:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        found[key] = own
     return found
 
 

@@ -13,6 +13,7 @@ from siliang.hardware import find_device
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.models.invented import invented_modules
+from siliang.ops.stored import as_kept
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import load_base
 from siliang.tasks import task_of
@@ -47,16 +48,17 @@ class CachedBase:
         *,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        kept: torch.dtype | None = None,
     ) -> Any:
         """Returns the base model for a run. After the run, `store` caches it again."""
-        key = _key(config, labels, dtype)
+        key = _key(config, labels, dtype, kept)
         model, self._model = self._model, None  # a run that fails does not store it again
         if model is not None and key == self._key:
             return model
         del model
         free_memory()
         with PeakMemory(device or find_device()) as memory:
-            fresh = load_base(config, labels, tokenizer, dtype=dtype, device=device)
+            fresh = load_base(config, labels, tokenizer, dtype=dtype, device=device, kept=kept)
         self.loading_bytes = memory.peak_bytes
         self.loads += 1
         self._key, self._checksums = key, checksums(fresh)
@@ -91,6 +93,7 @@ def _checksum(tensor: torch.Tensor) -> int:
     Every weight is odd, so a change of one integer always changes the sum. The weights are random, so a change of
     several integers, such as another order, goes undetected with a probability of at most 2^-32.
     """
+    tensor = as_kept(tensor)
     if not tensor.numel():
         return 0
     size = tensor.element_size()
@@ -114,7 +117,9 @@ def _weights(device: torch.device) -> torch.Tensor:
     return (torch.randint(-(2**62), 2**62, (CHUNK,), generator=generator) * 2 + 1).to(device)
 
 
-def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tuple[object, ...]:
+def _key(
+    config: RunConfig, labels: list[str] | None, dtype: torch.dtype, kept: torch.dtype | None
+) -> tuple[object, ...]:
     quantized = config.quantization.model_dump_json() if config.quantization else None
     model = task_of(config).model
     # the seed of the run initializes a new head
@@ -128,5 +133,6 @@ def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tup
         quantized,
         tuple(config.data.add_tokens),
         dtype,
+        kept,
         seed,
     )

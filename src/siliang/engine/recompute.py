@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import checkpoint_layers
 from siliang.models.introspect import checkpointed_layers
+from siliang.ops.stored import as_kept
 
 FLAG = "gradient_checkpointing"  # of transformers' modules that can recompute
 
@@ -113,7 +114,7 @@ class Recompute:
     @contextmanager
     def _measuring(self, tokens: int) -> Iterator[None]:
         parameters = (p for p in self._model.parameters() if not isinstance(p, DTensor))
-        seen: set[int] = {p.untyped_storage().data_ptr() for p in parameters}
+        seen: set[int] = {as_kept(p).untyped_storage().data_ptr() for p in parameters}
         found = [0.0] * len(self.layers)
         now = -1
 
@@ -133,10 +134,11 @@ class Recompute:
         def pack(x: Tensor) -> Tensor:
             if any(isinstance(w, nn.Parameter) for w in (x, x._base)):  # a sharded one moves at each gathering
                 return x
-            where = x.untyped_storage().data_ptr()
+            kept = as_kept(x).untyped_storage()
+            where = kept.data_ptr()
             if now >= 0 and where not in seen:
                 seen.add(where)
-                found[now] += x.untyped_storage().nbytes()
+                found[now] += kept.nbytes()
             return x
 
         handles = [layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(self.layers)]

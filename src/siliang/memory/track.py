@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from siliang.ops.place import kind_of
+from siliang.ops.stored import StoredWeight, as_kept
 from siliang.records import CATEGORIES, Category
 
 DEVICE = torch.ops.prim.device.default
@@ -117,10 +118,12 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: OpOverload,
-        types: object,
+        types: Iterable[type],
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        if any(issubclass(kind, StoredWeight) for kind in types):
+            return NotImplemented  # its own operators are counted, which convert it
         if func is DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # a shortcut: this is called twice as often as all other operators
         out = func(*args, **(kwargs or {}))
@@ -200,6 +203,7 @@ class Tracker(TorchDispatchMode):
     def _track(self, x: Tensor, func: OpOverload | None = None) -> TrackedStorage:
         if isinstance(x, DTensor):
             x = x._local_tensor
+        x = as_kept(x)
         storage = x.untyped_storage()
         key = storage._cdata
         if (known := self._alive.get(key)) is not None:

@@ -25,6 +25,7 @@ from siliang.methods.low_rank import LowRank, LowRankLinear
 from siliang.methods.method import Adapter
 from siliang.models.introspect import features, is_linear
 from siliang.models.quantized import is_quantized
+from siliang.ops.stored import is_fake
 from siliang.types import AdapterError, ConfigError
 
 SIDES = ("lora_A", "lora_B")
@@ -153,7 +154,7 @@ def learned_for(layer: nn.Module, path: str, config: LoraConfig) -> Factors | No
         return found.factors
     if not row.state_needed or not is_linear(layer):
         return None
-    if isinstance(layer.weight, FakeTensor) or layer.weight.is_meta:  # of a plan or a check: the sizes count
+    if is_fake(layer.weight) or layer.weight.is_meta:  # of a plan or a check: the sizes count
         return None
     assert row.from_data is not None
     raise ConfigError(

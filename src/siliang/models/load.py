@@ -44,6 +44,7 @@ def load_model(
     quantization: QuantizationConfig | None = None,
     shardable: bool = False,
     device: torch.device | None = None,
+    kept: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """A base model in eval mode, with its weights on the CPU, or, quantized, on `device`.
 
@@ -52,6 +53,7 @@ def load_model(
         dtype: The dtype of the weights that are not quantized.
         quantization: The quantization of the linear layers; the task's head and the output layer are not quantized.
         shardable: Store 4-bit weights in tensors of `SHARDABLE_STORAGE`.
+        kept: The format of the file's matrices, if they stay in it (`StoredWeight`); None if all are converted.
         labels: The classes or tags. The head is new unless the weights have one of this size.
         seed: The seed of weights that the folder does not have, such as a new head, or the pooler of a BERT that was
             trained without one. A method trains and saves them.
@@ -82,7 +84,7 @@ def load_model(
         config.problem_type = spec.problem_type
     if (folder := Path(name)).is_dir() and may_be_too_large(config, folder):
         invented_weights(name, spec, config, revision=revision)  # raises if a shape differs, before memory is allocated
-    with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None):
+    with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None, keeping=kept is not None):
         torch.manual_seed(seed)
         quantized = _quantized(quantization, spec, device or torch.device("cpu"), shardable)
         model = _from_pretrained(name, spec, config, dtype=dtype, revision=revision, **quantized)

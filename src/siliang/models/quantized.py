@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.models.introspect import out_by_in
+from siliang.ops.stored import as_kept
 from siliang.types import ModelError
 
 LAYERS = ("Linear8bitLt", "Linear4bit")
@@ -100,7 +101,7 @@ def quantized_sizes(model: nn.Module) -> list[int]:
 def held_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and the scales of quantized weights, which are neither."""
     for p in model.parameters():
-        yield p
+        yield as_kept(p)
         for name in ("CB", "SCB"):
             if isinstance(getattr(p, name, None), Tensor):
                 yield getattr(p, name)

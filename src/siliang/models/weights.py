@@ -28,6 +28,7 @@ from transformers import core_model_loading
 from siliang.capabilities import why_missing
 from siliang.language import Bilingual, local
 from siliang.memory.free import trim_heap
+from siliang.ops.stored import StoredWeight, may_stay
 
 PIECE_BYTES = 16 * 2**20  # of the file that are in memory at a time, in each of transformers' threads
 QUANTIZING = {4: 12, 8: 8}  # bytes per weight that bitsandbytes needs on a CPU for quantization
@@ -56,11 +57,12 @@ def passing_bytes(largest: int, *, bits: int | None, itemsize: int, cuda: bool =
 
 
 @contextmanager
-def piece_by_piece(*, quantizing: bool) -> Iterator[None]:
+def piece_by_piece(*, quantizing: bool, keeping: bool = False) -> Iterator[None]:
     """Within the block, transformers' `from_pretrained` reads weights piece by piece. They are the same, bit for bit.
 
     Args:
         quantizing: Weights are quantized after reading: they are read as copies, which are freed.
+        keeping: Large matrices in half precision become `StoredWeight`s where fp32 is loaded.
     """
     if (missing := why_missing("weights loaded in pieces")) is not None:
         warnings.warn(
@@ -72,7 +74,7 @@ def piece_by_piece(*, quantizing: bool) -> Iterator[None]:
         yield
         return
     original = core_model_loading._materialize_copy
-    core_model_loading._materialize_copy = partial(_materialize, quantizing)
+    core_model_loading._materialize_copy = partial(_materialize, quantizing, keeping)
     try:
         yield
     finally:
@@ -80,12 +82,17 @@ def piece_by_piece(*, quantizing: bool) -> Iterator[None]:
 
 
 def _materialize(
-    copied: bool, tensor: Stored, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+    copied: bool,
+    keeping: bool,
+    tensor: Stored,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A weight of the file on `device`, in `dtype`.
 
     Args:
         copied: Return a copy even if nothing is converted.
+        keeping: As of `piece_by_piece`.
     """
     if copied:
         trim_heap()  # frees the temporary memory of quantizing the previous weight, several times its bytes
@@ -94,6 +101,8 @@ def _materialize(
     kind = mapped.dtype if dtype is None else dtype
     if there == mapped.device and kind == mapped.dtype and not copied:
         return mapped  # stays mapped: the system may share and reclaim its pages
+    if keeping and there.type == mapped.device.type == "cpu" and may_stay(mapped.dtype, kind, mapped.shape):
+        return StoredWeight(mapped, kind)
     if not _is_file(mapped):
         return mapped.to(device=device, dtype=dtype, copy=copied)
     if there.type != "cpu" or not mapped.is_contiguous():

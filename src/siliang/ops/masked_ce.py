@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from siliang.ops.context import Context, DtypeContext
 from siliang.ops.place import kind_of
+from siliang.ops.stored import plain
 
 CHUNK_BYTES = 32 * 2**20  # of fp32 logits at once
 TILE_BYTES = 8 * 2**20  # likewise on a CPU, where a tile should stay in the cache
@@ -151,7 +152,7 @@ def _loss_by_tiles(
     m_N1 = z_whole.new_full((N, 1), torch.finfo(torch.float32).min)
     o_N1 = torch.zeros_like(m_N1)
     for start in range(0, V, tile):
-        W = W_VD[start : start + tile]
+        W = plain(W_VD[start : start + tile])
         low, z = low_NV[:, : len(W)], z_whole[:, : len(W)]
         if b_V is None:
             torch.mm(h_ND, W.t(), out=low)

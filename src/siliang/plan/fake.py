@@ -21,9 +21,11 @@ from siliang.config import QuantizationConfig
 from siliang.data.batch import Batch
 from siliang.language import Bilingual, local
 from siliang.models.base_config import MISFITS
+from siliang.models.invented import READ
 from siliang.models.load import SHARDABLE_STORAGE, kept_whole, model_from_config
 from siliang.models.quantized import empty_quantized
 from siliang.models.spec import ModelSpec
+from siliang.ops.stored import StoredWeight, may_stay
 from siliang.types import ConfigError, ModelError, first_line
 
 
@@ -114,6 +116,26 @@ def make_fake_base(
         kept = [*kept_whole(spec), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
         _quantize(model, quantization, kept, compute_dtype, SHARDABLE_STORAGE if shardable else torch.uint8)
     return model.eval()
+
+
+def keep_stored(base: PreTrainedModel, kept: torch.dtype) -> None:
+    """Keeps the large matrices in the format that they have in the model's files, as loading does; within `fake_mode`.
+
+    Args:
+        base: A model whose parameters are marked as read from files, or, if the files have all, not marked.
+    """
+    marked = any(hasattr(p, READ) for p in base.parameters())
+    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module in list(base.modules()):
+        for name, p in list(module.named_parameters(recurse=False)):
+            if not may_stay(kept, p.dtype, p.shape) or (marked and not getattr(p, READ, False)):
+                continue
+            if id(p) not in made:
+                stored = StoredWeight(torch.empty_like(p, dtype=kept), p.dtype)
+                made[id(p)] = nn.Parameter(stored, requires_grad=p.requires_grad)
+                if marked:
+                    setattr(made[id(p)], READ, True)
+            setattr(module, name, made[id(p)])
 
 
 def to_fake(mode: FakeTensorMode, batch: Batch) -> Batch:

@@ -26,13 +26,14 @@ from siliang.models.positions import Positions
 from siliang.models.quantized import held_tensors, quantized_sizes
 from siliang.models.weights import passing_bytes
 from siliang.ops.place import planned_for
+from siliang.ops.stored import StoredWeight
 from siliang.peft_api.model import PeftModel
 from siliang.peft_api.saved import AdapterToSave
 from siliang.plan.device import Device
-from siliang.plan.fake import fake_mode, make_fake_base, to_fake
+from siliang.plan.fake import fake_mode, keep_stored, make_fake_base, to_fake
 from siliang.plan.rows import cut, synthetic_row
 from siliang.plan.steps import Measured, Phase, baseline_step, measure
-from siliang.run_folder import weight_dtype
+from siliang.run_folder import kept_format, weight_dtype
 from siliang.tasks import task_of
 from siliang.train.checks import check_quantization
 from siliang.types import ConfigError, DataError
@@ -110,10 +111,12 @@ class FakeRun:
                 compute_dtype=self._product_dtype(quantization),
                 attention=baseline.attention if baseline else None,
             )
+            mark_invented(base, list(invented))
+            if (kept := kept_format(self._config, method_row, device.precision, device.kind)) and baseline is None:
+                keep_stored(base, kept)
             self.loading_bytes = self._loading_bytes(base, dtype, new_tokens)
             if task_of(config).model.needs_padding_token and getattr(base.config, "pad_token_id", None) is None:
                 base.config.pad_token_id = 0  # the run takes the tokenizer's
-            mark_invented(base, list(invented))
             if new_tokens:
                 size = base.config.get_text_config().vocab_size + new_tokens
                 base.resize_token_embeddings(size, mean_resizing=False)  # fake embeddings have no mean
@@ -250,7 +253,11 @@ class FakeRun:
 
     def _loading_bytes(self, base: PreTrainedModel, dtype: torch.dtype, new_tokens: int) -> int:
         bits = self._config.quantization.bits if self._config.quantization is not None else None
-        sizes = [p.numel() for p in base.parameters()] if bits is None else quantized_sizes(base)
+        sizes = (
+            [p.numel() for p in base.parameters() if not isinstance(p, StoredWeight)]
+            if bits is None
+            else quantized_sizes(base)
+        )
         cuda = self._device.kind == "cuda"
         passing = passing_bytes(max(sizes, default=0), bits=bits, itemsize=dtype.itemsize, cuda=cuda)
         if new_tokens:  # the new embeddings besides the old ones, and an fp32 copy for their mean

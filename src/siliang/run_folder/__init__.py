@@ -2,6 +2,7 @@
 the folder."""
 
 from siliang.run_folder.changes import changed_base, changed_data, hashes, sources_of, what_changed
+from siliang.run_folder.kept_format import kept_format
 from siliang.run_folder.layout import check_empty, create_output, read_config, write_config
 from siliang.run_folder.model_alone import find_run_or_model
 from siliang.run_folder.opened import (
@@ -36,6 +37,7 @@ __all__ = [
     "find_run",
     "find_run_or_model",
     "hashes",
+    "kept_format",
     "load_base",
     "load_run_tokenizer",
     "open_run",

@@ -362,6 +362,7 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device | None = None,
     quantized: bool = True,
+    kept: torch.dtype | None = None,
 ) -> Any:
     """The run's base model, with its padding token set, and its embeddings grown by the run's new tokens."""
     model = load_model(
@@ -374,6 +375,7 @@ def load_base(
         quantization=config.quantization if quantized else None,
         shardable=config.distributed.strategy == "fsdp",
         device=device,
+        kept=kept,
     )
     if config.data.add_tokens:
         fit_embeddings(model, tokenizer)

@@ -32,7 +32,7 @@ from siliang.methods import Method, find_method
 from siliang.methods.config import PeftConfig
 from siliang.models.own_code import code_of
 from siliang.records import Counts, Device, Predicted, Record, Rows, Seconds
-from siliang.run_folder import changed_base, hashes, load_base, sources_of, weight_dtype
+from siliang.run_folder import changed_base, hashes, kept_format, load_base, sources_of, weight_dtype
 from siliang.tasks import settled, task_of
 from siliang.tasks.labels.problems import begin
 from siliang.tasks.prepare import prepare_data
@@ -259,8 +259,8 @@ def _load(
 ) -> PreTrainedModel:
     """The base model. What is saved later names it by its absolute path."""
     absolute_config = config.model_copy(update={"model": absolute(config.model)})
-    dtype = weight_dtype(method, precision)
-    return base(absolute_config, data.examples.labels, data.tokenizer, dtype=dtype, device=device)
+    dtype, kept = weight_dtype(method, precision), kept_format(config, method, precision, device.type)
+    return base(absolute_config, data.examples.labels, data.tokenizer, dtype=dtype, device=device, kept=kept)
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:

@@ -43,6 +43,7 @@ class Base(Protocol):
         *,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        kept: torch.dtype | None = None,
     ) -> PreTrainedModel: ...
 
 

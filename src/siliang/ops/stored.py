@@ -1,0 +1,121 @@
+"""Frozen weights that stay in the format of their file, bf16 or fp16, where fp32 is computed.
+
+A `StoredWeight` is a tensor of fp32 to everything that reads it. Its numbers are those of the file, which fp32 holds
+exactly: a product converts the weight into a temporary tensor, in the forward pass and again in the backward pass, and
+gives the same bits as with a weight that was converted once. So a weight takes 2 bytes a number and not 4; they are
+pages of the mapped file, which processes share.
+
+Lookups and slices convert only what they take. Whatever would write into the weight is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
+
+HALF = (torch.bfloat16, torch.float16)
+LEAST_NUMBERS = 2**17  # of a weight: smaller ones are converted, since each operator on a StoredWeight costs some 20 us
+aten = torch.ops.aten
+LOOKUPS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor}
+
+
+class StoredWeight(Tensor):
+    """A frozen matrix, which reads as fp32.
+
+    Attributes:
+        stored: Its numbers, as the file has them.
+    """
+
+    stored: Tensor
+
+    @staticmethod
+    def __new__(cls, stored: Tensor, dtype: torch.dtype = torch.float32) -> StoredWeight:
+        made = Tensor._make_wrapper_subclass(
+            cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device
+        )
+        made.stored = stored
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        first, more = args[0] if args else None, dict(kwargs or {})
+        if isinstance(first, StoredWeight):
+            if _is_view(func):  # of which whatever writes into it is an error, too
+                views = func(first.stored, *args[1:], **more)
+                return tree_map_only(Tensor, partial(StoredWeight, dtype=first.dtype), views)
+            if func in LOOKUPS:
+                return func(first.stored, *args[1:], **more).to(first.dtype)
+        _check_unwritten(func, args, more)
+        return func(*tree_map_only(StoredWeight, plain, list(args)), **tree_map_only(StoredWeight, plain, more))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Tensor:
+        """A copy may be trained: it is a plain tensor."""
+        copied = plain(self).clone()
+        if isinstance(self, nn.Parameter):
+            copied = nn.Parameter(copied, requires_grad=self.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+        return f"StoredWeight({tuple(self.shape)}, {self.dtype} from {self.stored.dtype})"
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor itself, or a copy of a stored weight in the format that it reads as, laid out as it is."""
+    return x.stored.to(x.dtype) if isinstance(x, StoredWeight) else x
+
+
+def as_kept(x: Tensor) -> Tensor:
+    """The tensor that takes the memory: the stored numbers of a stored weight."""
+    return x.stored if isinstance(x, StoredWeight) else x
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether the tensor has no values: of a plan."""
+    return isinstance(as_kept(x), FakeTensor)
+
+
+def may_stay(stored: torch.dtype, wanted: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether a weight of a file is kept as it is there.
+
+    Args:
+        stored: Its format in the file.
+        wanted: The format that it is loaded in.
+    """
+    numbers = shape[0] * shape[1] if len(shape) == 2 else 0
+    return stored in HALF and wanted is torch.float32 and numbers >= LEAST_NUMBERS
+
+
+@cache
+def _is_view(func: torch._ops.OpOverload) -> bool:
+    """Whether the operator's results are views of its first argument."""
+    schema: torch.FunctionSchema = func._schema
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def _check_unwritten(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        RuntimeError: The operator writes into a stored weight.
+    """
+    schema: torch.FunctionSchema = func._schema
+    if not schema.is_mutable:
+        return
+    for i, argument in enumerate(schema.arguments):
+        given = args[i] if i < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, StoredWeight):
+            raise RuntimeError(f"{func} would write into a frozen weight that is kept as its file has it")

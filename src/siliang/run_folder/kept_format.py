@@ -1,0 +1,56 @@
+"""Whether a run's frozen weights stay in the format of their file: 2 bytes a number where fp32 is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from siliang.config import RunConfig
+from siliang.hardware import Choice
+from siliang.hub import cached_file
+from siliang.methods import Method
+from siliang.models.folder import CONFIG, weight_files
+from siliang.ops.stored import HALF, may_stay
+
+FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16}  # by the names of safetensors
+
+
+def kept_format(config: RunConfig, method: Method, precision: Choice, device: str) -> torch.dtype | None:
+    """The format in which the run keeps its base model's frozen matrices; None if all are converted to fp32.
+
+    They are kept on a CPU that computes in fp32, if no weight of the base model is trained, quantized, sharded or
+    resized, and if the files have them in bf16 or fp16.
+    """
+    if config.train.frozen_weights == "converted" or device != "cpu" or precision.dtype is not torch.float32:
+        return None
+    if config.quantization is not None or config.data.add_tokens or not method.freezes_the_base:
+        return None
+    if config.distributed.strategy in ("fsdp", "deepspeed"):
+        return None
+    return stored_format(config.model, config.revision)
+
+
+def stored_format(name: str, revision: str | None = None) -> torch.dtype | None:
+    """bf16 or fp16, if all large matrices of a model's files are in it; otherwise, or without local files, None."""
+    folder = Path(name)
+    if not folder.is_dir():
+        found = cached_file(name, CONFIG, revision=revision)
+        if found is None:
+            return None
+        folder = found.parent
+    files = [file for file in weight_files(folder) if file and not file.endswith(".json")]
+    formats: set[torch.dtype | None] = set()
+    try:
+        for file in files:
+            if not file.endswith(".safetensors"):
+                return None
+            with safe_open(folder / file, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118, it is no mapping
+                    weight = weights.get_slice(key)
+                    if may_stay(HALF[0], torch.float32, weight.get_shape()):
+                        formats.add(FORMATS.get(weight.get_dtype()))
+    except (OSError, SafetensorError):  # loading says what is wrong
+        return None
+    return formats.pop() if len(formats) == 1 else None
