@@ -24,6 +24,7 @@ from siliang.hardware import versions
 from siliang.models.own_code import code_of
 from siliang.plan.device import Device
 from siliang.records import MethodPlan
+from siliang.run_folder import stored_format
 
 AMPLE = 8  # times the memory of a step: the shares of a budget (engine/budget.py) are above an eighth
 MORE_BYTES = 2**31  # ... and what the engine sets aside for any model
@@ -56,6 +57,7 @@ def content_key(config: RunConfig, subject: CheckInput, device: Device) -> str:
         run_key(config),
         subject.model_config.to_json_string(use_diff=False),
         code.sha256 if code else None,
+        str(stored_format(config.model, config.revision)),
         subject.invented,
         data.labels,
         data.in_windows,
