@@ -84,9 +84,9 @@ def as_kept(x: Tensor) -> Tensor:
     return x.stored if isinstance(x, StoredWeight) else x
 
 
-def is_fake(x: Tensor) -> bool:
-    """Whether the tensor has no values: of a plan."""
-    return isinstance(as_kept(x), FakeTensor)
+def is_fake(x: object) -> bool:
+    """Whether it is a tensor without values: of a plan."""
+    return isinstance(x, Tensor) and isinstance(as_kept(x), FakeTensor)
 
 
 def may_stay(stored: torch.dtype, wanted: torch.dtype, shape: Sequence[int]) -> bool:
