@@ -220,6 +220,35 @@ def test_each_run_is_that_of_its_own_command(
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
 
 
+def test_initializations_of_lora_leave_the_base_model_as_it_was(
+    model_folders: dict[str, Path], review_file: Path, tmp_path: Path, here: Callable[..., str]
+) -> None:
+    """PiSSA changes the base weights, EVA reads training rows: the runs beside them are those of their own commands."""
+    settings = {
+        "model": str(model_folders["bert"]),
+        "task": "seq_cls",
+        "data": {"train": str(review_file), "test_size": 0.4, "max_length": 32},
+        "train": {"max_steps": 4, "batch_size": 4, "log_every": 1},
+        "accept": ["SL002", "SL003"],
+        "methods": [
+            *({"name": "lora", "label": start, "init_lora_weights": start} for start in ("pissa", "eva")),
+            {"name": "lora", "label": "plain"},
+        ],
+        "seeds": 1,
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(settings))
+    here("compare", tmp_path / "compare.yaml")
+    losses = {}
+    for label in ("pissa", "eva", "plain"):
+        run = tmp_path / "out" / "runs" / label / "seed-42"
+        config = RunConfig.build(yaml.safe_load((run / "run.yaml").read_text()))
+        alone, there = train(config.model_copy(update={"output": str(tmp_path / label)})), Record.read(run)
+        losses[label] = [s.loss for s in there.steps]
+        assert losses[label] == [s.loss for s in alone.steps] and alone.final == there.final, label
+    assert len({tuple(line) for line in losses.values()}) == 3
+
+
 def test_the_table_says_all(killed_then_finished: tuple[Path, dict[str, str], str]) -> None:
     folder, _, printed = killed_then_finished
     head, *rows = printed[printed.index("\nmethod") :].strip().splitlines()
