@@ -201,3 +201,38 @@ def test_a_script_passes_pyrights_strict_mode(tmp_path: Path) -> None:
         [sys.executable, "-m", "pyright", "-p", str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stdout
+
+
+def test_a_text_alone_is_one_text(result: siliang.TrainingResult) -> None:
+    run = siliang.open_run(result.folder)
+    assert siliang.predict(run, "good film") == siliang.predict(run, ["good film"])
+
+
+def test_arguments_of_another_kind_are_errors_in_words(result: siliang.TrainingResult) -> None:
+    run: Any = siliang.open_run(result.folder)
+    anything: Any = siliang
+    cases: list[tuple[Any, tuple[Any, ...], str]] = [
+        (anything.predict, (5, ["a"]), r"run = 5 \(int\): must be the folder of a run"),
+        (anything.predict, (run, ["a", 5]), r"inputs\[1\] = 5 \(int\): must be a text"),
+        (anything.predict, (run, {"a": 1}), r"inputs = .* \(dict\): must be texts"),
+        (anything.predict, (run, None), r"inputs = None"),
+        (anything.evaluate, (run, 5), r"data = 5"),
+        (anything.generate, (run, None), r"instruction = None"),
+        (anything.predict_file, (run, 5, "a.csv"), r"data = 5"),
+        (anything.merge, (None, "a"), r"run = None"),
+        (anything.train, (5,), r"settings = 5 \(int\): must be the path of a run.yaml"),
+    ]
+    for function, arguments, says in cases:
+        with pytest.raises(ConfigError, match=says):
+            function(*arguments)
+
+
+def test_functions_print_nothing(config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    run = siliang.train(config, output=str(tmp_path / "run"))
+    siliang.evaluate(run.folder)
+    siliang.merge(run.folder, tmp_path / "merged")
+    assert capfd.readouterr() == ("", "") and logging.is_progress_bar_enabled()

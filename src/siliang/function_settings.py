@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from siliang.config import RunConfig
+from siliang.function_arguments import as_path
 from siliang.language import Bilingual
 from siliang.safety.safe_yaml import read_yaml
 
@@ -105,8 +106,11 @@ def values_of(settings: Settings | None, changes: Mapping[str, object]) -> dict[
         values: dict[str, object] = settings.model_dump(mode="json", exclude_unset=True)
     elif isinstance(settings, Mapping):
         values = {name: _section(name, value) for name, value in settings.items()}
+    elif settings is None:
+        values = {}
     else:
-        values = read_yaml(Path(settings)) if settings is not None else {}
+        what = Bilingual("the path of a run.yaml, a mapping, or a RunConfig", "run.yaml 的路径、映射或 RunConfig")
+        values = read_yaml(Path(as_path(settings, "settings", what)))
     for name, change in changes.items():
         change = os.fspath(change) if isinstance(change, os.PathLike) else change
         before = _section(name, values.get(name))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
+from siliang.function_arguments import quietly
 from siliang.function_settings import (
     CheckResult,
     ComparisonResult,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # slow to import
 # ---- before a run ----
 
 
+@quietly
 def check(settings: Settings | None = None, **changes: object) -> CheckResult:
     """Checks data, template and settings without training.
 
@@ -61,6 +63,7 @@ def check(settings: Settings | None = None, **changes: object) -> CheckResult:
     return CheckResult(findings, dict(count(subject)))
 
 
+@quietly
 def plan(
     settings: Settings | None = None,
     *,
@@ -111,6 +114,7 @@ def _lacks_output(settings: Settings | None) -> bool:
 # ---- a run ----
 
 
+@quietly
 def train(
     settings: Settings | None = None,
     *,
@@ -150,6 +154,7 @@ def train(
     return TrainingResult(Path(config.output), record, next(iter(verdicts), None))
 
 
+@quietly
 def compare(
     settings: CompareConfig | Settings | None = None,
     *,

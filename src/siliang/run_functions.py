@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from siliang.config import MeasureName
 from siliang.data.example import Example
+from siliang.function_arguments import as_inputs, as_path, as_text, quietly, wrong_kind
 from siliang.language import Bilingual
 from siliang.types import ConfigError
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:  # slow to import
     from siliang.use.sampling import Sampling
 
 
+RUN = Bilingual("the folder of a run, or what open_run gives", "运行的文件夹，或 open_run 的结果")
+FILE = Bilingual("a file, a folder or a name on the hub", "文件、文件夹或 hub 上的名称")
+
+
+@quietly
 def open_run(run: str | os.PathLike[str], *, base: str | None = None, force: bool = False) -> OpenedRun:
     """Loads a run, for several calls of the functions below.
 
@@ -32,13 +38,21 @@ def open_run(run: str | os.PathLike[str], *, base: str | None = None, force: boo
     from siliang.hardware import find_device
     from siliang.run_folder import find_run_or_model, open_trained
 
-    return open_trained(find_run_or_model(Path(run), base=base, force=force), device=find_device())
+    folder = Path(as_path(run, "run", RUN))
+    return open_trained(find_run_or_model(folder, base=base, force=force), device=find_device())
 
 
 def _opened(run: OpenedRun | str | os.PathLike[str]) -> OpenedRun:
-    return open_run(run) if isinstance(run, str | os.PathLike) else run
+    if isinstance(run, str | os.PathLike):
+        return open_run(run)
+    from siliang.run_folder import OpenedRun
+
+    if not isinstance(run, OpenedRun):
+        raise wrong_kind(run, "run", RUN)
+    return run
 
 
+@quietly
 def evaluate(
     run: OpenedRun | str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
@@ -69,12 +83,13 @@ def evaluate(
     settings: dict[str, object] = {} if measures is None else {"measures": list(measures)}
     settings |= {} if rows is None else {"rows": None if rows == "all" else rows}
     opened = with_evaluation(opened, settings) if settings else opened
-    return evaluation(opened, None if data is None else os.fspath(data), batch_size=batch_size)
+    return evaluation(opened, None if data is None else as_path(data, "data", FILE), batch_size=batch_size)
 
 
+@quietly
 def predict(
     run: OpenedRun | str | os.PathLike[str],
-    inputs: Iterable[str | tuple[str, ...] | Example],
+    inputs: str | Iterable[str | Sequence[str] | Example],
     *,
     top: int | None = None,
     min_confidence: float | None = None,
@@ -84,7 +99,7 @@ def predict(
 
     Args:
         run: Its folder, or an opened run.
-        inputs: Texts; pairs of texts; (question, context); or the words of a sentence.
+        inputs: Texts; pairs of texts; (question, context); or the words of a sentence. A text alone is one text.
         top: So many of the most probable classes, in `values()["top"]`. None: only the most probable one.
         min_confidence: Below this probability a prediction is "no label". None: classification.min_confidence of the
             run.
@@ -99,7 +114,8 @@ def predict(
     """
     from siliang.use.predict import predict as predictions
 
-    return list(predictions(_with_classes(_opened(run), top, min_confidence), inputs, batch_size=batch_size))
+    opened = _with_classes(_opened(run), top, min_confidence)
+    return list(predictions(opened, as_inputs(inputs), batch_size=batch_size))
 
 
 def _with_classes(run: OpenedRun, top: int | None, min_confidence: float | None) -> OpenedRun:
@@ -108,6 +124,7 @@ def _with_classes(run: OpenedRun, top: int | None, min_confidence: float | None)
     return replace(run, top=run.top if top is None else top, min_confidence=least)
 
 
+@quietly
 def predict_file(
     run: OpenedRun | str | os.PathLike[str],
     data: str | os.PathLike[str],
@@ -145,11 +162,12 @@ def predict_file(
     from siliang.use.predict_file import check_output
     from siliang.use.predict_file import predict_file as write
 
-    check_output(Path(output))
+    target = Path(as_path(output, "output", Bilingual("a new file", "新的文件")))
+    check_output(target)
     return write(
         _with_classes(_opened(run), top, min_confidence),
-        os.fspath(data),
-        Path(output),
+        as_path(data, "data", FILE),
+        target,
         sampling=sampling,
         system=system,
         batch_size=batch_size,
@@ -157,6 +175,7 @@ def predict_file(
     )
 
 
+@quietly
 def generate(
     run: OpenedRun | str | os.PathLike[str],
     instruction: str,
@@ -208,9 +227,9 @@ def generate(
     )
     return write(
         _opened(run),
-        instruction,
-        input,
-        system=system,
+        as_text(instruction, "instruction"),
+        as_text(input, "input"),
+        system=as_text(system, "system"),
         sampling=sampling,
         plain=plain,
         base=base,
@@ -218,6 +237,7 @@ def generate(
     )
 
 
+@quietly
 def merge(
     run: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -254,6 +274,8 @@ def merge(
                 f"dtype = {dtype!r}: must be {', '.join(numbers)}.", f"dtype = {dtype!r}：应为 {'、'.join(numbers)}。"
             )
         )
-    check_empty(Path(output))
+    folder = Path(as_path(output, "output", Bilingual("a new folder", "新的文件夹")))
+    check_empty(folder)
+    run = as_path(run, "run", Bilingual("the folder of a run", "运行的文件夹"))
     loaded = opened(Path(run), base=base, force=force, dtype=numbers[dtype], quantized=False)
-    return merged(loaded, Path(output), data=None if data is None else os.fspath(data), force=force)
+    return merged(loaded, folder, data=None if data is None else as_path(data, "data", FILE), force=force)
