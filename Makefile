@@ -68,8 +68,8 @@ fmt: .venv/dev  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Unsloth is in .venv-peers, an environment of its own
-bench: .venv/bench  ## siliang against PEFT, TRL and Unsloth on the same steps, in turn, two hours of it; a stopped one goes on; ONLY="W1 W3" for some
+# Unsloth and ms-swift are in .venv-peers, each in an environment of its own
+bench: .venv/bench  ## siliang against PEFT, TRL, Unsloth and ms-swift, in turn, two hours of it; a stopped one goes on; ONLY="W1 W3" for some
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY))
 
 bench-avx2: .venv/bench  ## the same with the instructions of a processor without AVX-512

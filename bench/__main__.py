@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # asks torch for devices
     from bench.record import Setting
 
 
+OWN: tuple[Library, ...] = ("unsloth", "swift")  # peers that have environments of their own
+
+
 def main() -> int:
     """Runs the bench; returns 1 where the gate failed."""
     options = _options()
@@ -132,7 +135,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="W", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--methods", nargs="+", metavar="M", help="only these of the workloads' methods")
-    parser.add_argument("--peers", nargs="+", choices=("peft", "trl", "unsloth"), help="default: all of them")
+    parser.add_argument("--peers", nargs="+", choices=("peft", "trl", *OWN), help="default: all of them")
     parser.add_argument(
         "--pin", action="append", type=_pin, default=[], metavar="PEER: SETTING", help="no search for this peer"
     )

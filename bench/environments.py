@@ -58,6 +58,43 @@ ENVIRONMENTS: dict[Library, Environment] = {
         ),
         first=("unsloth",),
     ),
+    "swift": Environment(
+        alone=("ms-swift==4.6.0",),
+        requirements=(
+            "transformers==5.19.0",
+            "datasets==4.8.4",
+            "trl==0.29.1",
+            "peft==0.20.0",
+            "addict",
+            "aiohttp",
+            "attrdict",
+            "binpacking",
+            "charset-normalizer",
+            "cpm-kernels",
+            "dacite",
+            "einops",
+            "fastapi",
+            "importlib-metadata",
+            "json-repair",
+            "matplotlib",
+            "modelscope",
+            "nltk",
+            "openai",
+            "oss2",
+            "pandas",
+            "pillow",
+            "requests",
+            "rouge",
+            "simplejson",
+            "sortedcontainers",
+            "tensorboard",
+            "tiktoken",
+            "transformers-stream-generator",
+            "uvicorn",
+            "zstandard",
+        ),
+        first=("swift",),
+    ),
 }
 
 
@@ -98,7 +135,18 @@ def variables() -> dict[str, str]:
 
 def versions_in(python: Path) -> dict[str, str]:
     """The versions of the libraries that determine a result."""
-    names = ("torch", "transformers", "accelerate", "datasets", "safetensors", "peft", "trl", "unsloth", "unsloth_zoo")
+    names = (
+        "torch",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "safetensors",
+        "peft",
+        "trl",
+        "unsloth",
+        "unsloth_zoo",
+        "ms_swift",
+    )
     code = "from importlib.metadata import distributions as d; [print(x.name.lower(), x.version) for x in d()]"
     printed = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
     found = dict(line.split() for line in printed.splitlines())

@@ -66,6 +66,10 @@ def builder(library: Library) -> Callable[[RunConfig, Method, Job, PreparedData,
         from bench.trl_trainers import trl_trainer
 
         return trl_trainer
+    if library == "swift":
+        from bench.swift_trainer import swift_trainer
+
+        return swift_trainer
     from bench.unsloth_trainer import unsloth_trainer
 
     return unsloth_trainer

@@ -20,6 +20,7 @@ NAMES: dict[Library, str] = {
     "peft": "PEFT + Trainer",
     "trl": "TRL",
     "unsloth": "Unsloth",
+    "swift": "ms-swift",
 }
 INSTRUCTION_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 Option = Literal["compiled", "reference first"]

@@ -49,7 +49,7 @@ class Plan:
     steps: int | None = None
     warmup: int = 3
     gate_steps: int = 50
-    peers: tuple[Library, ...] = ("peft", "trl", "unsloth")
+    peers: tuple[Library, ...] = ("peft", "trl", "unsloth", "swift")
     all_settings: bool = False
     smoke: bool = False
     searched: tuple[str, ...] | None = None
