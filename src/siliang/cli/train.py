@@ -11,6 +11,7 @@ import typer
 
 from siliang.cli.console import command_line, named
 from siliang.cli.options import Method, Model, Task
+from siliang.environment import importing
 from siliang.language import Bilingual, both, language
 
 if TYPE_CHECKING:
@@ -123,14 +124,15 @@ def train(
 
         _check_code(config)
         raise typer.Exit(launch(devices, sys.argv[1:], config.output))
-    quiet_loading()
-    from siliang.distributed.ranks import find_ranks
-    from siliang.next_steps import next_steps
-    from siliang.plan.preflight import Planner
-    from siliang.run_folder import CONFIG_NAME
-    from siliang.train.run import train as run
-    from siliang.train.types import Listener
-    from siliang.use.learned import what_is_wrong
+    with importing():
+        quiet_loading()
+        from siliang.distributed.ranks import find_ranks
+        from siliang.next_steps import next_steps
+        from siliang.plan.preflight import Planner
+        from siliang.run_folder import CONFIG_NAME
+        from siliang.train.run import train as run
+        from siliang.train.types import Listener
+        from siliang.use.learned import what_is_wrong
 
     planner, ranks = Planner(), find_ranks()
     # torchrun restarts all processes after one was lost, but nodes whose processes survived have no restart count

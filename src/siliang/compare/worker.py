@@ -6,6 +6,7 @@ JSON; the output of libraries goes to the log.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -20,26 +21,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from transformers.utils.logging import disable_progress_bar
+from siliang.environment import importing
 
-from siliang.compare.base import CachedBase
-from siliang.compare.received import Message
-from siliang.config import RunConfig
-from siliang.memory.free import free_memory
-from siliang.plan.preflight import Planner
-from siliang.records import ANSWERS_NAME
-from siliang.terminal import clean_standard_streams
-from siliang.train.log import Progress
-from siliang.train.loop import Training
-from siliang.train.prepare import prepare
-from siliang.train.run import train
-from siliang.train.types import Listener, Run
-from siliang.types import SiliangError
-from siliang.use.answers import collect
+with importing():
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from siliang.compare.base import CachedBase
+    from siliang.compare.received import Message
+    from siliang.config import RunConfig
+    from siliang.memory.free import free_memory
+    from siliang.plan.preflight import Planner
+    from siliang.records import ANSWERS_NAME
+    from siliang.terminal import clean_standard_streams
+    from siliang.train.log import Progress
+    from siliang.train.loop import Training
+    from siliang.train.prepare import prepare
+    from siliang.train.run import train
+    from siliang.train.types import Listener, Run
+    from siliang.types import SiliangError
+    from siliang.use.answers import collect
 
 # loaded before the first run: otherwise their memory would count as that run's
-LIBRARIES = ("sklearn.metrics", "seqeval.metrics")
+LIBRARIES = ("seqeval.metrics",)
 Reply = Callable[[Message], None]
 
 
@@ -51,6 +55,7 @@ def main() -> None:
     disable_progress_bar()
     for name in LIBRARIES:
         importlib.import_module(name)
+    gc.freeze()  # no garbage among the modules: each collection would look through a million objects
     warnings.simplefilter("ignore", FutureWarning)
     requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin, requests), daemon=True).start()

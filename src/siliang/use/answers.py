@@ -14,7 +14,7 @@ from siliang.run_folder import OpenedRun
 from siliang.secrets import redacted_part
 from siliang.tasks.measures import measuring
 from siliang.train.types import Run
-from siliang.use.evaluate import engine_of, measures_of_texts, sums_of
+from siliang.use.evaluate import measures_of_texts
 from siliang.use.generate import generate
 from siliang.use.predict import predict
 
@@ -40,15 +40,15 @@ def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = F
 
 
 def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
-    """Predictions for some of the held-out rows, each with all its entries, and for the prompts."""
+    """Predictions for some of the held-out rows, each with all its entries, and for the prompts. The run has been
+    evaluated."""
     task, numbers = run.task, run.eval_set.column("row")
     if task.replies is None:
         return Answers()
     examples = np.unique(numbers)
     chosen = np.isin(numbers, examples[sample(len(examples), ROWS)])
-    held_out = replace(run.eval_rows, tokens=run.eval_set.select(np.flatnonzero(chosen).tolist()))
-    with engine_of(opened) as engine:
-        found = sums_of(opened, engine, held_out.tokens, task.read).found
+    # of the last evaluation, which was with the weights that the run has now
+    found = {entry: values for entry, values in run.sums.found.items() if chosen[entry]}
     rows = [
         Answer(
             where=run.examples.eval.where(number),
@@ -58,7 +58,7 @@ def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
             correct=reply.correct,
             probability=reply.probability,
         )
-        for number, reply in task.replies(found, held_out)
+        for number, reply in task.replies(found, run.eval_rows)
     ]
     answers = Answers(rows=rows)
     if task.example_prompt is not None:
