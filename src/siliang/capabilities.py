@@ -108,6 +108,11 @@ CAPABILITIES: tuple[Capability, ...] = (
         optional=True,
     ),
     Capability(
+        "kept index of transformers' models",
+        ("transformers.utils.import_utils:create_import_structure_from_path(module_path)",),
+        "each command reads all of transformers' model files",
+    ),
+    Capability(
         "models of fake tensors",
         (
             "torch._subclasses.fake_tensor:FakeTensorMode(allow_non_fake_inputs)",

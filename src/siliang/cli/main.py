@@ -40,6 +40,7 @@ from siliang.cli.console import prepared_console
 from siliang.cli.help_page import in_the_readers_language
 from siliang.cli.own_code import may_run
 from siliang.environment import bound_kernel_caches, quieten_libraries
+from siliang.import_index import keep_index
 from siliang.language import Bilingual, both, language, local, together
 from siliang.secrets import shortened
 from siliang.terminal import shown
@@ -166,6 +167,7 @@ def main() -> None:
     with prepared_console():
         _quieten_libraries()
         bound_kernel_caches()
+        keep_index()
         given, rest = sys.argv[1:], []
         if "--" in given:
             given, rest = given[: given.index("--")], given[given.index("--") :]

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from siliang.environment import importing
+from siliang.import_index import keep_index
 
+keep_index()
 with importing():
     import torch
     from transformers.utils.logging import disable_progress_bar
