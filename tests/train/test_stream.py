@@ -18,7 +18,7 @@ from tiny import WORDS, make, word_tokenizer, write_jsonl
 from siliang.check import find, gather_input
 from siliang.config import DataConfig, RunConfig
 from siliang.data.example_reader import ExampleReader
-from siliang.data.stream import Block, Shares, TokenStream
+from siliang.data.stream import Block, Shares, TokenStream, head
 from siliang.records import Record
 from siliang.run_folder import open_run
 from siliang.tasks import CAUSAL_LM
@@ -288,3 +288,12 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
     while stream.passes < 1:
         stream.block(stream._at)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000
+
+
+def test_a_file_that_is_held_out_whole_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": f"good film {i}"}) + "\n" for i in range(5)))
+    data = DataConfig.model_validate({"train": str(path), "streaming": True, "held_out_rows": 5})
+    reader = ExampleReader(data, CAUSAL_LM.data)
+    with pytest.raises(DataError, match=r"has 5 rows, and data.held_out_rows = 5 holds out all of them"):
+        head(data, reader, Shares.of(data, reader))

@@ -20,8 +20,8 @@ Task = Annotated[
     str | None,
     typer.Option(
         help=both(
-            "causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.",
-            "causal_lm、seq_cls、token_cls、seq_2_seq_lm 或 question_ans。",
+            "causal_lm, preference, reward, seq_cls, token_cls, seq_2_seq_lm, question_ans, embedding or reranker.",
+            "causal_lm、preference、reward、seq_cls、token_cls、seq_2_seq_lm、question_ans、embedding 或 reranker。",
         )
     ),
 ]

@@ -122,8 +122,19 @@ def head(data: DataConfig, reader: ExampleReader, shares: Shares) -> tuple[Examp
     held: list[tuple[str, Example]] = []
     for source, part, n in zip(data.train_sources, shares.parts, shares.held_out, strict=True):
         rows = reader.read(source)
-        held += islice(rows, n)
-        train += islice(rows, max(1, round(part * CHECKED_ROWS)))
+        own = list(islice(rows, n))
+        first = list(islice(rows, max(1, round(part * CHECKED_ROWS))))
+        if own and not first:
+            raise DataError(
+                Bilingual(
+                    f"{source.path} has {len(own):,} rows, and data.held_out_rows = {data.held_out_rows:,} holds out "
+                    "all of them: nothing is left to train on. Lower it, or name held-out rows as data.eval.",
+                    f"{source.path} 有 {len(own):,} 条样本，而 data.held_out_rows = {data.held_out_rows:,} 把它们全部"
+                    "留作验证，没有样本可训练。请减小它，或用 data.eval 指定验证集。",
+                )
+            )
+        held += own
+        train += first
     return ExampleSet.build(train), ExampleSet.build(held) if held else None
 
 

@@ -17,6 +17,7 @@ from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
 from siliang.tasks import LabelHooks
+from siliang.tasks.labels.calibration import at_the_end
 from siliang.train.loop import Training
 from siliang.train.saving import (
     checkpoints,
@@ -53,6 +54,16 @@ def _report_and_choose(run: Run, hooks: LabelHooks) -> None:
     record.class_report = hooks.report(run.sums.found, run.eval_rows)
     if hooks.fit is not None and record.classification is not None:
         record.classification = hooks.fit(record.classification, run.sums.found, run.eval_rows)
+        temperature = record.classification.temperature
+        if temperature is not None and at_the_end(temperature):
+            run.listener.say(
+                both(
+                    f"warning    temperature {temperature:g} is the end of its range: the held-out rows are all right, "
+                    "or no better than chance, and probabilities mean little",
+                    f"警告       温度 {temperature:g} 已到取值范围的尽头：验证集全部正确，或不比随机好，"
+                    "概率没有多少意义",
+                )
+            )
 
 
 def write_peak(record: Record, memory: PeakMemory) -> None:

@@ -19,7 +19,8 @@ from siliang.data.text_files import kind_of
 from siliang.data.turns import listed
 from siliang.language import Bilingual, local
 from siliang.run_folder import OpenedRun
-from siliang.types import DataError, message_of
+from siliang.secrets import short_repr
+from siliang.types import ConfigError, DataError, message_of
 
 ANSWERS = ("output", "completion", "target")  # columns that the file need not have
 JUDGED = ("chosen", "rejected", "responses", "scores", "label")  # answers to choose from, and how good they are
@@ -47,6 +48,7 @@ def read_asked(run: OpenedRun, source: str, system: str = "") -> Iterator[AskedR
 
     Raises:
         DataError: The file cannot be read, or lacks the columns.
+        ConfigError: The rows are texts without a template, and there is a system message.
     """
     data = run.config.data
     reading = Reading(data.header, "auto", data.separator, keeps_empty=True)
@@ -62,6 +64,15 @@ def read_asked(run: OpenedRun, source: str, system: str = "") -> Iterator[AskedR
             found: Conversation | Text | None = asked if text.strip() else None
         else:
             found = _asked(run, row)
+        if system and isinstance(found, Text):
+            raise ConfigError(
+                Bilingual(
+                    f"system = {short_repr(system)}: {row.where} is a text that is continued without a template, where "
+                    "a system message has no place: leave it out.",
+                    f"system = {short_repr(system)}：{row.where} 是不用模板直接续写的文本，没有系统消息的位置："
+                    "请去掉。",
+                )
+            )
         if system and isinstance(found, Conversation) and found.messages[0].role != "system":
             found = replace(found, messages=(Message("system", system), *found.messages))
         yield AskedRow(row.values, found)

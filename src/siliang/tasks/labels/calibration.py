@@ -62,6 +62,11 @@ def _temperature(slope: Callable[[float], float]) -> float:
     return 2 / (low + high)
 
 
+def at_the_end(temperature: float) -> bool:
+    """Whether a temperature is the highest or the lowest that is looked for: the rows say nothing of the best one."""
+    return temperature >= 0.99 / FLATTEST or temperature <= 1.01 / STEEPEST
+
+
 def ece(confidence: np.ndarray, correct: np.ndarray) -> float:
     """The expected calibration error.
 
