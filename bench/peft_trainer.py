@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+from datasets import Dataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -81,6 +82,12 @@ def padding(data: PreparedData) -> int:
     """The token that fills gaps."""
     assert data.tokenizer.pad_token_id is not None
     return data.tokenizer.pad_token_id
+
+
+def token_rows(data: PreparedData) -> Dataset:
+    """The rows as the libraries that ask for a Dataset take them."""
+    rows = (data.train[i] for i in range(len(data.train)))
+    return Dataset.from_list([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
 
 
 def peft_trainer(config: RunConfig, method: Method, job: Job, data: PreparedData, folder: Path) -> Trainer:

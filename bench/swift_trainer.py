@@ -7,10 +7,9 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from datasets import Dataset
 from transformers import Trainer
 
-from bench.peft_trainer import arguments_of
+from bench.peft_trainer import arguments_of, token_rows
 from bench.record import Job
 from bench.workloads import Method
 from siliang.config import RunConfig
@@ -52,10 +51,8 @@ def swift_trainer(config: RunConfig, method: Method, job: Job, data: PreparedDat
     )
     pipeline = SwiftSft(arguments)
     model: Any = pipeline.prepare_model(arguments, pipeline.model, template=pipeline.template, train_dataset=None)
-    table = data.train.table.select_columns(["input_ids", "labels"])
-    assert isinstance(table, Dataset)  # the rows of a run are
     trainer = TrainerFactory.get_trainer_cls(arguments)(
-        model=model, args=arguments.training_args, template=pipeline.template, train_dataset=table
+        model=model, args=arguments.training_args, template=pipeline.template, train_dataset=token_rows(data)
     )
     trainer.get_train_dataloader = MethodType(Trainer.get_train_dataloader, trainer)
     return trainer

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 
-from bench.peft_trainer import adapter_settings, arguments_of, base_model, padding, with_adapter
+from bench.peft_trainer import adapter_settings, arguments_of, base_model, padding, token_rows, with_adapter
 from bench.record import Job
 from bench.workloads import Method
 from siliang.config import RunConfig
@@ -45,7 +45,7 @@ def sft_trainer(model: Any, config: RunConfig, job: Job, data: PreparedData, fol
     if not isinstance(table, Dataset):  # few rows are in a small table
         table = Dataset.from_dict({name: table[name] for name in table.column_names})
     tokenizer: Any = data.tokenizer
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=table, processing_class=tokenizer)
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=token_rows(data), processing_class=tokenizer)
     if job.setting.dtype == "fp32":
         for p in model.parameters():  # on a quantized base TRL turns the adapter to bf16, whatever was asked for
             p.data = p.data.float() if p.requires_grad else p.data
