@@ -22,7 +22,7 @@ from typing import Any, Literal
 from bench.environments import ENVIRONMENTS, ROOT, python_of, variables, versions_in
 from bench.folders import make_ready
 from bench.record import NAMES, Job, Measurement, Setting, code_sha256, instructions, read_records
-from bench.settings import DEFAULT, Tried, chosen, search
+from bench.settings import DEFAULT, Tried, chosen, search, trains
 from bench.workloads import Library, Workload
 from siliang.hardware import describe_device, find_device, has_bf16, versions
 
@@ -111,7 +111,9 @@ class Bench:
 
     def _run(self, workload: Workload, method: str) -> None:
         plan = self.plan
-        peers: list[Library] = [p for p in plan.peers if p in workload.layouts and is_there(p)]
+        peers: list[Library] = [
+            p for p in plan.peers if p in workload.layouts and trains(p, workload.method(method)) and is_there(p)
+        ]
         timed = "time" in plan.parts and (plan.searched is None or workload.name in plan.searched)
         tried = self._search(workload, method, peers) if timed else []
         entries = chosen(workload, tried, [] if plan.pinned else peers)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench.record import Option, Setting
-from bench.workloads import Layout, Library, Workload
+from bench.workloads import Layout, Library, Method, Workload
 from siliang.types import TaskType
 
 DEFAULT = Setting(dtype="fp32", layout="padded")  # of the libraries, without settings
@@ -44,6 +44,13 @@ def search(
         if tried:
             best_of(iter([_changed(tried[0][2], options=[*tried[0][2].options, option])]))
     return tried
+
+
+def trains(library: Library, method: Method) -> bool:
+    """Whether a library has a method; what it has not is left out."""
+    if library == "unsloth":
+        return method.peft == "LoraConfig"
+    return library != "swift" or (method.peft == "LoraConfig" and not method.quantized)
 
 
 def options(library: Library, workload: Workload) -> tuple[Option, ...]:

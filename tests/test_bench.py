@@ -16,7 +16,7 @@ from bench.gate import compare
 from bench.methods_page import BEGIN, DOCS, END, RECORD, Line, read_lines, tables
 from bench.methods_table import ENTRIES, chosen_rate, climb
 from bench.record import Job, Measurement, Setting, read_records
-from bench.settings import DEFAULT, chosen, search
+from bench.settings import DEFAULT, chosen, search, trains
 from bench.steps import set_start, start_sha256
 from bench.table import render
 from bench.unsloth_settings import variables_of
@@ -117,6 +117,13 @@ def test_the_best_setting_is_found_part_by_part() -> None:
     assert chosen(WORKLOADS["W1"], tried, ["unsloth"]) == [("unsloth", tried[0][2]), ("unsloth", DEFAULT)]
     assert str(tried[0][2]) == "bf16 storage, grouped, compiled"
     assert Setting.parse(str(tried[0][2])) == tried[0][2]
+
+
+def test_a_library_is_measured_on_the_methods_that_it_has() -> None:
+    labels = {(w, m.label) for w in ("W2", "W4") for m in WORKLOADS[w].methods if trains("unsloth", m)}
+    assert labels == {("W2", "lora"), ("W4", "qlora")}
+    assert all(trains("peft", m) for w in WORKLOADS.values() for m in w.methods)
+    assert not trains("swift", WORKLOADS["W4"].method("qlora"))
 
 
 def test_a_peer_of_its_own_environment_is_given_its_settings() -> None:
