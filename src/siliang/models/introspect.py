@@ -320,6 +320,15 @@ def is_gelu(kind: type[nn.Module]) -> bool:
     return "gelu" in kind.__name__.lower()
 
 
+SILU = ("SiLU", "SiLUActivation")  # of torch and of transformers
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether it has the parts of Llama's feed-forward layer, gated by SiLU."""
+    parts = module._modules
+    return type(parts.get("act_fn")).__name__ in SILU and {"gate_proj", "up_proj", "down_proj"} <= parts.keys()
+
+
 def rms_eps(module: nn.Module) -> float:
     """The epsilon of a root-mean-square norm."""
     return next(getattr(module, name) for name in RMS_EPS if hasattr(module, name))
