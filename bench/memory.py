@@ -34,6 +34,7 @@ from transformers import AutoConfig
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.distributed.sharding import average_gradients, fake_mesh, is_sharded, rank_mesh, reshard, shard
 from siliang.engine.attach import attach
+from siliang.engine.batches import SEPARATE
 from siliang.engine.step import Engine
 from siliang.hardware import Choice, find_device
 from siliang.methods import METHODS, find_method
@@ -176,7 +177,11 @@ FORMATS = ("fp32", "bf16", "nf4")  # and int8, and kept (fp32 with weights kept 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the table."""
+    """One cell of the table.
+
+    Attributes:
+        shared: The rows have their first 48 tokens in common.
+    """
 
     model: str
     method: str
@@ -185,9 +190,11 @@ class Case:
     kind: str
     ranks: int = 1
     settings: str = ""
+    shared: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model:<8} {self.method:<14} {self.layout} {self.layers:<10} {self.kind} {self.settings}".rstrip()
+        settings = self.settings or ("shared" if self.shared else "")
+        return f"{self.model:<8} {self.method:<14} {self.layout} {self.layers:<10} {self.kind} {settings}".rstrip()
 
     @property
     def layout(self) -> str:
@@ -232,7 +239,11 @@ class Case:
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of several lengths."""
-        return [synthetic_row(self.config(), n) for n in LENGTHS]
+        rows = [synthetic_row(self.config(), n) for n in LENGTHS]
+        if self.shared:
+            for i, row in enumerate(rows):
+                row["input_ids"] = [1] * 48 + [2 + i] * (len(row["input_ids"]) - 48)
+        return rows
 
 
 def cases(ranks: int = 1) -> Iterator[Case]:
@@ -256,6 +267,7 @@ def predict(case: Case, folder: Path) -> int:
     with fake_mesh(case.ranks) as mesh:
         saved = save_model(case, folder) if case.kind == "kept" else None
         fake_run = FakeRun(case.config(saved), config, device, quantization=case.quantization, mesh=mesh)
+        fake_run.shares = fake_run.engine.shares if case.shared else SEPARATE
         batches = fake_run.batches(case.rows())
         return fake_run.measure(batches, recomputed=fake_run.layers if case.checkpointing else 0).peaks["train"].nbytes
 
@@ -314,7 +326,8 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     model.train()
-    collate = collator_of(case.config(), model, packed=engine.padding is not None)
+    shares = engine.shares if case.shared else SEPARATE
+    collate = collator_of(case.config(), model, packed=engine.padding is not None, shares=shares)
     batches = collate([dict(row) for row in case.rows()])["batches"]
     weight = float(sum(batch.weight for batch in batches))
     autocast = partial(torch.autocast, "cpu", case.precision.dtype, enabled=case.precision.autocast)

@@ -3,6 +3,7 @@ gradient."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from transformers import Glm4Config, Glm4ForCausalLM, Qwen3Config, Qwen3ForCausa
 import siliang
 from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
-from siliang.engine.batches import SEPARATE, Sharing, StepCollator
+from siliang.engine.batches import EVERYWHERE, SEPARATE, Sharing, StepCollator
+from siliang.engine.order import by_beginnings
 from siliang.engine.padding import PaddingFree
 from siliang.engine.sharing import find_shares
 from siliang.engine.step import Engine
@@ -27,7 +29,7 @@ from siliang.tasks import CAUSAL_LM, SEQ_CLS
 from tests.engine.test_engine import METHODS as COMMON
 from tests.engine.test_engine import SHAPE, model_of
 
-BOTH = Sharing(training=True, evaluation=True)
+BOTH = EVERYWHERE
 
 
 def rows_in_a_tree() -> list[dict[str, Any]]:
@@ -79,7 +81,7 @@ def compare(model: Any, config: Any, *, checkpointing: bool = False, plain: bool
         expected = model(**padded(rows_in_a_tree())).loss
         expected.backward()
     else:
-        apart = Engine(model, CAUSAL_LM, share=False)
+        apart = Engine(model, CAUSAL_LM, share=SEPARATE)
         expected, _ = step(model, apart)
         apart.close()
     wanted = gradients(model)
@@ -193,8 +195,64 @@ def test_a_layer_that_looks_ahead_is_found() -> None:
     assert shares == SEPARATE and "other results than separate rows" in note
 
 
+def test_the_cache_of_frozen_layers_holds_whole_rows() -> None:
+    config = siliang.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, layers_to_transform=[1])
+    losses, kept = list[float](), list[Any]()
+    for share in (EVERYWHERE, SEPARATE):
+        model = siliang.get_peft_model(family("llama"), config)
+        model.train()
+        engine = Engine(model, CAUSAL_LM, keep_frozen=True, share=share)
+        assert engine.padding is not None and engine.padding.frozen is not None
+        for rows_at_once in (8, 8, 3):  # filled, read, and read in other batches
+            losses.append(float(step(model, engine, rows_at_once=rows_at_once)[0]))
+            kept.append(gradients(model))
+        assert engine.padding.frozen.hits == 1 + 2
+        engine.close()
+    assert losses == pytest.approx([losses[-1]] * 6, rel=1e-6)
+    for found in kept:
+        assert_all_close(found, kept[-1])
+
+
+def test_in_bf16() -> None:
+    """As near to the truth as separate rows."""
+    model = siliang.get_peft_model(family("llama"), siliang.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    model.train()
+    true, offs = None, list[float]()
+    for share, enabled in ((SEPARATE, False), (SEPARATE, True), (EVERYWHERE, True)):
+        engine = Engine(model, CAUSAL_LM, share=share)
+        collate = StepCollator(PadCollator(0), CAUSAL_LM, 8, shares=engine.shares)
+        batches = collate(rows_in_a_tree())["batches"]
+        engine.run(model, batches, 1.0, autocast=lambda on=enabled: torch.autocast("cpu", torch.bfloat16, enabled=on))
+        found = torch.cat([g.flatten() for g in gradients(model).values()])
+        true = found if true is None else true
+        offs.append(float((found - true).norm() / true.norm()))
+        engine.close()
+    assert offs[2] <= 1.5 * offs[1] < 0.1
+
+
+def test_an_evaluation_takes_rows_that_begin_alike_together() -> None:
+    rows = [rows_in_a_tree()[i] for i in (0, 4, 3, 1, 5, 2)]
+
+    class Tokens:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows]).numpy()
+
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+            return [rows[i] for i in numbers]
+
+    order: Any = by_beginnings(Tokens())  # type: ignore[arg-type]
+    assert sorted(order) == list(range(6))
+    pairs = [{rows[i]["row"], rows[j]["row"]} for i, j in itertools.pairwise(order)]
+    assert ({3, 5} in pairs and {0, 1} in pairs) or {0, 2} in pairs
+    rows[:] = [{"input_ids": [i] * 9, "labels": [i] * 9} for i in (5, 3, 4)]
+    Tokens.lengths = Tokens.lengths[:3]
+    assert list(by_beginnings(Tokens())) == [0, 1, 2]  # type: ignore[arg-type]
+
+
 def test_it_can_be_turned_off() -> None:
-    engine = Engine(family("llama"), CAUSAL_LM, share=False)
+    engine = Engine(family("llama"), CAUSAL_LM, share=SEPARATE)
     assert engine.shares == SEPARATE and not engine.notes
 
 

@@ -27,12 +27,17 @@ SAMPLE = [
     Case("convbert", "lora", False, False, "fp32", settings="pointwise"),
     Case("llama", "lora", False, True, "fp32", settings="corda"),
     Case("bert", "full", False, True, "fp32", ranks=2),
+    Case("llama", "lora", False, True, "fp32", shared=True),
+    Case("bloom", "lora", True, True, "bf16", shared=True),
     Case("embedder", "lora", False, True, "fp32"),
     Case("llama", "lora", False, True, "kept"),
     *(Case(f"bert-{problem}", "lora", False, True, "fp32") for problem in ("several_labels", "number", "ordered")),
 ]
 # and in `make test-long`
 MORE = [
+    Case("llama", "prefix_tuning", False, True, "bf16", shared=True),
+    Case("llama", "prompt_tuning", False, True, "fp32", shared=True),
+    Case("bloom", "bitfit", False, True, "nf4", shared=True),
     Case("qwen3_moe", "lora", True, True, "bf16", settings="experts"),
     Case("convbert", "lora", True, False, "bf16", settings="pointwise-dora"),
     Case("llama", "lora", False, True, "fp32", settings="pissa"),

@@ -63,7 +63,7 @@ class Sharing:
     evaluation: bool = False
 
 
-SEPARATE = Sharing()
+SEPARATE, EVERYWHERE = Sharing(), Sharing(training=True, evaluation=True)
 
 
 @dataclass
@@ -134,7 +134,7 @@ class StepCollator:
 
     def _tree(self, rows: list[dict[str, Any]]) -> Beginnings | None:
         sequences = (sequence for row in rows for sequence in token_bytes(row))
-        return find_beginnings(list(sequences), 8 if "token_type_ids" in rows[0] else 4) if self.packed else None
+        return find_beginnings(list(sequences), token_size(rows[0])) if self.packed else None
 
     def _split(self, rows: list[dict[str, Any]], tree: Beginnings | None) -> list[list[dict[str, Any]]]:
         if tree is not None:
@@ -201,8 +201,13 @@ class StepCollator:
         return Batch(inputs, lengths, weight, keys, None, entries, by_token, sizes, tree)
 
 
+def token_size(row: Mapping[str, Any]) -> int:
+    """The bytes of a token in `token_bytes`."""
+    return 8 if "token_type_ids" in row else 4
+
+
 def token_bytes(row: Mapping[str, Any]) -> list[bytes]:
-    """What the model reads of each sequence of a row: 4 bytes a token, or 8 with its type."""
+    """What the model reads of each sequence of a row: its tokens, with their types if it has these."""
     columns = [row[name] for name in ("input_ids", "token_type_ids") if name in row]
     read = np.asarray(columns, dtype=np.int32).T
     ends = list(accumulate(lengths_of(row), initial=0))

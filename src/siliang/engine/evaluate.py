@@ -20,6 +20,7 @@ from siliang.data.batch import Batch
 from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator, in_steps
+from siliang.engine.order import by_beginnings
 from siliang.engine.step import Engine
 from siliang.engine.whole_step import Context, by_entry, loss_of, on, reference_values
 from siliang.language import Bilingual
@@ -70,8 +71,8 @@ def evaluate(
     Args:
         model: The module to call: the engine's model, or its wrapper of a distributed strategy.
         collator: Makes the batches.
-        steps: The numbers of the entries that are collated together; None for all of `tokens`, in order. ~i
-            marks a dummy entry; it adds nothing.
+        steps: The numbers of the entries that are collated together; None for all of `tokens`, in the order of
+            `entries_of`. ~i marks a dummy entry; it adds nothing.
         reader: Extracts one item per row from the model's output; None to compute only the loss.
         autocast: Returns the context of the computation.
         as_many: Adds dummy batches to those of a step, if every rank needs the same number.
@@ -83,7 +84,7 @@ def evaluate(
     model.eval()
     sums, losses = Sums(), list[torch.Tensor]()
     with torch.no_grad():
-        for step in in_steps(range(len(tokens)), collator.rows_at_once) if steps is None else steps:
+        for step in in_steps(entries_of(tokens, collator), collator.rows_at_once) if steps is None else steps:
             for batch in as_many(collator.numbered(tokens, step)):
                 batch = batch.to(device)
                 sums.weight += batch.weight
@@ -100,6 +101,12 @@ def evaluate(
         sums.loss = math.fsum(torch.stack(losses).tolist()) if losses else 0.0
     sums.found = dict(sorted(sums.found.items()))
     return sums
+
+
+def entries_of(tokens: TokenSet, collator: StepCollator) -> Sequence[int]:
+    """The numbers of the entries in the order of an evaluation: those that begin alike together, if beginnings are
+    shared."""
+    return by_beginnings(tokens) if collator.shares.evaluation else range(len(tokens))
 
 
 def _values(

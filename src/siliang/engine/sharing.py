@@ -11,7 +11,7 @@ from torch import nn
 
 from siliang.adapters.active_rows import looks_ahead
 from siliang.capabilities import why_missing
-from siliang.engine.batches import Sharing
+from siliang.engine.batches import EVERYWHERE, Sharing
 from siliang.engine.padding import LooksAheadError, PaddingFree, no_cache, offset_of, trial_error
 from siliang.engine.randomness import draws_on_fake, find_randomness
 from siliang.language import Bilingual, local, together
@@ -26,6 +26,7 @@ def find_shares(
     padding: PaddingFree,
     vocabulary: int,
     *,
+    wanted: Sharing = EVERYWHERE,
     noise: bool = False,
     comparing: bool = True,
     **more: object,
@@ -35,6 +36,7 @@ def find_shares(
 
     Args:
         model: The module that training calls.
+        wanted: Where they may be shared.
         noise: Training adds noise to the embeddings.
         comparing: Compare the results. False on fake tensors.
         more: Further arguments of the model.
@@ -57,6 +59,8 @@ def find_shares(
         reason = trial_error(error, Bilingual("shared beginnings", "共用开头的样本"))
     if reason is not None:
         return Sharing(), [together(off, reason)]
+    if not wanted.training:
+        return Sharing(evaluation=wanted.evaluation), []
     why = _random_in_training(trial, noise=noise, comparing=comparing)
     if why is None:
         return Sharing(training=True, evaluation=True), []

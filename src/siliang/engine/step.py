@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 from siliang.adapters.active_rows import active_rows, trains_all_layers, trial_inputs
 from siliang.data.batch import Batch
 from siliang.data.task_column import TASK_IDS
-from siliang.engine.batches import Sharing
+from siliang.engine.batches import EVERYWHERE, SEPARATE, Sharing
 from siliang.engine.budget import ADAM_STATE, MemoryBudget
 from siliang.engine.causal import check_causal
 from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
@@ -54,7 +54,7 @@ class Engine:
         task: Task,
         *,
         packing: bool = True,
-        share: bool = True,
+        share: Sharing = EVERYWHERE,
         memory_budget: int | Literal["auto"] | None = None,
         checkpointing: bool = False,
         keep_frozen: bool = False,
@@ -74,7 +74,7 @@ class Engine:
                 is cached.
             keep_reference: Compute the values without the adapter once for each sequence, where the loss takes them. A
                 model without an adapter always keeps them: `keep_reference` computes them before its first step.
-            share: Compute beginnings that sequences share once.
+            share: Where beginnings that sequences share may be computed once.
             all_logits: Why all logits are needed, if they are.
             frozen_tokens: Returns the tokens of all rows whose frozen layers' output will be cached.
             memory_share: This process's share of the free main memory, if several processes train on one machine.
@@ -125,11 +125,11 @@ class Engine:
             elif frozen.why_not:
                 what = Bilingual("the frozen layers are computed in every epoch: ", "冻结的层每个 epoch 都要计算：")
                 self.notes.append(together(what, frozen.why_not))
-        self.shares = Sharing()
-        if self.padding is not None and share:
+        self.shares = SEPARATE
+        if self.padding is not None and share != SEPARATE:
             noise = neftune_alpha is not None
             self.shares, notes = find_shares(
-                model, self.padding, vocabulary, noise=noise, comparing=comparing, **self._trial
+                model, self.padding, vocabulary, wanted=share, noise=noise, comparing=comparing, **self._trial
             )
             self.notes += notes
         self._fused = FusedModules(self._base)

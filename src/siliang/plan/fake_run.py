@@ -16,7 +16,7 @@ from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import shard
 from siliang.engine.attach import attach
-from siliang.engine.batches import SEPARATE, Sharing, StepCollator, lengths_of, most_tokens
+from siliang.engine.batches import EVERYWHERE, SEPARATE, Sharing, StepCollator, lengths_of, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.language import Bilingual
@@ -138,7 +138,7 @@ class FakeRun:
                 self.model,
                 task_of(config),
                 packing=config.train.packing and baseline is None,
-                share=config.train.share_beginnings and baseline is None,
+                share=EVERYWHERE if config.train.share_beginnings and baseline is None else SEPARATE,
                 memory_budget=None,
                 keep_frozen=config.train.keep_frozen and baseline is None and mesh is None,
                 comparing=False,

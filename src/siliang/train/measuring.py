@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from siliang.data.batch import Batch
 from siliang.distributed.sharding import is_sharded
 from siliang.engine.batches import StepCollator
-from siliang.engine.evaluate import Sums, evaluate, metrics_of
+from siliang.engine.evaluate import Sums, entries_of, evaluate, metrics_of
 from siliang.engine.order import shared_steps
 from siliang.engine.random_state import random_state, set_random_state
 from siliang.engine.step import Engine
@@ -34,7 +34,8 @@ def measure(run: Run, engine: Engine, collator: StepCollator, accelerator: Accel
     """The metrics of the held-out rows; every rank must call this. The signatures of measures of texts go into the
     record. The random states are restored, so that the training does not change."""
     ranks, lengths, task = run.ranks, run.eval_set.lengths.tolist(), engine.task
-    steps = shared_steps(range(len(lengths)), lengths, run.config.train.rows_per_step, ranks.size)
+    entries = entries_of(run.eval_set, collator)
+    steps = shared_steps(entries, lengths, run.config.train.rows_per_step, ranks.size)
 
     def autocast() -> AbstractContextManager[None]:
         return accelerator.autocast()

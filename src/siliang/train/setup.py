@@ -12,7 +12,7 @@ from torch import nn
 from siliang.data.collate import PadCollator
 from siliang.distributed import deepspeed
 from siliang.distributed.sharding import ignore_frozen_in_ddp, is_sharded
-from siliang.engine.batches import StepCollator, distinct_tokens, most_tokens
+from siliang.engine.batches import EVERYWHERE, SEPARATE, StepCollator, distinct_tokens, most_tokens
 from siliang.engine.step import Engine
 from siliang.language import local
 from siliang.train.optimizer import OPTIMIZERS
@@ -31,7 +31,7 @@ def make_engine(run: Run) -> Engine:
         run.model,
         run.task,
         packing=t.packing,
-        share=t.share_beginnings,
+        share=EVERYWHERE if t.share_beginnings else SEPARATE,
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
         # a rank's rows change, and a stream's may never come again

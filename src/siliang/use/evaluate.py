@@ -15,7 +15,7 @@ from siliang.data.example_set import bad_rows_message
 from siliang.data.load import load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.tokens import TokenSet, tokenize, usable
-from siliang.engine.batches import StepCollator, in_steps, most_tokens
+from siliang.engine.batches import Sharing, StepCollator, in_steps, most_tokens
 from siliang.engine.evaluate import Sums, metrics_of
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import Engine
@@ -104,7 +104,7 @@ def engine_of(run: OpenedRun) -> Iterator[Engine]:
     """The engine that measured the run in training; removed from the model at the end of the block."""
     # outside of autocast, as in training: what it tries has to come to the same decisions
     t = run.config.train
-    engine = Engine(run.model, run.task, packing=t.packing, share=t.share_beginnings)
+    engine = Engine(run.model, run.task, packing=t.packing, share=Sharing(evaluation=t.share_beginnings))
     try:
         with run.of_task():
             yield engine

@@ -1,0 +1,128 @@
+"""Runs on rows that share their beginnings, with and without computing these once."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_same_losses
+from every_task import make_models, rated_rows, rows_of
+from ranked import train_on, weights_of
+from tiny import WORDS, write_jsonl
+
+from siliang.config import RunConfig
+from siliang.ops.tree_attention import tree_attention
+from siliang.records import Record
+from siliang.run_folder import open_run
+from siliang.train.log import Progress
+from siliang.train.run import train
+from siliang.train.types import Listener
+from siliang.types import InterruptedRunError
+from siliang.use.evaluate import evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+SYSTEM = " ".join(WORDS[i % 23] for i in range(30))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def configured(models: dict[str, Path], task: str, data: Path, output: Path, **train_settings: Any) -> RunConfig:
+    """Three steps of 8 rows behind a system prompt."""
+    rows = rated_rows() if task == "kto" else rows_of(task)
+    for row in rows:
+        key = "instruction" if task == "causal_lm" else "prompt"
+        row[key] = f"{SYSTEM} {row[key]}"
+    settings = {"max_steps": 3, "batch_size": 8, "precision": "fp32", "learning_rate": 1e-3, "log_every": 1}
+    values = {
+        "model": str(models["causal_lm"]),
+        "task": "preference" if task == "kto" else task,
+        "method": {"name": "lora", "r": 4},
+        "data": {"train": str(write_jsonl(data / f"{task}.jsonl", rows)), "test_size": 0.4, "max_length": 64},
+        "train": settings | train_settings,
+        "preference": {"loss": "kto"} if task == "kto" else None,
+        "accept": ["SL042", "SL045"],
+        "output": str(output),
+    }
+    return RunConfig.build(values)
+
+
+def losses_of(record: Record) -> list[float]:
+    return [line.loss for line in record.steps if line.loss is not None]
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "preference", "kto", "reward"])
+def test_a_run_is_that_of_separate_rows(
+    task: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return tree_attention(*args, **kwargs)
+
+    monkeypatch.setattr("siliang.ops.packed_attention.tree_attention", counted)
+    found, shared = list[Record](), list[int]()
+    for share in (True, False):
+        found.append(train(configured(models, task, tmp_path, tmp_path / str(share), share_beginnings=share)))
+        shared.append(len(calls))
+    assert shared[0] >= 2 * 3 and shared[1] == shared[0]  # of two layers
+    assert found[0].tokens_trained == found[1].tokens_trained
+    assert_same_losses(*map(losses_of, found))
+    assert found[0].final == pytest.approx(found[1].final, rel=1e-4, abs=1e-5)
+    again = evaluate(open_run(tmp_path / "True"))
+    assert again["loss"] == pytest.approx(found[0].final["loss"], rel=1e-6)
+
+
+def test_stopped_and_resumed(models: dict[str, Path], tmp_path: Path) -> None:
+    whole = train(configured(models, "preference", tmp_path, tmp_path / "whole", max_steps=5))
+    stopped: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 2 and not stopped:
+            stopped.append(progress.step)
+            signal.raise_signal(signal.SIGTERM)
+
+    config = configured(models, "preference", tmp_path, tmp_path / "run", max_steps=5)
+    with pytest.raises(InterruptedRunError):
+        train(config, Listener(progress=stop))
+    assert losses_of(train(config, resume=True)) == losses_of(whole)
+    saved = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "run")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+def test_recomputed_or_within_a_budget(models: dict[str, Path], tmp_path: Path) -> None:
+    whole = train(configured(models, "causal_lm", tmp_path, tmp_path / "whole"))
+    for name, settings in (("all", {"gradient_checkpointing": True}), ("budget", {"memory_budget": "50MB"})):
+        assert losses_of(train(configured(models, "causal_lm", tmp_path, tmp_path / name, **settings))) == losses_of(
+            whole
+        )
+
+
+@pytest.mark.parametrize(
+    ("task", "strategy"),
+    [
+        ("causal_lm", "ddp"),
+        ("preference", "fsdp"),
+        pytest.param("causal_lm", "fsdp", marks=pytest.mark.long),
+        pytest.param("preference", "ddp", marks=pytest.mark.long),
+    ],
+)
+def test_two_ranks_are_as_one(task: str, strategy: str, models: dict[str, Path], tmp_path: Path) -> None:
+    one = configured(models, task, tmp_path, tmp_path / "one")
+    record = train(one)
+    distributed = one.distributed.model_copy(update={"strategy": strategy})
+    two = one.model_copy(update={"output": str(tmp_path / "two"), "distributed": distributed})
+    endings = train_on(two, 2)
+    assert [e.code for e in endings] == [0, 0], endings[0].output
+    other = Record.read(tmp_path / "two")
+    assert losses_of(other) == pytest.approx(losses_of(record), rel=1e-5)
+    assert other.final == pytest.approx(record.final, rel=1e-4, abs=1e-5)
+    found = weights_of(tmp_path / "two")
+    for name, value in weights_of(tmp_path / "one").items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5)
