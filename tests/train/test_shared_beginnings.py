@@ -76,7 +76,8 @@ def test_a_run_is_that_of_separate_rows(
     assert_same_losses(*map(losses_of, found))
     assert found[0].final == pytest.approx(found[1].final, rel=1e-4, abs=1e-5)
     again = evaluate(open_run(tmp_path / "True"))
-    assert again["loss"] == pytest.approx(found[0].final["loss"], rel=1e-6)
+    (loss,) = [line.eval_loss for line in found[0].steps if line.eval_loss is not None]
+    assert again["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_stopped_and_resumed(models: dict[str, Path], tmp_path: Path) -> None:
