@@ -53,10 +53,6 @@ class NotPackableError(Exception):
     """The model has a part that does not work on packed rows."""
 
 
-class LooksAheadError(NotPackableError):
-    """An attention sees later tokens: no state depends on the beginning alone."""
-
-
 class PaddingFree:
     """Runs one model without padding.
 
@@ -67,6 +63,7 @@ class PaddingFree:
         readers: The rows of adapters that compute each in its own way: they get the layout.
         head_takes_packed: The modules after the layers work on packed rows, too (GPT-2 reshapes to the padded batch).
             `why_not` determines it.
+        looks_ahead: An attention that has run sees later tokens: no state depends on the beginning alone.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -94,7 +91,7 @@ class PaddingFree:
         self.frozen: FrozenCache | None = None
         register_attention(ATTENTION, attend)
         self.layout: Layout | None = None
-        self.head_takes_packed = False
+        self.head_takes_packed = self.looks_ahead = False
         self.readers: list[BatchRows] = []
         self._rows: tuple[tuple[int, ...], int] | None = None
         self._keep_packed = self._share = False
@@ -136,6 +133,7 @@ class PaddingFree:
             with attention_implementation(self._config, ATTENTION):
                 yield
         finally:
+            self.looks_ahead |= self.layout is not None and False in self.layout.causal
             self.layout = self._rows = self._tree = None
             for reader in self.readers:
                 reader.layout = None
@@ -272,8 +270,9 @@ def attend(
             Bilingual(f"{type(module).__name__} wants {wanted[0]}", f"{type(module).__name__} 需要 {wanted[0]}")
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    attention_mask.causal.add(causal)
     if attention_mask.tree is not None and not causal:
-        raise LooksAheadError(
+        raise NotPackableError(
             Bilingual(f"{type(module).__name__} sees later tokens", f"{type(module).__name__} 能看到后面的词元")
         )
     if sliding_window is not None and not causal:  # a two-sided window: short rows would not detect it

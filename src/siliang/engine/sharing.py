@@ -12,7 +12,7 @@ from torch import nn
 from siliang.adapters.active_rows import looks_ahead
 from siliang.capabilities import why_missing
 from siliang.engine.batches import EVERYWHERE, Sharing
-from siliang.engine.padding import LooksAheadError, PaddingFree, no_cache, offset_of, trial_error
+from siliang.engine.padding import PaddingFree, no_cache, offset_of, trial_error
 from siliang.engine.randomness import draws_on_fake, find_randomness
 from siliang.language import Bilingual, local, together
 from siliang.ops.beginnings import find_beginnings
@@ -50,11 +50,11 @@ def find_shares(
         return Sharing(), [together(off, why)]
     if kind_of(next(model.parameters())) == "cpu" and (missing := why_missing(CASCADE)) is not None:
         return Sharing(), [together(off, missing)]
+    if padding.looks_ahead:  # known before any trial: an error within a sharded forward would leave it gathered
+        return Sharing(), []
     trial = _Trial(model, padding, vocabulary, more)
     try:
         reason = trial.differs(comparing=comparing)
-    except LooksAheadError:
-        return Sharing(), []
     except Exception as error:  # a model may raise any exception on shared rows
         reason = trial_error(error, Bilingual("shared beginnings", "共用开头的样本"))
     if reason is not None:

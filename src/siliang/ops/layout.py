@@ -6,7 +6,7 @@ Shapes: S sequences, T tokens of all of them, H heads, K head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -71,12 +71,14 @@ class Layout:
         width: Columns of the padded batch.
         index: The place of each token in the flattened batch, (T,); of a shared one, that in one of its sequences.
         tree: The tree of the sequences; None where each token is of one sequence.
+        causal: Whether the attentions that used it so far were causal.
     """
 
     lengths: tuple[int, ...]
     width: int
     index: Tensor
     tree: Beginnings | None = None
+    causal: set[bool] = field(default_factory=set[bool])
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], width: int, device: torch.device, tree: Beginnings | None = None) -> Layout:
