@@ -29,6 +29,7 @@ class Batch:
         by_token: The weight is of labelled tokens; otherwise of entries.
         sizes: Sequences of each entry; empty where each is one.
         tree: The tree of the sequences, if they share their beginnings.
+        labelled: For a model that writes, the number of each sequence's targets.
     """
 
     inputs: dict[str, Tensor]
@@ -40,6 +41,7 @@ class Batch:
     by_token: bool = False
     sizes: tuple[int, ...] = ()
     tree: Beginnings | None = None
+    labelled: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sizes or self.lengths)
@@ -69,7 +71,8 @@ class Batch:
 
     def dummy(self) -> Batch:
         """The same rows with zero weight. A rank without rows runs this batch so that collectives match."""
-        return replace(self, weight=0, targets=None if self.targets is None else self.targets[:, :0], entries=())
+        targets = None if self.targets is None else self.targets[:, :0]
+        return replace(self, weight=0, targets=targets, entries=(), labelled=(0,) * len(self.labelled))
 
     def halves(self) -> list[Batch]:
         """The same entries in two batches; of a single one, the batch itself."""
@@ -97,6 +100,7 @@ class Batch:
             entries=self.entries[first:last],
             sizes=self.sizes[first:last],
             tree=None if self.tree is None else tree_of(inputs, self.lengths[start:stop]),
+            labelled=self.labelled[start:stop],
         )
 
 

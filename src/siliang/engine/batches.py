@@ -196,7 +196,8 @@ class StepCollator:
             where = (labels != IGNORED).nonzero().T
             targets = torch.stack((labels[tuple(where)], *where))
             weight = targets.shape[1] if by_token else count
-            return Batch(inputs, lengths, weight, keys, targets, entries, by_token, sizes, tree)
+            labelled = tuple(torch.bincount(targets[1], minlength=len(rows)).tolist())
+            return Batch(inputs, lengths, weight, keys, targets, entries, by_token, sizes, tree, labelled)
         weight = int((inputs["labels"] != IGNORED).sum()) if by_token else count
         return Batch(inputs, lengths, weight, keys, None, entries, by_token, sizes, tree)
 

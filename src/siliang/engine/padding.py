@@ -13,7 +13,7 @@ Shapes: S sequences, W columns of the padded batch, T tokens, V virtual tokens i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from siliang.capabilities import why_missing
 from siliang.engine.frozen import FrozenCache
+from siliang.engine.last_layer import LastLayer, Read
 from siliang.engine.patches import attention_implementation, pack_bloom, register_attention
 from siliang.engine.splits import mixing
 from siliang.language import Bilingual, local
@@ -36,7 +37,7 @@ from siliang.models.introspect import (
 )
 from siliang.ops.beginnings import Beginnings
 from siliang.ops.layout import Layout
-from siliang.ops.packed_attention import packed_attention
+from siliang.ops.read_attention import attention
 from siliang.secrets import shortened
 from siliang.types import first_line, message_of
 
@@ -59,6 +60,7 @@ class PaddingFree:
     Attributes:
         layout: The layout of the batch in the forward pass; None outside of `packed`.
         layers: The model's layer stack.
+        last: The last of them, which may compute the tokens alone that are read.
         frozen: The cache of the lowest layers' output, if it is the same in each epoch.
         readers: The rows of adapters that compute each in its own way: they get the layout.
         head_takes_packed: The modules after the layers work on packed rows, too (GPT-2 reshapes to the padded batch).
@@ -97,6 +99,7 @@ class PaddingFree:
         self._keep_packed = self._share = False
         self._tree: Beginnings | None = None
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
+        self.last = LastLayer(self.layers[-1], self.readers)
         self._handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
         self._handles += [layer.register_forward_hook(self._leave) for layer in {self.layers[0], self.layers[-1]}]
         self._undo = [pack_bloom(m) for m in blooms]
@@ -117,6 +120,7 @@ class PaddingFree:
         keep_packed: bool = False,
         share: bool = False,
         tree: Beginnings | None = None,
+        read: Read | None = None,
     ) -> Iterator[None]:
         """Within the block, which must include the backward pass, the model's layers run without padding.
 
@@ -126,11 +130,16 @@ class PaddingFree:
             keep_packed: The modules after the layers get (1, T, D), too.
             share: Virtual tokens may be computed once, as all beginnings that sequences share.
             tree: The tree of the sequences, if they are to share their beginnings.
+            read: Chooses the tokens that the last layer computes; None for all. Then T is their number, and there are
+                zeros in the places of the others.
         """
         self._rows, self._keep_packed = (lengths, width), keep_packed
         self._share, self._tree = share, tree
         try:
-            with attention_implementation(self._config, ATTENTION):
+            with (
+                attention_implementation(self._config, ATTENTION),
+                self.last.reading(read) if read else nullcontext(),
+            ):
                 yield
         finally:
             self.looks_ahead |= self.layout is not None and False in self.layout.causal
@@ -178,10 +187,11 @@ class PaddingFree:
             self.frozen.note_output(output)
         if layer is not self.layers[-1] or self._rows is None or self._keep_packed:
             return None
-        assert self.layout is not None
+        layout = self.last.layout or self.layout
+        assert layout is not None
         if isinstance(output, tuple):
-            return (self.layout.unpack(output[0]), *output[1:])
-        return self.layout.unpack(output)
+            return (layout.unpack(output[0]), *output[1:])
+        return layout.unpack(output)
 
     def _pack(self, value: object) -> object:
         """Packs rotary tables, positions and other tensors with a row per column of the batch, each once per step."""
@@ -281,7 +291,7 @@ def attend(
                 f"{type(module).__name__} has a window to both sides", f"{type(module).__name__} 使用双向滑动窗口"
             )
         )
-    out = packed_attention(
+    out = attention(
         query,
         key,
         value,
@@ -300,7 +310,7 @@ def offset_of(model: nn.Module, expected: Any, found: Any, mask: Tensor) -> floa
     Args:
         mask: The tokens of the padded batch, (S, W).
     """
-    limit = 1e-3 if _dtype(model) == torch.float32 else 0.2
+    limit = 1e-3 if dtype_of(model) == torch.float32 else 0.2
     for one, other in zip(_answers(expected, mask), _answers(found, mask), strict=True):
         off = float((one - other).abs().max()) / (float(one.std()) + 1e-6)
         if not off <= limit:
@@ -333,5 +343,6 @@ def no_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if getattr(getattr(model, "config", None), "is_decoder", False) else {}
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the model's weights."""
     return next(p for p in model.parameters() if p.is_floating_point()).dtype

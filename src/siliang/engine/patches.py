@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.ops.layout import Layout
-from siliang.ops.packed_attention import packed_attention
+from siliang.ops.read_attention import attention as attention_of
 
 if TYPE_CHECKING:
     from transformers.models.bloom.modeling_bloom import BloomAttention
@@ -129,7 +129,7 @@ def _bloom_attention(
     # positions begin at 0 in each sequence, and padding has none: the longest has them all
     lengths, H = attention_mask.lengths, module.num_heads
     longest = lengths.index(max(lengths))
-    out = packed_attention(
+    out = attention_of(
         q,
         k,
         v,

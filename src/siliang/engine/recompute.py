@@ -62,8 +62,13 @@ class Recompute:
         self._set(count)
 
     @contextmanager
-    def chosen(self, tokens: int) -> Iterator[None]:
-        """Sets the layers for a batch of `tokens` tokens, including computed padding; the first batch is measured."""
+    def chosen(self, tokens: int, *, uneven: bool = False) -> Iterator[None]:
+        """Sets the layers for a batch of `tokens` tokens, including computed padding; the first batch is measured.
+
+        Args:
+            uneven: The last layer computes some of this batch's tokens, and perhaps more of another's: it is taken to
+                need as much as the one before it.
+        """
         if self._always or self._budget.limit is None or not self.layers:
             yield
             return
@@ -71,6 +76,8 @@ class Recompute:
             self._set(0)
             with self._measuring(tokens):
                 yield
+            if uneven:
+                self.bytes_per_token[-1] = max(self.bytes_per_token[-2:])
             self._room = self._budget.for_activations()
             return
         self._set(self.needed(tokens))

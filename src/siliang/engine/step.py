@@ -24,6 +24,7 @@ from siliang.engine.fused import FusedModules
 from siliang.engine.head_loss import HeadLoss
 from siliang.engine.noise import EmbeddingNoise
 from siliang.engine.padding import NotPackableError, PaddingFree
+from siliang.engine.reads import ReadingTrial, Reads, tensors_of
 from siliang.engine.recompute import Recompute
 from siliang.engine.reference_store import ReferenceStore
 from siliang.engine.sharing import find_shares
@@ -145,6 +146,14 @@ class Engine:
         ):
             self.notes.append(together(Bilingual("the loss takes all logits: ", "计算损失时使用全部 logits："), reason))
             self._head = None
+        self._reads: Reads | None = None
+        if self.padding is not None:
+            pad = getattr(self._base.config, "pad_token_id", None)
+            trial = ReadingTrial(self.padding.last, self._results, model, task, vocabulary, pad)
+            self._reads, reason = trial.find(comparing=comparing)
+            if reason is not None:
+                what = Bilingual("the last layer computes all tokens: ", "最后一层计算所有词元：")
+                self.notes.append(together(what, reason))
 
     def run(
         self,
@@ -271,12 +280,14 @@ class Engine:
         share = self.shares.training if self._training else self.shares.evaluation
         tree = batch.tree if share else None
         tokens = (tree.tokens if tree else batch.tokens) if padding else batch.width * len(batch.lengths)
+        read = self._reads(batch) if self._reads else None
         packed = partial(padding.packed, share=share, tree=tree, keep_packed=self._keeps_packed) if padding else None
+        uneven = read is not None and self.task.writes
         with (
             self._fused.on(),
             noise.of(batch.lengths) if noise else nullcontext(),
-            packed(batch.lengths, batch.width) if packed else nullcontext(),
-            self.recompute.chosen(tokens) if torch.is_grad_enabled() else nullcontext(),
+            packed(batch.lengths, batch.width, read=read) if packed else nullcontext(),
+            self.recompute.chosen(tokens, uneven=uneven) if torch.is_grad_enabled() else nullcontext(),
             frozen.batch(batch.keys) if frozen else nullcontext(),
         ):
             yield
@@ -291,7 +302,26 @@ class Engine:
         with head.skipped() as seen:
             model(**self._inputs(batch), use_cache=False)
         layout = self.padding.layout if self.padding and self._keeps_packed else None
+        if layout is not None and self.padding and self.padding.last.layout is not None:  # all that are there are read
+            return seen[0], torch.arange(seen[0].shape[1], device=seen[0].device)
         return seen[0], self._rows(seen[0], batch, layout)
+
+    def _results(self, batch: Batch, reads: Reads | None) -> list[Tensor]:
+        """What is read of the model's output, in a trial."""
+        model, before = self._peft or self._base, (self._reads, self._default)
+        self._reads, self._default = reads, self._trial
+        try:
+            with self._running(batch):
+                if batch.targets is None:
+                    output = model(**self._inputs(batch))
+                    step = self.task.step_loss
+                    return tensors_of(output) if step is None else [step.values(output, batch)]
+                if self._head is None:
+                    return [self._logits(model, batch)]
+                states, rows = self._states(self._head, model, batch)
+                return [states.flatten(0, -2)[rows]]
+        finally:
+            self._reads, self._default = before
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """The model's arguments: without labels, so that the model computes no loss."""

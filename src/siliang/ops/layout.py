@@ -35,6 +35,13 @@ class Bucket:
     width: int
     index: Tensor | None
 
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Bucket:
+        """Of sequences of these lengths."""
+        width = max(lengths)
+        whole = min(lengths) == width
+        return cls(lengths, width, None if whole else Layout.of(lengths, width, device).index)
+
     @property
     def tokens(self) -> int:
         """Of all of them."""
@@ -113,14 +120,8 @@ class Layout:
     def buckets(self) -> tuple[Bucket, ...]:
         """Neighbours of about the same length, which are computed in one; sorted rows make the fewest."""
         kind = kind_of(self.index)
-        found = [[self.lengths[i] for i in group] for group in neighbours(self.lengths, kind)]
-        buckets: list[Bucket] = []
-        for lengths in found:
-            width = max(lengths)
-            whole = min(lengths) == width
-            index = None if whole else Layout.of(tuple(lengths), width, self.index.device).index
-            buckets.append(Bucket(tuple(lengths), width, index))
-        return tuple(buckets)
+        found = (tuple(self.lengths[i] for i in group) for group in neighbours(self.lengths, kind))
+        return tuple(Bucket.of(lengths, self.index.device) for lengths in found)
 
     @cached_property
     def places(self) -> Tensor:
