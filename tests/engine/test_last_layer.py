@@ -116,7 +116,29 @@ def test_methods_that_see_more_than_a_linear_layer(method: str) -> None:
         batch.inputs["task_ids"] = torch.arange(len(batch.lengths)) % 3
     engine = Engine(model, CAUSAL_LM)
     assert_same(both_ways(engine, model, batch))
-    assert not engine.notes
+    assert not any("last layer" in note for note in engine.notes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "classes"])
+@pytest.mark.parametrize("prompts", [False, True])
+def test_with_shared_beginnings(kind: str, prompts: bool) -> None:
+    model, task = (make("llama"), CAUSAL_LM) if kind == "llama" else (decoder_of_classes("llama"), SEQ_CLS)
+    if prompts:
+        config = siliang.PromptTuningConfig(task_type=task.adapter_type, num_virtual_tokens=3)
+        model = siliang.get_peft_model(model, config)
+    engine = Engine(model.train(), task)
+    begin = list(range(5, 45))
+    rows = [{"input_ids": [*begin, 50 + i, 60 + i, *[70 + i] * i]} for i in range(4)]
+    for i, row in enumerate(rows):
+        ids = row["input_ids"]
+        row["labels"] = [-100] * 36 + ids[36:] if kind == "llama" else i % 3
+    collate = StepCollator(PadCollator(PAD), task, 8, shares=engine.shares)
+    (batch,) = collate(rows)["batches"]
+    assert batch.tree is not None
+    found = both_ways(engine, model, batch)
+    assert_same(found)
+    batch.tree = None
+    assert_same([found[0], both_ways(engine, model, batch)[1]])
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "bert"])
@@ -275,7 +297,7 @@ def test_activated_lora_counts_tokens() -> None:
     config = siliang.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
     engine = Engine(siliang.get_peft_model(make("llama"), config), CAUSAL_LM)
     assert engine._reads is None
-    assert engine.notes == ["the last layer computes all tokens: AloraLinear counts the tokens of each text"]
+    assert engine.notes[-1] == "the last layer computes all tokens: AloraLinear counts the tokens of each text"
 
 
 def test_the_trial_leaves_no_trace() -> None:
