@@ -139,6 +139,26 @@ def test_in_bf16_it_is_as_exact_as_apart(impl: Any) -> None:
         assert float(ours) <= 1.5 * float(naive)
 
 
+@pytest.mark.parametrize("impl", ["auto", "products", "sdpa", "expanded", "reference"])
+def test_under_autocast_it_computes_in_half(impl: Any) -> None:
+    """Where a rotation has made fp32 of q and k, but not of v."""
+    torch.manual_seed(0)
+    rows = [[1] * 60 + [i] * 50 for i in range(2, 5)]  # longer than what fp32 computes by products
+    tree = tree_of(rows, 16)
+    layout = Layout.of(tuple(map(len, rows)), 110, CPU, tree)
+    q, k, v = (torch.randn(1, 2, tree.tokens, 16).bfloat16() for _ in range(3))
+
+    def run(*own: Tensor) -> list[Tensor]:
+        read = [x.clone().requires_grad_() for x in own]
+        with torch.autocast("cpu", torch.bfloat16, enabled=own[0].dtype != own[2].dtype):
+            out = packed_attention(*read, layout, scaling=0.25, causal=True, impl=impl)
+        out.float().square().sum().backward()
+        return [out, *(x.grad for x in read if x.grad is not None)]
+
+    for found, expected in zip(run(q.float(), k.float(), v), run(q, k, v), strict=True):
+        assert torch.equal(found.to(expected.dtype), expected)
+
+
 def test_packing_and_back() -> None:
     rows = [[1, 2, 3, 4], [1, 2, 5], [6], [1, 2]]
     tree, lengths = tree_of(rows, 1), tuple(map(len, rows))

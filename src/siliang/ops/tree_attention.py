@@ -47,7 +47,12 @@ def tree_attention(
     Returns:
         (1, T, H, K).
     """
-    P = k_1GUK.shape[2] - q_1HTK.shape[2]
+    P, device = k_1GUK.shape[2] - q_1HTK.shape[2], q_1HTK.device.type
+    if torch.is_autocast_enabled(device):  # q and k come in fp32 from their rotation, v in half
+        half = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            q, k, v = (x.to(half) for x in (q_1HTK, k_1GUK, v_1GUK))
+            return tree_attention(q, k, v, layout, scaling=scaling, bias_HN=bias_HN, window=window, impl=impl)
     if impl == "reference":
         mask = _whole_mask(layout, P, q_1HTK, bias_HN, window)
         return sdpa(q_1HTK, k_1GUK, v_1GUK, mask, scaling, 0.0).transpose(1, 2)
