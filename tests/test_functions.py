@@ -16,9 +16,10 @@ from tiny import WORDS, write_jsonl
 
 import siliang
 from siliang.config import RunConfig
+from siliang.data.examples import Text
 from siliang.records import Record
 from siliang.safety.safe_yaml import dump_yaml
-from siliang.types import ConfigError, SiliangError
+from siliang.types import ConfigError, DataError, SiliangError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ("check", "plan", "train", "evaluate", "predict", "predict_file", "generate", "compare", "merge")
@@ -216,6 +217,9 @@ def test_arguments_of_another_kind_are_errors_in_words(result: siliang.TrainingR
         (anything.predict, (run, ["a", 5]), r"inputs\[1\] = 5 \(int\): must be a text"),
         (anything.predict, (run, {"a": 1}), r"inputs = .* \(dict\): must be texts"),
         (anything.predict, (run, None), r"inputs = None"),
+        (anything.predict, (run, b"abc"), r"inputs = b'abc' \(bytes\)"),
+        (anything.predict, (run, [None]), r"inputs\[0\] = None \(NoneType\): must be a text"),
+        (anything.predict, (run, [{"text": "a"}]), r"inputs\[0\] = .* \(dict\): must be a text.*predict_file"),
         (anything.evaluate, (run, 5), r"data = 5"),
         (anything.generate, (run, None), r"instruction = None"),
         (anything.predict_file, (run, 5, "a.csv"), r"data = 5"),
@@ -225,6 +229,23 @@ def test_arguments_of_another_kind_are_errors_in_words(result: siliang.TrainingR
     for function, arguments, says in cases:
         with pytest.raises(ConfigError, match=says):
             function(*arguments)
+
+
+def test_texts_that_cannot_be_predicted_are_named(result: siliang.TrainingResult) -> None:
+    run: Any = siliang.open_run(result.folder)
+    anything: Any = siliang
+    cases: list[tuple[Any, Any, str]] = [
+        (anything.predict, ["good", " "], r"inputs\[1\] = ' ' is blank"),
+        (anything.predict, [["", ""]], r"inputs\[0\] = .* is blank"),
+        (anything.predict, ["\ud800x"], r"inputs\[0\] holds half of a character, \\ud800"),
+        (anything.generate, "\ud800 a", r"instruction holds half of a character"),
+        (anything.predict, [("a", "b")], r"trained on texts alone, and 'a\\tb' is not one text"),
+        (anything.predict, [Text("a")], r"'Text' is not one text"),
+    ]
+    for function, inputs, says in cases:
+        with pytest.raises(DataError, match=says):
+            function(run, inputs)
+    assert siliang.predict(run, [["good film"]]) == siliang.predict(run, ["good film"])
 
 
 def test_functions_print_nothing(config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,10 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from siliang.data.example import Example
-from siliang.language import Bilingual
+from siliang.data.json_stream import half_a_character
+from siliang.language import Bilingual, local
 from siliang.secrets import short_repr
-from siliang.types import ConfigError
+from siliang.types import ConfigError, DataError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,10 +56,22 @@ def as_text(value: object, name: str) -> str:
     """
     Raises:
         ConfigError: It is no text.
+        DataError: It holds half of a character.
     """
     if not isinstance(value, str):
         raise wrong_kind(value, name, Bilingual("a text", "一段文本"))
+    check_whole(name, value)
     return value
+
+
+def check_whole(name: str, *texts: str) -> None:
+    """
+    Raises:
+        DataError: A text holds half of a character: Python's strings may, and no tokenizer reads it.
+    """
+    for text in texts:
+        if half := half_a_character(text):
+            raise DataError(Bilingual(f"{name} {half}.", f"{name} {local(half, 'zh')}。"))
 
 
 def as_inputs(inputs: object) -> Iterator[str | tuple[str, ...] | Example]:
@@ -66,6 +79,7 @@ def as_inputs(inputs: object) -> Iterator[str | tuple[str, ...] | Example]:
 
     Raises:
         ConfigError: One is no text, pair of texts, or words.
+        DataError: One is blank, or holds half of a character.
     """
     several = Bilingual(
         "texts, pairs of texts, or the words of sentences, in a list", "由文本、文本对或句子的各个词组成的列表"
@@ -77,14 +91,28 @@ def as_inputs(inputs: object) -> Iterator[str | tuple[str, ...] | Example]:
     each: Iterable[object] = inputs
     for number, one in enumerate(each):
         parts: Sequence[object] = one if isinstance(one, list | tuple) else ()
-        words = tuple(part for part in parts if isinstance(part, str))
-        if isinstance(one, str | Example):
+        words = tuple(part for part in ((one,) if isinstance(one, str) else parts) if isinstance(part, str))
+        name = f"inputs[{number}]"
+        if isinstance(one, Example):
             yield one
-        elif words and len(words) == len(parts):
-            yield words
-        else:
-            what = Bilingual("a text, a pair of texts, or a list of words", "一段文本、一对文本，或词的列表")
-            raise wrong_kind(one, f"inputs[{number}]", what)
+            continue
+        if not isinstance(one, str) and not (words and len(words) == len(parts)):
+            what = Bilingual(
+                "a text, a pair of texts, or a list of words (rows with columns: predict_file)",
+                "一段文本、一对文本，或词的列表（带列名的数据行：predict_file）",
+            )
+            raise wrong_kind(one, name, what)
+        if not any(map(str.strip, words)):
+            raise DataError(
+                Bilingual(
+                    f"{name} = {short_repr(one)} is blank: there is nothing to predict. Leave it out, or use "
+                    "predict_file, which leaves such rows empty.",
+                    f"{name} = {short_repr(one)} 是空白文本，没有可预测的内容：请去掉，或用 predict_file，"
+                    "它会把这样的行留空。",
+                )
+            )
+        check_whole(name, *words)
+        yield one if isinstance(one, str) else words
 
 
 def wrong_kind(value: object, name: str, what: str) -> ConfigError:

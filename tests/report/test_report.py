@@ -11,11 +11,12 @@ from records import SCORES, comparison, record
 
 from siliang.cli.main import main
 from siliang.records import Answer, Answers
+from siliang.records.harness import HarnessTask
 from siliang.report.gather import gather
 from siliang.report.page import commands, disagreements, prompts, render
 from siliang.report.plots import Axis, Point, scatter
 from siliang.report.summary import recommend, summarize
-from siliang.report.table import sentences, table
+from siliang.report.table import notes, sentences, table
 from siliang.report.words import WORDS, words
 from siliang.types import ConfigError
 
@@ -84,6 +85,28 @@ def test_plain_runs_become_a_table(tmp_path: Path) -> None:
     other.write(folders[1])
     with pytest.raises(ConfigError, match="cannot be in one table: their held-out rows differ"):
         gather(folders)
+
+
+def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(tmp_path: Path) -> None:
+    folders = []
+    for name, seed, size in (("a", 1, 8), ("b", 1, 16), ("c", 2, 16), ("d", 2, 16)):
+        (tmp_path / name).mkdir()
+        made = record(0.8 + len(folders) / 100, trained=1000, memory=300, seed=seed, method="lora")
+        made.config["train"]["batch_size"] = size
+        if name == "c":
+            at = "2026-01-01T00:00:00+00:00"
+            made.harness = {"arc": HarnessTask(metrics={"acc,none": 0.5}, lm_eval="0.4", measured_at=at)}
+        made.write(tmp_path / name)
+        folders.append(tmp_path / name)
+    methods = summarize(gather(folders))
+    assert [m.label for m in methods] == ["lora train.batch_size=8", "lora train.batch_size=16"]
+    alone, several = (m.score for m in methods)
+    assert alone is not None and (alone.n, alone.std) == (1, None)
+    # the two runs of the second seed count as one, with their mean
+    assert several is not None and several.n == 2 and several.value == pytest.approx((0.81 + 0.825) / 2)
+    assert notes(methods[1], words("en")) == ["arc/acc,none was measured for 1 of 2 seeds only"]
+    (twice,) = summarize(gather([folders[0], tmp_path / "b" / ".." / "a"]))
+    assert twice.label == "lora" and twice.score is not None and (twice.score.n, twice.runs) == (1, 1)
 
 
 def test_axes_hold_what_they_show() -> None:

@@ -112,7 +112,7 @@ def json_lines(file: TextFile, name: str | Path) -> Iterator[Item]:
         where = f"{name}:{number}"
         try:
             value = DECODER.decode(line.strip(BLANK))
-            yield where, value, _half_a_character(value) if _may_be_half(line) else None
+            yield where, value, half_a_character(value) if _may_be_half(line) else None
         except (ValueError, RecursionError) as error:
             why = _reason(error)
             yield where, None, Bilingual(f"not valid JSON: {why}", f"不是有效的 JSON：{local(why, 'zh')}")
@@ -168,7 +168,7 @@ def _items(text: _Text, name: str | Path) -> Iterator[Item]:
                 )
             ) from None
         number += 1
-        problem = _half_a_character(value) if suspect else None
+        problem = half_a_character(value) if suspect else None
         yield f"{name}:{line}" if line > ended_on else f"{name}, row {number}", value, problem
         ended_on = text.line
         text.skip()
@@ -268,14 +268,14 @@ def _whole(file: TextFile, name: str | Path) -> Iterator[Item]:
             nested = isinstance(item, dict) and "paragraphs" in item
             own = row.get("id") if nested and isinstance(row, dict) else None
             place = f"{name}, row {number}" if own is None else f"{name}, id {own}"
-            yield place, row, _half_a_character(row)
+            yield place, row, half_a_character(row)
 
 
 def _may_be_half(text: str) -> bool:
     return "\\ud" in text or "\\uD" in text
 
 
-def _half_a_character(value: object) -> str | None:
+def half_a_character(value: object) -> str | None:
     """JSON may name one of the two halves of which UTF-16 makes a character; no text file can hold it."""
     try:
         json.dumps(value, ensure_ascii=False).encode()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from siliang.config import differences
 from siliang.config.comparison import CompareConfig
 from siliang.language import Bilingual, local
 from siliang.paths import check_links, inside
@@ -16,6 +18,12 @@ from siliang.tasks.record import read_record, task_in
 from siliang.tasks.verdict import learned_nothing
 from siliang.terminal import one_line, shell_command
 from siliang.types import ConfigError, TaskType
+
+# Settings that change nothing of what a run has learned, or by which runs of one method are told apart already.
+SAME_RESULT = (
+    *("train.seed", "data.seed", "data.workers", "train.log_every", "train.trackers", "train.tracker_project"),
+    *("train.save_every", "train.save_every_minutes", "train.keep"),
+)
 
 
 @dataclass
@@ -106,12 +114,13 @@ class ReportData:
 
 
 def gather(folders: list[Path]) -> ReportData:
-    """Reads one comparison, or any number of runs on the same task and data.
+    """Reads one comparison, or any number of runs on the same task and data. A folder that is given twice counts once.
 
     Raises:
         ConfigError: A folder holds neither a run nor a comparison, a path in it points outside of it, a record is
             damaged, or the runs have different tasks or held-out rows.
     """
+    folders = [*{folder.resolve(): folder for folder in reversed(folders)}.values()][::-1]
     if len(folders) == 1 and (folders[0] / COMPARISON_NAME).is_file():
         return _of_comparison(folders[0])
     if not folders:
@@ -128,6 +137,7 @@ def gather(folders: list[Path]) -> ReportData:
                 check_links(folder)
             record = read_record(folder)
             found.append((_label(record), _run(folder, record.seed, record, {})))
+    found = [*{run.folder.resolve(): (label, run) for label, run in reversed(found)}.values()][::-1]
     records = [run.record for _, run in found if run.record is not None]
     if not records:
         raise ConfigError(
@@ -154,7 +164,7 @@ def gather(folders: list[Path]) -> ReportData:
     settings = dump_yaml(first.config)
     return ReportData(
         TaskType(first.config["task"]),
-        _grouped(found),
+        _grouped(_told_apart(found)),
         folders[0],
         settings,
         f"{shell_command('siliang', 'train', folders[0] / 'run.yaml', '--output', 'NEW_FOLDER')}"
@@ -213,6 +223,31 @@ def _grouped(found: list[tuple[str, RunResult]]) -> list[Group]:
     for label, run in found:
         groups.setdefault(label, Group(one_line(label))).runs.append(run)
     return list(groups.values())
+
+
+def _told_apart(found: list[tuple[str, RunResult]]) -> list[tuple[str, RunResult]]:
+    """The runs, with the settings in their label in which runs of one method differ by more than the seed."""
+    by_label: dict[str, list[RunResult]] = {}
+    for label, run in found:
+        by_label.setdefault(label, []).append(run)
+    more: dict[Path, list[str]] = {}
+    for runs in by_label.values():
+        several = [(run, run.record.asked()) for run in runs if run.record is not None]
+        names = {n for _, config in several[1:] for n in differences(several[0][1], config) if not _same_result(n)}
+        for run, config in several:
+            more[run.folder] = [f"{name}={_value(config, name)}" for name in sorted(names)]
+    return [(" ".join([label, *more.get(run.folder, [])]), run) for label, run in found]
+
+
+def _same_result(name: str) -> bool:
+    return name in SAME_RESULT or name.partition(".")[0] in ("output", "accept")
+
+
+def _value(config: Mapping[str, object], name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _label(record: Record) -> str:

@@ -20,8 +20,8 @@ class Mean:
     """A metric over seeds.
 
     Attributes:
-        std: The standard deviation of the sample; None for one run.
-        n: The number of runs.
+        std: The standard deviation of the sample; None for one seed.
+        n: The number of seeds.
     """
 
     value: float
@@ -33,6 +33,15 @@ class Mean:
         """The mean of the finite values; None if there are none."""
         finite = [v for v in values if math.isfinite(v)]
         return cls(mean(finite), stdev(finite) if len(finite) > 1 else None, len(finite)) if finite else None
+
+    @classmethod
+    def over_seeds(cls, values: Iterable[tuple[int, float]]) -> Mean | None:
+        """The same of (seed, value): several runs with one seed count as one, with their mean."""
+        by_seed: dict[int, list[float]] = {}
+        for seed, value in values:
+            if math.isfinite(value):
+                by_seed.setdefault(seed, []).append(value)
+        return cls.from_values(mean(same) for same in by_seed.values())
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class MethodSummary:
         score: The main metric of the task.
         verdicts: One verdict for each run that learned nothing.
         errors: (seed, error) of each failed run.
+        seeds: The number of different seeds of its finished runs.
         on_front: No other method is better with as little memory.
     """
 
@@ -65,6 +75,7 @@ class MethodSummary:
     verdicts: list[Verdict]
     errors: list[tuple[int, str]]
     runs: int
+    seeds: int
     on_front: bool = False
 
     @property
@@ -174,15 +185,17 @@ def _summarize(group: Group, quality: Metric) -> MethodSummary:
     first = records[0] if records else None
 
     def mean_of(value: Callable[[Record], float]) -> Mean | None:
-        return Mean.from_values(value(record) for record in records)
+        return Mean.over_seeds((record.seed, value(record)) for record in records)
 
     names = {name for record in records for name in record.final} - {"eval_loss", "train_loss", quality.name}
     others = {
-        name: m for name in sorted(names) if (m := Mean.from_values(r.final[name] for r in records if name in r.final))
+        name: m
+        for name in sorted(names)
+        if (m := Mean.over_seeds((r.seed, r.final[name]) for r in records if name in r.final))
     }
-    of_answers = [run.answers.metrics for run in group.finished if run.answers is not None]
-    for name in sorted({key for metrics in of_answers for key in metrics}):
-        if m := Mean.from_values(metrics[name] for metrics in of_answers if name in metrics):
+    of_answers = [(run.seed, run.answers.metrics) for run in group.finished if run.answers is not None]
+    for name in sorted({key for _, metrics in of_answers for key in metrics}):
+        if m := Mean.over_seeds((seed, metrics[name]) for seed, metrics in of_answers if name in metrics):
             others[name] = m
     others |= _of_harness(records)
     return MethodSummary(
@@ -202,15 +215,16 @@ def _summarize(group: Group, quality: Metric) -> MethodSummary:
         verdicts=[run.verdict for run in group.finished if run.verdict is not None],
         errors=[(run.seed, run.error) for run in group.runs if run.error is not None],
         runs=len(group.runs),
+        seeds=len({record.seed for record in records}),
     )
 
 
 def _of_harness(records: list[Record]) -> dict[str, Mean]:
     """The metrics of lm-eval's tasks, by TASK/METRIC; not their standard errors, which are over rows and not seeds."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         for task, measured in record.harness.items():
             for name, value in measured.metrics.items():
                 if not name.partition(",")[0].endswith("_stderr"):
-                    found.setdefault(f"{task}/{name}", []).append(value)
-    return {name: m for name, values in sorted(found.items()) if (m := Mean.from_values(values))}
+                    found.setdefault(f"{task}/{name}", []).append((record.seed, value))
+    return {name: m for name, values in sorted(found.items()) if (m := Mean.over_seeds(values))}

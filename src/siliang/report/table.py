@@ -109,7 +109,7 @@ def _cell(key: str, method: MethodSummary, score: str, w: dict[str, str]) -> Cel
 
 
 def notes(method: MethodSummary, w: dict[str, str]) -> list[str]:
-    """The notes on a method: runs that learned nothing, runs that failed."""
+    """The notes on a method: runs that learned nothing, runs that failed, metrics that only some runs have."""
     notes = []
     for verdict in dict.fromkeys(method.verdicts):
         n = method.verdicts.count(verdict)
@@ -119,7 +119,8 @@ def notes(method: MethodSummary, w: dict[str, str]) -> list[str]:
     for seed, error in method.errors:
         errors.setdefault(error, []).append(seed)
     notes += [w["failed"].format(seed=", ".join(map(str, seeds)), error=error) for error, seeds in errors.items()]
-    return notes
+    of_few = [(name, mean.n) for name, mean in method.others.items() if mean.n < method.seeds]
+    return notes + [w["of_seeds"].format(what=w.get(name, name), n=n, of=method.seeds) for name, n in of_few]
 
 
 def differences(data: ReportData, w: dict[str, str]) -> list[str]:

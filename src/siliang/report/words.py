@@ -152,6 +152,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "no spans": ("learned nothing: no span is correct", "没有学到东西：没有一个片段正确"),
     "no number": ("learned nothing: its loss is not finite", "没有学到东西：损失不是有限值"),
     "of_runs": ("{what} ({n} of {of} runs)", "{what}（{of} 次运行中的 {n} 次）"),
+    "of_seeds": ("{what} was measured for {n} of {of} seeds only", "{what} 只在 {of} 个种子中的 {n} 个上测过"),
     "failed": ("seed {seed}: {error}", "种子 {seed}：{error}"),
     "disagree": (
         "comparison.json and the records of its runs do not agree. One of them was changed after it was written:",

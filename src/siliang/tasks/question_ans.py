@@ -7,22 +7,24 @@ A context that is too long is read in windows that overlap.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from siliang.data.example import Example
 from siliang.data.examples import Span
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABEL, NUMBERS, DataSpec, TokenColumn
 from siliang.language import Bilingual, both
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
-from siliang.secrets import redacted_part, shortened
+from siliang.secrets import redacted_part
 from siliang.tasks.context_windows import encoder
 from siliang.tasks.losses import WithEndLogits, cross_entropy_of_ends
 from siliang.tasks.metrics import F1, squad, squad_by_kind
+from siliang.tasks.related_texts import in_one_line
 from siliang.tasks.task import HeldOutAnswers, Metric, Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
@@ -239,14 +241,14 @@ def predict(run: Trained, questions: Iterable[str | tuple[str, str]]) -> Iterato
 
 
 def _example(run: Trained, question: str | tuple[str, str]) -> Span:
-    parts = question.partition("\t")[::2] if isinstance(question, str) else question
-    if not all(part.strip() for part in parts):
+    parts: Sequence[str] = question.partition("\t")[::2] if isinstance(question, str) else question
+    if isinstance(question, Example) or len(parts) != 2 or not all(part.strip() for part in parts):
         raise DataError(
             Bilingual(
-                f"{run.name} answers questions on a context, and {shortened(question, 60)!r} is not both.\nGive the "
+                f"{run.name} answers questions on a context, and {in_one_line(question)!r} is not both.\nGive the "
                 "question and its context with a tab between them, the context with --context, or a file "
                 "with both columns.",
-                f"{run.name} 要有问题和上下文，而 {shortened(question, 60)!r} 只有其一。\n"
+                f"{run.name} 需要问题和上下文，而 {in_one_line(question)!r} 不是这两段文本。\n"
                 "请用制表符隔开问题和上下文、用 --context 给出上下文，或给出含这两列的文件。",
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from siliang.data.example import Example
 from siliang.data.examples import Related
 from siliang.language import Bilingual
 from siliang.secrets import shortened
@@ -28,13 +29,24 @@ def only_pair(example: Related) -> Related:
     return Related(example.anchor, example.positives)
 
 
-def two_texts(given: str | Sequence[str]) -> tuple[str, str] | None:
+def one_text(given: str | Sequence[str] | Example) -> str | None:
+    """A text, also as the only one of a list; None where it is not one."""
+    if isinstance(given, str):
+        return given
+    return given[0] if not isinstance(given, Example) and len(given) == 1 else None
+
+
+def two_texts(given: str | Sequence[str] | Example) -> tuple[str, str] | None:
     """Two texts, given as a pair or as one text with a tab between them; None where there are not two, or one is
     blank."""
+    if isinstance(given, Example):
+        return None
     parts = given.split("\t") if isinstance(given, str) else given
     return (parts[0], parts[1]) if len(parts) == 2 and all(part.strip() for part in parts) else None
 
 
-def in_one_line(given: str | Sequence[str]) -> str:
+def in_one_line(given: str | Sequence[str] | Example) -> str:
     """The texts that were given, for a message."""
+    if isinstance(given, Example):
+        return type(given).__name__
     return shortened(given if isinstance(given, str) else "\t".join(given), 60)

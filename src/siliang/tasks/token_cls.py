@@ -17,6 +17,7 @@ import numpy as np
 from siliang.config import DataConfig
 from siliang.data.encode import IGNORED
 from siliang.data.entries import Rows, TokenEntry, dropped
+from siliang.data.example import Example
 from siliang.data.examples import Tagged
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
@@ -27,8 +28,9 @@ from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.tasks.losses import WithLogits, cross_entropy
 from siliang.tasks.metrics import ACCURACY, F1, as_iobes, f1_of, spans_of_tags, types_of
+from siliang.tasks.related_texts import in_one_line
 from siliang.tasks.task import HeldOutAnswers, Metric, Reply, Shown, Task, Trained
-from siliang.types import TASK_HEADS, TaskType
+from siliang.types import TASK_HEADS, DataError, TaskType
 
 if TYPE_CHECKING:  # slow to import
     from siliang.data.batch import Batch
@@ -209,10 +211,22 @@ def predict(run: Trained, sentences: Iterable[str | Sequence[str]]) -> Iterator[
     """
     waiting = iter(sentences)
     while some := list(islice(waiting, AT_ONCE)):
-        words = [cut_into_words(s) if isinstance(s, str) else tuple(s) for s in some]
+        words = [_words_of(run, s) for s in some]
         for text_or_words, sentence, tags in zip(some, words, _tags(run, words), strict=True):
             text = text_or_words if isinstance(text_or_words, str) else join_words(sentence)
             yield TaggedWords(text, sentence, tags, spans_of(sentence, tags, text_or_words))
+
+
+def _words_of(run: Trained, sentence: str | Sequence[str] | Example) -> tuple[str, ...]:
+    if isinstance(sentence, Example):
+        raise DataError(
+            Bilingual(
+                f"{run.name} tags the words of sentences, and {in_one_line(sentence)!r} is neither a text nor a list "
+                "of words.",
+                f"{run.name} 给句子中的词加标签，而 {in_one_line(sentence)!r} 既不是文本，也不是词的列表。",
+            )
+        )
+    return cut_into_words(sentence) if isinstance(sentence, str) else tuple(sentence)
 
 
 def _tags(run: Trained, sentences: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

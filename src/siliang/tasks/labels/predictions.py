@@ -14,7 +14,7 @@ from siliang.data.prepared import EvalRows
 from siliang.language import Bilingual
 from siliang.records.classes import ERRORS, Mistake
 from siliang.secrets import shortened
-from siliang.tasks.related_texts import in_one_line, two_texts
+from siliang.tasks.related_texts import in_one_line, one_text, two_texts
 from siliang.tasks.task import Reply, Trained
 from siliang.types import DataError
 
@@ -119,7 +119,15 @@ def asked(
 
 def _parts(run: Trained, text: str | tuple[str, str]) -> tuple[str, str | None]:
     if run.layout != "sentence-pair":
-        return (text if isinstance(text, str) else "\t".join(text)), None
+        if (one := one_text(text)) is None:
+            shown = in_one_line(text)
+            raise DataError(
+                Bilingual(
+                    f"{run.name} was trained on texts alone, and {shown!r} is not one text.",
+                    f"{run.name} 是用单独的文本训练的，而 {shown!r} 不是一段文本。",
+                )
+            )
+        return one, None
     if (parts := two_texts(text)) is None:
         first, second = run.columns["text"], run.columns["text_pair"]
         given = in_one_line(text)
