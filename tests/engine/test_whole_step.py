@@ -212,6 +212,21 @@ def test_a_whole_model_has_a_reference_before_its_first_step_alone() -> None:
     engine.close()
 
 
+def test_a_dummy_keeps_no_reference() -> None:
+    """It has the keys of a real row, and none of its targets."""
+    model = llama()
+    engine = Engine(model, PREFERENCE)
+    (batch,) = batches(engine, PREFERENCE, rows(2, labelled=True), 2)
+    keep_reference(engine, model, [batch], nullcontext)
+    before = reference_of(engine, model, batch, nullcontext)
+    keep_reference(engine, model, [batch.dummy()], nullcontext)
+    assert before.abs().min() > 0 and torch.equal(reference_of(engine, model, batch, nullcontext), before)
+    assert engine.reference_store is not None
+    with pytest.raises(ValueError, match="dummy"):
+        engine.reference_store.add(batch.dummy(), torch.zeros_like(before))
+    engine.close()
+
+
 @pytest.mark.parametrize("task", [DPO, CONTRAST])
 def test_labels_are_not_smoothed(task: Task) -> None:
     with pytest.raises(ConfigError, match=r"train\.label_smoothing = 0\.1: .* does not smooth"):

@@ -69,6 +69,11 @@ class Batch:
         targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
         return replace(self, inputs=inputs, targets=targets)
 
+    @property
+    def is_dummy(self) -> bool:
+        """Whether it adds nothing to the loss."""
+        return self.weight == 0
+
     def dummy(self) -> Batch:
         """The same rows with zero weight. A rank without rows runs this batch so that collectives match."""
         targets = None if self.targets is None else self.targets[:, :0]

@@ -52,7 +52,13 @@ class ReferenceStore:
         return None
 
     def add(self, batch: Batch, values: Tensor) -> None:
-        """Keeps the values of a batch, (S, K)."""
+        """Keeps the values of a batch, (S, K).
+
+        Raises:
+            ValueError: The batch is a dummy, which has the keys of real rows and none of their targets.
+        """
+        if batch.is_dummy:
+            raise ValueError("a dummy batch has no values to keep")
         if self.only_before or len(self._kept) < MOST_KEPT:
             self._kept |= dict(zip(batch.keys, map(tuple, values.tolist()), strict=True))
 

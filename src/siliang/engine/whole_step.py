@@ -134,7 +134,7 @@ def reference_of(engine: Values, model: nn.Module, batch: Batch, autocast: Conte
     if store is not None and (kept := store.find(batch)) is not None:
         return kept
     found = _computed(engine, model, batch, autocast)
-    if store is not None and found.ndim == 2:
+    if store is not None and found.ndim == 2 and not batch.is_dummy:
         store.add(batch, found)
     return found
 
@@ -145,7 +145,9 @@ def keep_reference(engine: Values, model: nn.Module, batches: Iterable[Batch], a
     assert store is not None
     for batch in batches:
         batch = batch.to(device)
-        store.add(batch, _computed(engine, model, batch, autocast))
+        values = _computed(engine, model, batch, autocast)  # of a dummy, too: FSDP gathers weights on all ranks
+        if not batch.is_dummy:
+            store.add(batch, values)
 
 
 def _computed(engine: Values, model: nn.Module, batch: Batch, autocast: Context) -> Tensor:
