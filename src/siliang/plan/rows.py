@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,39 +57,38 @@ def heaviest_step(config: RunConfig, tokens: TokenSet, collator: StepCollator, r
         collator: Splits a step's rows into batches, as in the run.
     """
     t, lengths = config.train, tokens.lengths
-    found: list[tuple[int, list[int]]] = []
     heaviest, highest_cost = list(range(min(len(tokens), t.batch_size))), -1
     row_lengths = lengths.tolist()
-    for rows in (share for step in order(config, lengths) for share in shares(row_lengths, step, ranks)):
+    steps = [share for step in order(config, lengths) for share in shares(row_lengths, step, ranks)]
+    for rows in steps:
         for part in collator.split([tokens.outline(i) for i in rows]):
             cost = collator.cost_of([length for row in part for length in lengths_of(row)])
-            found.append((cost, rows))
             if cost > highest_cost:
                 highest_cost, heaviest = cost, rows
     again = t.keep_frozen and ranks == 1 and t.steps(len(tokens)) > t.steps_per_epoch(len(tokens))
     cached = distinct_tokens(tokens) if again else 0
-    sharing = _heaviest_sharing(tokens, collator, found) if t.share_beginnings else None
+    sharing = _heaviest_sharing(tokens, lengths, collator, steps) if t.share_beginnings else None
     return StepRows(tokens.__getitems__(heaviest), int(lengths.sum()), tokens.sequence_lengths, cached, sharing=sharing)
 
 
 def _heaviest_sharing(
-    tokens: TokenSet, collator: StepCollator, steps: list[tuple[int, list[int]]]
+    tokens: TokenSet, lengths: np.ndarray, collator: StepCollator, steps: list[list[int]]
 ) -> list[dict[str, Any]] | None:
-    """The rows with the largest batch, where shared beginnings are computed once; None if the longest share nothing.
+    """The rows with the largest batch, where shared beginnings are computed once; None without steps.
 
     Args:
-        steps: The rows of a rank in a step, with the tokens of a batch of them.
+        steps: The rows of a rank in each step.
     """
     collator = replace(collator, shares=Sharing(training=True))
+    most = [sum(heapq.nlargest(collator.rows_at_once, lengths[rows].tolist())) for rows in steps]  # of any batch
     heaviest, highest_cost = None, -1
-    for cost, rows in sorted(steps, key=lambda step: -step[0])[:MOST_READ]:
-        if cost <= highest_cost:
+    for i in sorted(range(len(steps)), key=lambda i: -most[i])[:MOST_READ]:
+        if most[i] <= highest_cost:
             break
-        own = tokens.__getitems__(rows)
+        own = tokens.__getitems__(steps[i])
         batches = collator([dict(row) for row in own])["batches"]
         if (cost := max(map(collator.cost, batches))) > highest_cost:
-            shares = any(batch.tree is not None for batch in batches)
-            heaviest, highest_cost = own if shares else None, cost
+            heaviest, highest_cost = own, cost
     return heaviest
 
 
