@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from siliang.data.batch import tree_of
 from siliang.ops.layout import Layout
 from siliang.ops.packed_attention import packed_attention
 from siliang.ops.read_attention import ReadLayout, read_attention
@@ -57,6 +58,19 @@ def test_read_attention(read: str, causal: bool, extra: str, impl: str) -> None:
         for found, naive, true in zip(*(results(go(i), tensors, low) for i in (impl, "reference")), truth, strict=True):
             off, theirs_off = (float((x.double() - true).norm()) for x in (found, naive))
             assert off <= 2 * theirs_off + torch.finfo(low).eps * float(true.norm())
+
+
+def test_a_shared_token_gets_the_exact_sum_of_its_gradients() -> None:
+    """In bf16, where 256 + 1 is 256: more sequences than that begin with the token that is read in each."""
+    S = 400
+    inputs = {"input_ids": torch.tensor([[*range(20), i] for i in range(S)])}
+    tree = tree_of(inputs, [21] * S)
+    whole = Layout.of((21,) * S, 21, torch.device("cpu"), tree)
+    rows = torch.tensor([of[3] for of in whole.of_sequences])
+    layout = ReadLayout((1,) * S, 21, torch.arange(S) * 21 + 3, whole=whole, rows=rows, alone=False)
+    x = torch.randn(1, whole.tokens, 2).bfloat16().requires_grad_()
+    layout.select(x).sum().backward()
+    assert x.grad is not None and x.grad[0, rows[0]].tolist() == [S, S]
 
 
 @settings(max_examples=30, deadline=None)

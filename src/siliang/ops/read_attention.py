@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siliang.ops.dense_attention import PRODUCTS_MAX_LEN, products, sdpa
-from siliang.ops.layout import Bucket, Layout
+from siliang.ops.layout import Bucket, Layout, gather_rows, repeat_rows
 from siliang.ops.packed_attention import packed_attention
 from siliang.ops.place import kind_of
 
@@ -49,7 +49,8 @@ class ReadLayout(Layout):
 
     def select(self, x_1T: Tensor) -> Tensor:
         """(1, T, ...) to (1, R, ...)."""
-        return x_1T.index_select(1, self.rows)
+        take = gather_rows if self.whole.tree is None else repeat_rows  # a shared token is read in several sequences
+        return take(x_1T[0], self.rows).unsqueeze(0)
 
     def after(self, first: FirstPass) -> ReadLayout:
         """The same with what the first pass has made."""
