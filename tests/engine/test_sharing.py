@@ -18,8 +18,10 @@ from transformers import Glm4Config, Glm4ForCausalLM, Qwen3Config, Qwen3ForCausa
 import siliang
 from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
+from siliang.data.small_table import SmallTable
+from siliang.data.tokens import TokenSet
 from siliang.engine.batches import EVERYWHERE, SEPARATE, Sharing, StepCollator
-from siliang.engine.order import by_beginnings
+from siliang.engine.order import by_beginnings, evaluation_batches
 from siliang.engine.padding import PaddingFree
 from siliang.engine.sharing import find_shares
 from siliang.engine.step import Engine
@@ -249,6 +251,25 @@ def test_an_evaluation_takes_rows_that_begin_alike_together() -> None:
     rows[:] = [{"input_ids": [i] * 9, "labels": [i] * 9} for i in (5, 3, 4)]
     Tokens.lengths = Tokens.lengths[:3]
     assert list(by_beginnings(Tokens())) == [0, 1, 2]  # type: ignore[arg-type]
+
+
+def test_every_evaluation_of_a_run_has_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows_in_a_tree()]
+    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    tokens = TokenSet(SmallTable(columns, dict.fromkeys(columns, "int64")), CAUSAL_LM.data)
+    collate, calls = StepCollator(PadCollator(0), CAUSAL_LM, 2, shares=BOTH), list[object]()
+    monkeypatch.setattr("siliang.engine.order.by_beginnings", lambda of: calls.append(of) or by_beginnings(of))
+
+    def entries(**of: int) -> list[tuple[int, ...]]:
+        return [batch.entries for batch in evaluation_batches(tokens, collate, **of)]
+
+    alone = entries()
+    assert alone == entries() and sorted(i for batch in alone for i in batch) == list(range(len(rows)))
+    order = [i for batch in alone for i in batch]
+    shared = [entries(ranks=2, rank=rank, step=4) for rank in (0, 1)]
+    assert sorted(i for batches in shared for batch in batches for i in batch if i >= 0) == list(range(len(rows)))
+    assert {i for batches in shared for i in batches[0]} <= set(order[:4])
+    assert len(calls) == 1
 
 
 def test_it_can_be_turned_off() -> None:

@@ -90,7 +90,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each entry."""
-        return np.concatenate([sizes for _, sizes in self._lists("input_ids")] or [NO_NUMBERS])
+        return np.concatenate([sizes for _, sizes in self.pieces("input_ids")] or [NO_NUMBERS])
 
     def outline(self, i: int) -> dict[str, Any]:
         """The columns that splitting a step into batches needs: the number of tokens, not the tokens."""
@@ -117,7 +117,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         if not self.spec.label_per_token:
             return np.ones(len(self), dtype=np.int64)
         parts = []
-        for values, sizes in self._lists("labels"):
+        for values, sizes in self.pieces("labels"):
             ends = np.cumsum(sizes)
             total = np.concatenate([[0], np.cumsum(values != IGNORED)])
             parts.append(total[ends] - total[ends - sizes])
@@ -142,7 +142,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
 
     def lists(self, name: str) -> Iterator[np.ndarray]:
         """The arrays of a column of lists, one an entry."""
-        for values, sizes in self._lists(name):
+        for values, sizes in self.pieces(name):
             yield from np.split(values, np.cumsum(sizes)[:-1])
 
     def column(self, name: str) -> np.ndarray:
@@ -152,7 +152,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         parts = [chunk.to_numpy(zero_copy_only=False) for chunk in _chunks(self.table, name)]
         return np.concatenate(parts or [NO_NUMBERS])
 
-    def _lists(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pieces(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A column of lists, piece by piece: its numbers, one list after the other, and how long each list is."""
         if isinstance(self.table, SmallTable):
             if len(self.table):

@@ -8,7 +8,7 @@ the engine, without padding where possible, in the number format of the caller's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from siliang.data.batch import Batch
 from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator, in_steps
-from siliang.engine.order import by_beginnings
+from siliang.engine.order import evaluation_batches
 from siliang.engine.step import Engine
 from siliang.engine.whole_step import Context, by_entry, loss_of, on, reference_values
 from siliang.language import Bilingual
@@ -61,21 +61,19 @@ def evaluate(
     tokens: TokenSet,
     collator: StepCollator,
     *,
-    steps: Iterable[Sequence[int]] | None = None,
+    batches: Iterable[Batch] | None = None,
     reader: Reader | None = None,
     autocast: Context = nullcontext,
-    as_many: Callable[[list[Batch]], list[Batch]] = list,
 ) -> Sums:
     """Runs the entries of a token set through a model, and leaves it in eval mode.
 
     Args:
         model: The module to call: the engine's model, or its wrapper of a distributed strategy.
         collator: Makes the batches.
-        steps: The numbers of the entries that are collated together; None for all of `tokens`, in the order of
-            `entries_of`. ~i marks a dummy entry; it adds nothing.
+        batches: Of the entries, a rank's share of them, or with dummies, which add nothing; None for the
+            `evaluation_batches` of all of `tokens`.
         reader: Extracts one item per row from the model's output; None to compute only the loss.
         autocast: Returns the context of the computation.
-        as_many: Adds dummy batches to those of a step, if every rank needs the same number.
 
     Returns:
         The sums of these entries. `Sums.of` merges those of several ranks.
@@ -84,29 +82,22 @@ def evaluate(
     model.eval()
     sums, losses = Sums(), list[torch.Tensor]()
     with torch.no_grad():
-        for step in in_steps(entries_of(tokens, collator), collator.rows_at_once) if steps is None else steps:
-            for batch in as_many(collator.numbered(tokens, step)):
-                batch = batch.to(device)
-                sums.weight += batch.weight
-                if (whole := engine.task.step_loss) is not None:
-                    sums.found |= _values(model, engine, whole, batch, autocast)
-                    continue
-                with autocast(), engine.loss_and_output(model, batch) as (loss, output):
-                    losses.append(loss)
-                    if reader is not None and batch.entries:
-                        sums.found.update(zip(batch.entries, reader(output, batch, tokens), strict=True))
+        for batch in evaluation_batches(tokens, collator) if batches is None else batches:
+            batch = batch.to(device)
+            sums.weight += batch.weight
+            if (whole := engine.task.step_loss) is not None:
+                sums.found |= _values(model, engine, whole, batch, autocast)
+                continue
+            with autocast(), engine.loss_and_output(model, batch) as (loss, output):
+                losses.append(loss)
+                if reader is not None and batch.entries:
+                    sums.found.update(zip(batch.entries, reader(output, batch, tokens), strict=True))
     if engine.task.step_loss is not None:
         sums.loss = math.nan
     else:
         sums.loss = math.fsum(torch.stack(losses).tolist()) if losses else 0.0
     sums.found = dict(sorted(sums.found.items()))
     return sums
-
-
-def entries_of(tokens: TokenSet, collator: StepCollator) -> Sequence[int]:
-    """The numbers of the entries in the order of an evaluation: those that begin alike together, if beginnings are
-    shared."""
-    return by_beginnings(tokens) if collator.shares.evaluation else range(len(tokens))
 
 
 def _values(

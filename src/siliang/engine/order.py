@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -11,12 +12,21 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from siliang.config import RunConfig
+from siliang.data.batch import Batch
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import COMPARED_AT_ONCE, MOST_COMPARED, in_steps, token_bytes, token_size
+from siliang.engine.batches import (
+    COMPARED_AT_ONCE,
+    MOST_COMPARED,
+    StepCollator,
+    in_steps,
+    token_bytes,
+    token_size,
+)
 from siliang.ops.beginnings import LEAST_SAVED, LEAST_SHARE, common_tokens
 from siliang.tasks import TASKS
 
 MOST_READ = 512  # first tokens of a row, by which rows that begin alike are found
+_orders = WeakKeyDictionary[TokenSet, Sequence[int]]()  # of evaluations: a training has many of the same rows
 
 
 class Order(Sampler[int]):
@@ -82,6 +92,38 @@ def by_beginnings(tokens: TokenSet) -> Sequence[int]:
     common = (common_tokens(firsts[a], firsts[b], size) for a, b in pairwise(order))
     saved = sum(n for n in common if n >= LEAST_SAVED)
     return order if saved >= LEAST_SHARE * int(tokens.lengths.sum()) else numbers
+
+
+def evaluation_batches(
+    tokens: TokenSet,
+    collator: StepCollator,
+    *,
+    ranks: int = 1,
+    rank: int = 0,
+    step: int = 1,
+    as_many: Callable[[list[Batch]], list[Batch]] = list,
+) -> Iterator[Batch]:
+    """The batches of all entries: the same in every evaluation of a run. Those that begin alike are together, if
+    beginnings are shared.
+
+    Args:
+        ranks: They share the entries of each step, and these are the batches of one of them, `rank`.
+        step: Entries of an optimizer step.
+        as_many: Adds dummy batches to those of a step, if every rank needs the same number.
+    """
+    order = _evaluation_order(tokens) if collator.shares.evaluation else range(len(tokens))
+    if ranks == 1:
+        parts: Iterable[Sequence[int]] = in_steps(order, collator.rows_at_once)
+    else:
+        parts = (of_ranks[rank] for of_ranks in shared_steps(order, tokens.lengths.tolist(), step, ranks))
+    for part in parts:
+        yield from as_many(collator.numbered(tokens, part))
+
+
+def _evaluation_order(tokens: TokenSet) -> Sequence[int]:
+    if tokens not in _orders:
+        _orders[tokens] = by_beginnings(tokens)
+    return _orders[tokens]
 
 
 def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from siliang.engine.splits import mixing_of_run, result_of_a_split
 from siliang.language import Bilingual, both, local
 from siliang.plan.device import Device, for_this_process, share_memory, target_device
 from siliang.plan.history import record_work
-from siliang.plan.kept import KeptPlan, content_key, keep_plan, read_plan, run_key
+from siliang.plan.kept import KeptPlan, content_key, keep_plan, may_be_ample, read_plan, run_key
 from siliang.plan.methods import plan
 from siliang.records import Category, Change, MethodPlan, Predicted, Record
 from siliang.safety.safe_yaml import parse_yaml
@@ -28,13 +28,13 @@ class Planner:
 
     Attributes:
         device: The device to plan for; None for this machine's own.
-        last_plan: The last plan.
+        last_plan: The last plan. It may be that of a run that differs in its seed.
     """
 
     def __init__(self, device: Device | None = None) -> None:
         self.device = device
         self.last_plan: MethodPlan | None = None
-        self._before_bytes = 0
+        self._before_bytes, self._is_own = 0, True
         self._cache: dict[str, KeptPlan] = {}
 
     def __call__(
@@ -65,7 +65,8 @@ class Planner:
             say(both(f"memory     {found.plan.error}", f"内存       {local(found.plan.error)}"))
             return config, Predicted()
         planned = self.last_plan = _with_overhead_of(found, device)
-        self._cache[run_key(config)] = KeptPlan(plan=planned, process_bytes=device.process_bytes)
+        self._is_own = found.seed == config.train.seed
+        self._cache[run_key(config)] = KeptPlan(plan=planned, process_bytes=device.process_bytes, seed=found.seed)
         if planned.strategy:
             config = config.with_strategy(planned.strategy)
         config = apply_plan(config, planned, device, say)
@@ -78,9 +79,9 @@ class Planner:
         if found is not None and found.plan.fits is not False:
             return found
         # a budget in bytes counts the memory of the process, which is never twice the same
-        keeps = mesh is None and not isinstance(config.train.memory_budget, int)
-        key = content_key(config, subject, device) if keeps else ""
-        if keeps and (kept := read_plan(key, device)) is not None:
+        keeps = mesh is None and not isinstance(config.train.memory_budget, int) and may_be_ample(device)
+        key = content_key(config, subject, device) if keeps else None
+        if key is not None and (kept := read_plan(key, device)) is not None:
             return kept
         planned = plan(
             config,
@@ -92,13 +93,17 @@ class Planner:
             mesh=mesh,
             training_only=True,
         ).methods[0]
-        if keeps:
-            keep_plan(key, planned, device)
-        return KeptPlan(plan=planned, process_bytes=device.process_bytes)
+        made = KeptPlan(plan=planned, process_bytes=device.process_bytes, seed=config.train.seed)
+        if key is not None:
+            keep_plan(key, made, device)
+        return made
 
     def calibrate(self, record: Record) -> None:
-        """Stores the measured overhead of this run for later plans."""
-        if self.last_plan is not None:
+        """Stores the measured overhead of this run for later plans.
+
+        Not where the plan is that of another seed: the difference would be that of two heaviest steps, too.
+        """
+        if self.last_plan is not None and self._is_own:
             tensors = self.last_plan.tensor_bytes
             record_work(record.device.name, record.memory.steps_bytes - self._before_bytes - tensors)
 

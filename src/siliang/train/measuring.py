@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from accelerate import Accelerator
 
 from siliang.data.batch import Batch
+from siliang.data.tokens import TokenSet
 from siliang.distributed.sharding import is_sharded
 from siliang.engine.batches import StepCollator
-from siliang.engine.evaluate import Sums, entries_of, evaluate, metrics_of
-from siliang.engine.order import shared_steps
+from siliang.engine.evaluate import Sums, evaluate, metrics_of
+from siliang.engine.order import evaluation_batches
 from siliang.engine.random_state import random_state, set_random_state
 from siliang.engine.step import Engine
 from siliang.engine.written import measure_texts
@@ -19,23 +20,22 @@ from siliang.train.backward import with_dummies
 from siliang.train.types import Run
 
 
-def as_many_as_other_ranks(run: Run) -> Callable[[list[Batch]], list[Batch]]:
-    """The batches of a step with dummies, where every rank needs the same number."""
+def batches_of(run: Run, tokens: TokenSet, collator: StepCollator) -> Iterator[Batch]:
+    """This rank's batches of an evaluation, with dummies where every rank needs the same number."""
 
     def as_many(batches: list[Batch]) -> list[Batch]:
         if not is_sharded(run.model) and not run.zero_stage:
             return batches
         return with_dummies(batches, max(n for (n,) in run.ranks.gather_ints(len(batches))))
 
-    return as_many
+    ranks, step = run.ranks, run.config.train.rows_per_step
+    return evaluation_batches(tokens, collator, ranks=ranks.size, rank=ranks.rank, step=step, as_many=as_many)
 
 
 def measure(run: Run, engine: Engine, collator: StepCollator, accelerator: Accelerator) -> dict[str, float]:
     """The metrics of the held-out rows; every rank must call this. The signatures of measures of texts go into the
     record. The random states are restored, so that the training does not change."""
-    ranks, lengths, task = run.ranks, run.eval_set.lengths.tolist(), engine.task
-    entries = entries_of(run.eval_set, collator)
-    steps = shared_steps(entries, lengths, run.config.train.rows_per_step, ranks.size)
+    ranks, task = run.ranks, engine.task
 
     def autocast() -> AbstractContextManager[None]:
         return accelerator.autocast()
@@ -47,10 +47,9 @@ def measure(run: Run, engine: Engine, collator: StepCollator, accelerator: Accel
             engine,
             run.eval_set,
             collator,
-            steps=None if ranks.size == 1 else (shares[ranks.rank] for shares in steps),
+            batches=batches_of(run, run.eval_set, collator),
             reader=task.read,
             autocast=autocast,
-            as_many=as_many_as_other_ranks(run),
         )
         run.sums = Sums.of(ranks.gather(own))
         metrics = metrics_of(task, run.sums, run.eval_rows)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import chain
 
-from siliang.data.batch import Batch
-from siliang.data.tokens import TokenSet
-from siliang.engine.batches import StepCollator, in_steps
-from siliang.engine.order import shared_steps
+from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
 from siliang.engine.whole_step import keep_reference
 from siliang.language import both
-from siliang.train.measuring import as_many_as_other_ranks
+from siliang.train.measuring import batches_of
 from siliang.train.types import Run
 
 
@@ -24,7 +22,7 @@ def take_reference(
     store = engine.reference_store
     if store is None or not store.only_before:
         return
-    # last, so that they come from the batches of evaluations, also where a row is among the training rows
+    # the held-out rows last: those that are training rows, too, keep the values of the batches of evaluations
     sets = [run.train_set, run.eval_set]
     rows = sum(map(len, sets))
     run.listener.say(
@@ -33,19 +31,6 @@ def take_reference(
             f"参考模型   第一步之前计算一次基座模型对 {rows:,} 条样本的对数概率",
         )
     )
-    keep_reference(engine, run.model, _batches(run, sets, collator), autocast)
+    batches = chain.from_iterable(batches_of(run, tokens, collator) for tokens in sets)
+    keep_reference(engine, run.model, batches, autocast)
     store.merge(run.ranks.gather(store.state_dict()) if run.ranks.size > 1 else [])
-
-
-def _batches(run: Run, sets: list[TokenSet], collator: StepCollator) -> Iterator[Batch]:
-    """This rank's share."""
-    ranks, as_many = run.ranks, as_many_as_other_ranks(run)
-    for tokens in sets:
-        if ranks.size == 1:
-            steps = in_steps(range(len(tokens)), collator.rows_at_once)
-        else:
-            lengths = tokens.lengths.tolist()
-            every = shared_steps(range(len(lengths)), lengths, run.config.train.rows_per_step, ranks.size)
-            steps = (shares[ranks.rank] for shares in every)
-        for step in steps:
-            yield from as_many(collator.numbered(tokens, step))

@@ -15,9 +15,10 @@ from siliang.data.example_set import bad_rows_message
 from siliang.data.load import load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.tokens import TokenSet, tokenize, usable
-from siliang.engine.batches import Sharing, StepCollator, in_steps, most_tokens
+from siliang.engine.batches import Sharing, StepCollator, most_tokens
 from siliang.engine.evaluate import Sums, metrics_of
 from siliang.engine.evaluate import evaluate as measure
+from siliang.engine.order import evaluation_batches
 from siliang.engine.step import Engine
 from siliang.engine.whole_step import keep_reference
 from siliang.engine.written import MeasuredTexts, measure_texts
@@ -160,8 +161,7 @@ def _take_reference(run: OpenedRun, engine: Engine, tokens: TokenSet, batch_size
         base = load_base(run.config, run.record.labels, run.tokenizer, dtype=dtype).to(device).eval()
     with engine_of(replace(run, model=base)) as before:
         collator = _collator(run, before, batch_size)
-        steps = in_steps(range(len(tokens)), collator.rows_at_once)
-        batches = (batch for step in steps for batch in collator.numbered(tokens, step))
+        batches = evaluation_batches(tokens, collator)
         keep_reference(before, base, batches, partial(autocast, run.precision, device))
         assert before.reference_store is not None
         store.load_state_dict(before.reference_store.state_dict())
