@@ -188,7 +188,7 @@ def test_headers_of_weights_are_read_where_their_format_matters(
     asked: list[str] = []
     monkeypatch.setattr(sys.modules["siliang.run_folder.kept_format"], "stored_format", lambda *of: asked.append(of[0]))
     for config, device in (
-        (changed(reviews, method={"name": "full"}), AMPLE),
+        (RunConfig.build(reviews.model_dump(mode="json") | {"method": {"name": "full"}}), AMPLE),
         (reviews, replace(AMPLE, precision=Choice("bf16", "as asked"))),
     ):
         content_key(config, gather_input(config, machine()), device)
