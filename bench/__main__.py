@@ -5,6 +5,8 @@ python -m bench --gpu                            W5, on the CUDA device that is 
 python -m bench --only W6 --pin "peft: bf16 weights, grouped"      with settings that are known, without a search
 python -m bench --smoke                          everything at tiny sizes: does it run, do the losses agree
 python -m bench --table docs/benchmarks/...      the table again, from its records
+
+Start it from the folder of the repository, where bench/ is.
 """
 
 from __future__ import annotations
@@ -133,18 +135,30 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="W", help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=WORKLOADS,
+        metavar="W",
+        help=f"of {', '.join(WORKLOADS)}; default: all of the device",
+    )
     parser.add_argument("--methods", nargs="+", metavar="M", help="only these of the workloads' methods")
-    parser.add_argument("--peers", nargs="+", choices=("peft", "trl", *OWN), help="default: all of them")
+    parser.add_argument(
+        "--peers", nargs="+", choices=("peft", "trl", *OWN), help="default: peft trl unsloth; on CUDA peft trl"
+    )
     parser.add_argument(
         "--pin", action="append", type=_pin, default=[], metavar="PEER: SETTING", help="no search for this peer"
     )
     parser.add_argument("--again", action="store_true", help="also what has been measured already")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="default: 2")
     parser.add_argument("--steps", type=int, help="timed steps of a run, after 3 of warm-up; the workload's by default")
-    parser.add_argument("--gate-steps", type=int, default=50)
+    parser.add_argument("--gate-steps", type=int, default=50, help="steps whose losses are compared; default: 50")
     parser.add_argument(
-        "--parts", nargs="+", choices=("time", "gate"), default=["time", "gate"], help="the gate needs no idle machine"
+        "--parts",
+        nargs="+",
+        choices=("time", "gate"),
+        default=["time", "gate"],
+        help="the gate needs no idle machine; default: both",
     )
     parser.add_argument("--all-settings", action="store_true", help="try bf16 even where the hardware imitates it")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, no targets")

@@ -1,6 +1,7 @@
 """What takes how long until the first optimizer step of `siliang train`: first run, and a second one with full caches.
 
 python -m bench.startup --model MODEL_FOLDER --data reviews.csv [--set data.columns.text=review ...]
+from the folder of the repository, where bench/ is.
 
 Each run is a process of its own, as a user starts it. The table has seconds of the clock, and of the processor, in
 which other work on the machine counts little. A phase is without the imports in it, which have a row of their own.
@@ -190,14 +191,19 @@ def measure(arguments: list[str], cache: Path, scratch: Path) -> dict[str, list[
 
 def main() -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser("python -m bench.startup", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m bench.startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    traces = "--trace" in sys.argv  # the process of one run, which this one starts
     parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--model")
-    parser.add_argument("--data")
-    parser.add_argument("--task", default="seq_cls")
-    parser.add_argument("--method", default="lora")
+    parser.add_argument("--model", required=not traces, help="required: the folder of a base model")
+    parser.add_argument("--data", required=not traces, help="required: the data to train on")
+    parser.add_argument("--task", default="seq_cls", help="default: seq_cls")
+    parser.add_argument("--method", default="lora", help="default: lora")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run")
-    parser.add_argument("--runs", type=int, default=2, help="the first has no caches, the others have the first's")
+    parser.add_argument(
+        "--runs", type=int, default=2, help="the first has no caches, the others have the first's; default: 2"
+    )
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.trace:

@@ -33,7 +33,7 @@ from siliang.engine.order import Order
 from siliang.records import Answers, Record
 from siliang.safety.safe_yaml import dump_yaml
 from siliang.tasks.labels import losses, metrics
-from siliang.tasks.labels.calibration import best_threshold, ece, sigmoid, softmax, temperature_of_classes
+from siliang.tasks.labels.calibration import at_the_end, best_threshold, ece, sigmoid, softmax, temperature_of_classes
 from siliang.tasks.metrics import classification, spearman
 from siliang.train.prepare import prepare
 from siliang.train.run import train
@@ -54,6 +54,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
         (["x", "y", "x;y"], "several_labels", ";", "separated by ';'"),
         ([0.5, 2, 3.25], "number", None, "with decimals, such as 0.5"),
         (["3,5", "4", "2,75"], "number", None, "with a decimal comma, such as 2,75"),
+        (["1.369,9", "4", "2,75"], "number", None, "with a separator of thousands, such as 1.369,9"),
         (["1,2", "1", "2", "3", "2,3"], "several_labels", ",", "separated by ','"),
         (["1,2", "2,3", "1,3", "3,4", "1,4", "2,4"], "several_labels", ",", "separated by ','"),
         (["1", "2", "5", "2"], "one_label", None, "where their order counts: ordered"),
@@ -100,6 +101,9 @@ def test_decimal_commas_are_learned_as_numbers(tmp_path: Path) -> None:
         assert a_number({"label": written}, "label") == written and float(with_point(written)) == number
     with pytest.raises(BadRow, match=r"may be 1\.234 or 1234"):
         a_number({"label": "1,234"}, "label")
+    for text, plain in (("1.369,9", "1369.9"), ("1,369.9", "1369.9"), ("-1.369.000", "-1369000")):
+        with pytest.raises(BadRow, match=rf"a number with a separator of thousands: write it as {plain}$"):
+            a_number({"label": text}, "label")
 
 
 # ---- losses ----
@@ -315,6 +319,15 @@ def flags(model: Path, data: Path, output: Path, *sets: str) -> list[object]:
     usual = ("data.test_size=0.4", "train.max_steps=6", "train.precision=fp32", "train.learning_rate=0.003")
     given = [word for value in (*usual, *sets) for word in ("--set", value)]
     return ["train", "--model", model, "--data", data, "--task", "seq_cls", "--output", output, *given]
+
+
+def test_a_temperature_at_its_end_is_known() -> None:
+    """Where all rows are right, or the logits say nothing, no temperature is the best."""
+    right = np.array([[3.0, 0.0], [0.0, 2.0]])
+    assert at_the_end(temperature_of_classes(right, np.array([0, 1])))
+    assert at_the_end(temperature_of_classes(right, np.array([1, 0])))
+    mixed = np.array([[3.0, 0.0], [0.0, 2.0], [1.0, 0.5]])
+    assert not at_the_end(temperature_of_classes(mixed, np.array([0, 1, 1])))
 
 
 def test_thresholds_calibration_and_predictions(model: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_texts_come_in_and_out_whole(model_folders: dict[str, Path], review_file
     asked = run("predict", folder, "--json", stdin="电影\r\n\r\n好\n".encode("gbk"), encoding="gbk")
     assert [json.loads(line)["text"] for line in asked.out.splitlines()] == ["电影", "", "好"]
     wrong = run("predict", folder, stdin="电影\n".encode("gbk"), encoding="utf-8")
-    assert wrong.code == 2 and "standard input is not utf-8 after line 0" in wrong.err
+    assert wrong.code == 2 and "SLE01" not in wrong.err and "standard input is not utf-8 after line 0" in wrong.err
     surrogate = run("predict", folder, b"\xb5\xe7".decode("utf-8", "surrogateescape"))
     assert surrogate.code == 2 and "bytes that are not utf-8" in surrogate.err
 

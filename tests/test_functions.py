@@ -248,6 +248,21 @@ def test_texts_that_cannot_be_predicted_are_named(result: siliang.TrainingResult
     assert siliang.predict(run, [["good film"]]) == siliang.predict(run, ["good film"])
 
 
+def test_a_folder_is_resumed(config: RunConfig, tmp_path: Path) -> None:
+    done = siliang.train(config, output=str(tmp_path / "run"), train={"max_steps": 2, "save_every": 2})
+    changed = {"max_steps": 3, "share_beginnings": False, "frozen_weights": "converted"}
+    more = siliang.train(done.folder, resume=True, train=changed)
+    assert more.record.steps[-1].step == 3 and more.folder == done.folder and len(more.record.changed) == 3
+    for says, arguments in (
+        ("give a settings file, or resume=True", {"settings": done.folder}),
+        ("is not a run's folder", {"settings": tmp_path, "resume": True}),
+        ("leave out output", {"settings": done.folder, "resume": True, "output": str(tmp_path / "other")}),
+    ):
+        anything: Any = arguments
+        with pytest.raises(ConfigError, match=says):
+            siliang.train(**anything)
+
+
 def test_functions_print_nothing(config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging
 

@@ -73,6 +73,14 @@ def test_a_merged_model_and_an_adapter_of_peft_write_as_the_run_does(
     assert "its model is not one that writes" in refused("generate", of_peft, "one")
 
 
+def test_a_system_message_has_no_place_before_a_plain_text(opened: dict[str, OpenedRun], tmp_path: Path) -> None:
+    own = opened["causal_lm"]
+    plain = replace(own, record=own.record.model_copy(update={"layout": "text", "columns": {}, "more_layouts": {}}))
+    (tmp_path / "all.txt").write_text("one two\n")
+    with pytest.raises(ConfigError, match=r"system = 'be brief': .*all\.txt:1 is a text that is continued"):
+        list(read_asked(plain, str(tmp_path / "all.txt"), "be brief"))
+
+
 def asked(*questions: str) -> list[Conversation]:
     return [Conversation((Message("user", question),)) for question in questions]
 

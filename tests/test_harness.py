@@ -109,10 +109,19 @@ def test_the_figures_are_those_on_pefts_model(
     assert "choose_word/acc_norm" in page and "write_word/chrf" in page
 
 
-def test_one_file_some_rows_and_the_runs_template(trained: Path, own_tasks: Path) -> None:
+def test_one_file_some_rows_and_the_runs_template(
+    trained: Path, own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = run("eval", trained, "--harness", own_tasks / "choose.yaml", "--rows", "5", "--few-shot", "1")
     assert "choose_word/acc_norm" in shown.out and "5 rows, version 1.0" in shown.out, shown
     assert "write_word" not in shown.out
+    # in a folder without git, and without a version
+    task = json.loads((own_tasks / "choose.yaml").read_text())
+    del task["metadata"]
+    (tmp_path / "own.yaml").write_text(json.dumps(task))
+    monkeypatch.chdir(tmp_path)
+    shown = run("eval", trained, "--harness", tmp_path / "own.yaml", "--rows", "5")
+    assert "5 rows\n" in shown.out and "version" not in shown.out and "fatal" not in shown.err, shown
     result = run_harness(open_run(trained), [str(own_tasks / "choose.yaml")], chat=True)
     assert result.rows == {"choose_word": 16}
 

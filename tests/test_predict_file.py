@@ -15,7 +15,7 @@ from tiny import write_jsonl
 
 from siliang.run_folder import OpenedRun, open_run
 from siliang.train.run import train
-from siliang.types import ConfigError, InterruptedRunError, OutputError
+from siliang.types import ConfigError, DataError, InterruptedRunError, OutputError
 from siliang.use import predict_file as module
 from siliang.use.predict import predict
 from siliang.use.predict_file import predict_file
@@ -123,6 +123,26 @@ def test_rows_with_unlike_columns(opened: OpenedRun, tmp_path: Path, monkeypatch
     taken = write_jsonl(tmp_path / "taken.jsonl", [{"text": "good", "predicted_label": "pos"}])
     with pytest.raises(OutputError, match="has a column 'predicted_label' already"):
         predict_file(opened, str(taken), tmp_path / "taken.csv")
+
+
+def test_a_refused_file_leaves_nothing_in_the_way(opened: OpenedRun, tmp_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "all.jsonl", [{"other": "a"}]), tmp_path / "out.jsonl"
+    with pytest.raises(DataError, match="has no column 'text'"):
+        predict_file(opened, str(source), output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl"]
+    # an older version left such a file, without rows
+    (tmp_path / "out.jsonl.partial").write_text('{"run": "a", "base": "b", "data": "c"}\n')
+    write_jsonl(source, [{"text": "good"}])
+    assert predict_file(opened, str(source), output) == 1 and not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_table_without_rows_keeps_its_header(opened: OpenedRun, tmp_path: Path) -> None:
+    (tmp_path / "none.csv").write_text("id,text\n")
+    for ending in ("csv", "tsv", "jsonl", "parquet"):
+        assert predict_file(opened, str(tmp_path / "none.csv"), tmp_path / f"out.{ending}") == 0
+    assert (tmp_path / "out.csv").read_text() == "id,text,predicted_label,predicted_probability\n"
+    assert pq.read_table(tmp_path / "out.parquet").column_names[:2] == ["id", "text"]
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("task", ["token_cls", "question_ans", "several_labels", "number"])

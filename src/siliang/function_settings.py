@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 from siliang.config import RunConfig
 from siliang.function_arguments import as_path
 from siliang.language import Bilingual
+from siliang.paths import check_links
+from siliang.run_place import CONFIG_NAME
 from siliang.safety.safe_yaml import read_yaml
+from siliang.types import ConfigError
 
 if TYPE_CHECKING:  # slow to import
     from siliang.check import Finding
@@ -98,6 +101,42 @@ def run_config(settings: Settings | None = None, **changes: object) -> RunConfig
     if isinstance(settings, RunConfig) and not changes:
         return settings
     return RunConfig.build(filled_in(values_of(settings, changes)), source=source_of(settings))
+
+
+def of_folder(
+    settings: Settings | None, changes: dict[str, object], *, resume: bool
+) -> tuple[Settings | None, dict[str, object]]:
+    """The settings and changes of a run that is resumed, where its folder is given in the place of settings.
+
+    Raises:
+        ConfigError: A folder is given, and is no run's, or another `output` is, or nothing is to be resumed.
+    """
+    if not isinstance(settings, str | os.PathLike) or not (folder := Path(os.fsdecode(settings))).is_dir():
+        return settings, changes
+    if not resume:
+        raise ConfigError(
+            Bilingual(
+                f"{folder} is a folder: give a settings file, or resume=True to continue the run in it.",
+                f"{folder} 是文件夹：请给出配置文件，或用 resume=True 继续其中的训练。",
+            )
+        )
+    if not (own := folder / CONFIG_NAME).is_file():
+        raise ConfigError(
+            Bilingual(
+                f"{folder} is not a run's folder: it has no {CONFIG_NAME}, so resume=True cannot continue it.",
+                f"{folder} 不是运行文件夹：其中没有 {CONFIG_NAME}，无法用 resume=True 继续。",
+            )
+        )
+    check_links(folder)
+    output = changes.get("output", folder)
+    if not isinstance(output, str | os.PathLike) or Path(os.fsdecode(output)).absolute() != folder.absolute():
+        raise ConfigError(
+            Bilingual(
+                f"resume=True continues in {folder}: leave out output = {output}.",
+                f"resume=True 在 {folder} 中继续训练：请去掉 output = {output}。",
+            )
+        )
+    return own, changes | {"output": str(folder)}
 
 
 def values_of(settings: Settings | None, changes: Mapping[str, object]) -> dict[str, object]:

@@ -20,6 +20,7 @@ from siliang.function_settings import (
     ComparisonResult,
     Settings,
     TrainingResult,
+    of_folder,
     run_config,
     source_of,
     values_of,
@@ -127,7 +128,7 @@ def train(
     """Fine-tunes a base model, and leaves a run folder.
 
     Args:
-        settings: Of the run.
+        settings: Of the run. With `resume`, also the run's folder.
         resume: Continue the run in the folder `output` from its last checkpoint.
         force: With `resume` or an adapter: continue even if the base model or the data have changed.
         say: Called with each line of the log.
@@ -147,6 +148,7 @@ def train(
     from siliang.train.types import Listener
     from siliang.use.learned import what_is_wrong
 
+    settings, changes = of_folder(settings, changes, resume=resume)
     config, planner, verdicts = run_config(settings, **changes), Planner(), list[str | None]()
     listener = Listener(say, progress, lambda trained: verdicts.append(what_is_wrong(trained)))
     record = run(config, listener, resume=resume, force=force, planner=planner)

@@ -27,6 +27,8 @@ MAY_CHANGE = (
     "train.gradient_checkpointing",
     "train.tokens_at_once",
     "train.packing",
+    "train.share_beginnings",
+    "train.frozen_weights",
     "train.keep_frozen",
     "data.workers",
     "accept",

@@ -35,6 +35,7 @@ from siliang.use.generate import generate
 from siliang.use.learned import losses, what_is_wrong
 from siliang.use.merge import merge
 from siliang.use.predict import predict
+from siliang.use.predict_file import predict_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 LONG = "one " * 70
@@ -151,6 +152,10 @@ def test_a_run_in_use_stays_within_its_positions(gpt2: Path, tmp_path: Path) -> 
         generate(run, "say one", max_new_tokens=100)
     with pytest.raises(ConfigError, match=r"the prompt has \d+ tokens, and the model has 64 positions: shorten it"):
         generate(run, LONG)
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"instruction": "say one"}, {"instruction": LONG}])
+    with pytest.raises(ConfigError, match=r"asked\.jsonl:2: the prompt has \d+ tokens"):
+        predict_file(run, str(asked), tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("out.*"))
     run.config.data.max_length = 512
     other = write_jsonl(tmp_path / "other.jsonl", [{"instruction": LONG, "output": "one"}])
     with pytest.raises(DataError, match=r"a row has \d+ tokens, and the model has 64 positions"):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from siliang.language import Bilingual, local
 from siliang.secrets import redacted, shortened
 from siliang.terminal import clean_output, clean_standard_streams, json_escaped, raw_stream, shell_command, shown
-from siliang.types import ConfigError
+from siliang.types import ConfigError, DataError, SiliangError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,15 +94,16 @@ def input_lines() -> Iterator[str]:
     """The lines of standard input, without line breaks.
 
     Raises:
-        ConfigError: The input cannot be decoded.
+        DataError: The input cannot be decoded.
     """
     number = 0
     try:
         for line in sys.stdin:
             number += 1
-            yield as_text(line.rstrip("\r\n"), Bilingual(f"line {number} of standard input", f"标准输入第 {number} 行"))
+            what = Bilingual(f"line {number} of standard input", f"标准输入第 {number} 行")
+            yield as_text(line.rstrip("\r\n"), what, DataError)
     except UnicodeDecodeError as error:
-        raise ConfigError(
+        raise DataError(
             Bilingual(
                 f"standard input is not {error.encoding} after line {number}: convert it to UTF-8, "
                 "or set its encoding with PYTHONIOENCODING, such as PYTHONIOENCODING=gbk.",
@@ -112,15 +113,18 @@ def input_lines() -> Iterator[str]:
         ) from None
 
 
-def as_text(text: str, what: str) -> str:
+def as_text(text: str, what: str, kind: type[SiliangError] = ConfigError) -> str:
     """Returns `text` if it could be decoded.
+
+    Args:
+        kind: Of the error.
 
     Raises:
         ConfigError: Some bytes could not be decoded.
     """
     if any("\ud800" <= c <= "\udfff" for c in text):
         encoding = sys.getfilesystemencoding()
-        raise ConfigError(
+        raise kind(
             Bilingual(
                 f"{what} has bytes that are not {encoding}: {shortened(text, 80)!r}. Convert it to UTF-8.",
                 f"{local(what, 'zh')}含有不属于 {encoding} 的字节：{shortened(text, 80)!r}。请转换为 UTF-8。",

@@ -123,7 +123,8 @@ def evaluate(
         width = max(map(len, result.metrics), default=0)
         for name, value in result.metrics.items():
             n, version = result.rows.get(name.partition("/")[0]), result.versions.get(name.partition("/")[0])
-            print(f"{name:<{width}}  {value:.4f}  " + both(f"{n} rows, version {version}", f"{n} 条，版本 {version}"))
+            of, of_zh = ("", "") if version is None else (f", version {version}", f"，版本 {version}")
+            print(f"{name:<{width}}  {value:.4f}  " + both(f"{n} rows{of}", f"{n} 条{of_zh}"))
         return
     found = evaluation(with_evaluation(opened, settings) if settings else opened, data)
     notes = list(opened.trained.notes) if opened.trained else []

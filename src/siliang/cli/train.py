@@ -34,8 +34,10 @@ def train(
         str | None,
         typer.Option(
             help=both(
-                "Training data: .json, .jsonl, .csv, .tsv, or a saved dataset.",
-                "训练数据：.json、.jsonl、.csv、.tsv，或保存的数据集。",
+                "Training data: a .json, .jsonl, .csv, .tsv, .parquet, .arrow or .txt file, a file of tagged words "
+                "(.conll, .bio ...), a folder from Dataset.save_to_disk, or a name on the hub.",
+                "训练数据：.json、.jsonl、.csv、.tsv、.parquet、.arrow 或 .txt 文件，逐词标注的文件"
+                "（.conll、.bio 等），Dataset.save_to_disk 写的文件夹，或 hub 上的名称。",
             )
         ),
     ] = None,

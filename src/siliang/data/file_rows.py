@@ -43,7 +43,7 @@ def rows_of_file(path: Path, name: str, reading: Reading) -> Iterator[DataRow]:
         )
     try:
         if kind in (".parquet", ".arrow"):
-            yield from _arrow(path, name, kind)
+            yield from _arrow(path, name, kind, reading)
             return
         text = find_text(path, reading.encoding)
         if text.guessed:
@@ -100,6 +100,7 @@ def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[D
             if problem := _is_no_header(fields):
                 raise DataError(Bilingual(f"{where}: {problem}", f"{where}：{local(problem, 'zh')}"))
             names = clean_header(fields, where)
+            reading.add_columns(names)
         elif fields == names and names is reading.header and line == 1:
             raise DataError(
                 Bilingual(
@@ -151,7 +152,7 @@ def _is_no_header(fields: list[str]) -> str | None:
     return None
 
 
-def _arrow(path: Path, name: str, kind: str) -> Iterator[DataRow]:
+def _arrow(path: Path, name: str, kind: str, reading: Reading) -> Iterator[DataRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -165,6 +166,7 @@ def _arrow(path: Path, name: str, kind: str) -> Iterator[DataRow]:
             schema, batches = file.schema_arrow, file.iter_batches(batch_size=at_once, use_threads=False)
         else:
             schema, batches = _arrow_batches(path)
+        reading.add_columns(schema.names)
         rows = rows_of(batches, changes(schema, name), name, path.stat().st_size)
         for number, values in enumerate(rows, start=1):
             yield DataRow(values, f"{name}, row {number}")

@@ -11,7 +11,7 @@ from siliang.data.cells import BLANKS, as_text
 from siliang.data.find_layout import find_layout
 from siliang.data.label_cells import listed
 from siliang.data.labels import FEW_ROWS, MARKS, joined
-from siliang.data.numbers import as_number, has_decimal_comma, is_whole
+from siliang.data.numbers import as_number, has_decimal_comma, has_thousands, is_whole
 from siliang.data.reading import Reading
 from siliang.data.sources import open_source
 from siliang.data.spec import DataSpec
@@ -87,6 +87,13 @@ def look_at(cells: Sequence[object], labels: Sequence[str] | None = None) -> Lab
             f"标签是用逗号作小数点的数，如 {commas[0]}",
         )
         return LabelLook("number", None, why)
+    thousands = sorted(filter(has_thousands, names))
+    if labels is None and thousands and all(map(_is_a_number, names)):  # refused when the rows are read
+        why = Bilingual(
+            f"the labels are numbers with a separator of thousands, such as {thousands[0]}",
+            f"标签是带千位分隔符的数，如 {thousands[0]}",
+        )
+        return LabelLook("number", None, why)
     mark = separator(names, labels)
     if mark is not None:
         several = next(name for name in sorted(names) if mark in name)
@@ -120,6 +127,10 @@ def look_at(cells: Sequence[object], labels: Sequence[str] | None = None) -> Lab
             f"每条样本是 {n:,} 个整数之一，如 {shown}（如果大小顺序有意义，请用 ordered）",
         )
     return LabelLook("one_label", None, why)
+
+
+def _is_a_number(name: str) -> bool:
+    return as_number(name) is not None or has_decimal_comma(name) or has_thousands(name)
 
 
 def decimal_commas(names: set[str]) -> list[str]:

@@ -23,6 +23,12 @@ def has_decimal_comma(text: str) -> bool:
     return re.fullmatch(r"[+-]?[0-9]{1,18},[0-9]{1,18}", text) is not None
 
 
+def has_thousands(text: str) -> bool:
+    """Whether a text can only be a number with a separator of thousands, as "1.369,9", "1,369.9" and "1.369.000"."""
+    groups = r"(\.[0-9]{3})+,[0-9]+|(,[0-9]{3})+\.[0-9]+|(\.[0-9]{3}){2,}"
+    return re.fullmatch(rf"[+-]?[0-9]{{1,3}}({groups})", text) is not None
+
+
 def with_point(text: str) -> str:
     """A number with a decimal comma as one with a point; another text, and one that may be 1234, as it is."""
     if not has_decimal_comma(text) or re.fullmatch(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}", text):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from siliang.language import Bilingual
@@ -32,6 +32,7 @@ class Reading:
         separator: Of csv and tsv files; `auto` finds it.
         tagged: A .txt file holds a word and its tag a line.
         keeps_empty: An empty line of a .txt file is a row without text.
+        columns: Of the tables that were read, also of those without rows.
         notes: What was guessed or ignored, one line each.
         doubts: What may have been read in an unintended way, one line each.
     """
@@ -41,8 +42,12 @@ class Reading:
     separator: str = "auto"
     tagged: bool = False
     keeps_empty: bool = False
+    columns: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
+
+    def add_columns(self, names: Iterable[str]) -> None:
+        self.columns += [name for name in names if name not in self.columns]
 
     def note(self, line: str) -> None:
         if line not in self.notes:

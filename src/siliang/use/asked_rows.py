@@ -34,10 +34,12 @@ class AskedRow:
     Attributes:
         values: Its cells, by column.
         asked: What the run is asked; None for a row without text.
+        where: Its place, for messages.
     """
 
     values: dict[str, object]
     asked: Conversation | Text | None
+    where: str
 
 
 def read_asked(run: OpenedRun, source: str, system: str = "") -> Iterator[AskedRow]:
@@ -75,7 +77,7 @@ def read_asked(run: OpenedRun, source: str, system: str = "") -> Iterator[AskedR
             )
         if system and isinstance(found, Conversation) and found.messages[0].role != "system":
             found = replace(found, messages=(Message("system", system), *found.messages))
-        yield AskedRow(row.values, found)
+        yield AskedRow(row.values, found, row.where)
 
 
 def _asked(run: OpenedRun, row: DataRow) -> Conversation | Text | None:

@@ -75,6 +75,7 @@ def write_texts(
     sampling: Sampling,
     *,
     numbers: Sequence[int] | None = None,
+    places: Sequence[str] = (),
     batch_size: int | None = None,
     base: bool = False,
     on_text: Callable[[str], None] | None = None,
@@ -83,6 +84,7 @@ def write_texts(
 
     Args:
         numbers: Of the texts, by which each has random numbers of its own. None: 0, 1, ...
+        places: Of the texts, for messages.
         batch_size: Texts that are written at once. None: train.batch_size.
         on_text: Called with each piece of the answer while it is generated; for one text.
 
@@ -109,13 +111,14 @@ def write_texts(
     prompts: list[Asked] = []
     embeddings: Any = run.model.get_input_embeddings()
     most = int(embeddings.weight.shape[0])
-    for number, one in zip(numbers or range(len(asked)), asked, strict=False):
+    for i, (number, one) in enumerate(zip(numbers or range(len(asked)), asked, strict=False)):
+        place = f"{places[i]}: " if places else ""
         ids, stop = task.prompt(tokenizer, run.config.data, one)
         if not ids:
             raise ConfigError(
                 Bilingual(
-                    "the tokenizer makes no tokens of this text: there is nothing to answer.",
-                    "分词器没有从这段文本得到任何词元：没有可回答的内容。",
+                    f"{place}the tokenizer makes no tokens of this text: there is nothing to answer.",
+                    f"{place}分词器没有从这段文本得到任何词元：没有可回答的内容。",
                 )
             )
         if most <= max(ids):
@@ -125,7 +128,7 @@ def write_texts(
                     f"{run.config.model}：分词器有编号 {max(ids):,} 的词元，而模型只有 {most:,} 个词元。",
                 )
             )
-        new = _room(run, len(ids), sampling.max_new_tokens, sampling.up_to, base=base)
+        new = _room(run, len(ids), sampling.max_new_tokens, sampling.up_to, base=base, place=place)
         prompts.append(Asked(ids, tuple(stop), new, number))
     # texts of one batch have the same limit; the longest come first, so that a lack of memory shows at once
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].new, prompts[i].stop, -len(prompts[i].ids)))
@@ -207,7 +210,7 @@ def how_it_is_asked(record: Record) -> Bilingual | None:
     return None
 
 
-def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: bool) -> int:
+def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: bool, place: str) -> int:
     """Returns the number of new tokens that fit after the prompt.
 
     Raises:
@@ -222,8 +225,8 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
     if limit is not None and tokens > limit - task.decoder_only:
         raise ConfigError(
             Bilingual(
-                f"the prompt has {tokens:,} tokens, and the model has {positions.in_words(limit)}: shorten it.",
-                f"提示有 {tokens:,} 个词元，而模型有{positions.in_words(limit).zh}：请缩短提示。",
+                f"{place}the prompt has {tokens:,} tokens, and the model has {positions.in_words(limit)}: shorten it.",
+                f"{place}提示有 {tokens:,} 个词元，而模型有{positions.in_words(limit).zh}：请缩短提示。",
             )
         )
     room = room_behind(positions, tokens, has_encoder=task.has_encoder)
@@ -231,9 +234,9 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
         words = positions.in_words(room if task.has_encoder else room + tokens)
         raise ConfigError(
             Bilingual(
-                f"max_new_tokens = {wanted:,} behind a prompt of {tokens:,} tokens is more than the model's "
+                f"{place}max_new_tokens = {wanted:,} behind a prompt of {tokens:,} tokens is more than the model's "
                 f"{words}: at most {room:,} can be written.",
-                f"提示有 {tokens:,} 个词元，再加 max_new_tokens = {wanted:,} 就超出了模型的 "
+                f"{place}提示有 {tokens:,} 个词元，再加 max_new_tokens = {wanted:,} 就超出了模型的 "
                 f"{words.zh}：最多能生成 {room:,} 个。",
             )
         )

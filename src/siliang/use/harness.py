@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from siliang.tasks import task_of
 from siliang.types import ConfigError, first_line, nearest
 
 EXTRA = "harness"  # of pyproject.toml, with lm-eval
+NO_VERSIONS = ("Yaml", "N/A", None)  # what lm-eval says of tasks and groups without one
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class HarnessResult:
     Attributes:
         metrics: By the task's name and the metric's, `TASK/acc`, and `TASK/acc_stderr` for its standard error.
         rows: The rows of each task.
-        versions: The version of each task, and of lm-eval.
+        versions: The version of each task that has one, and of lm-eval.
         less_is_better: Those of the metrics.
     """
 
@@ -131,7 +132,7 @@ def _run(
         batch_size=batch_size or run.config.train.batch_size,
         max_length=positions_of(run.model).reads,
     )
-    with run.computing():
+    with run.computing(), _without_git():
         found: Any = evaluating(
             model,
             tasks=names,
@@ -152,8 +153,22 @@ def _run(
                 if found["higher_is_better"].get(name, {}).get(metric) is False:
                     less.add(own)
     counts = {name: int(n["effective"]) for name, n in found["n-samples"].items()}
-    versions = {name: str(number) for name, number in found["versions"].items()}
+    versions = {name: str(number) for name, number in found["versions"].items() if number not in NO_VERSIONS}
     return HarnessResult(metrics, counts, versions | {"lm-eval": version("lm-eval")}, frozenset(less))
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """lm-eval asks git for the folder it is called in, which git calls a fatal error where there is no repository."""
+    from lm_eval import evaluator
+
+    module: Any = evaluator
+    before = module.get_git_commit_hash
+    module.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        module.get_git_commit_hash = before
 
 
 def keep_in_record(

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.hashes import source_sha256
+from siliang.data.reading import Reading
+from siliang.data.sources import open_source
 from siliang.disk_errors import translate_disk_errors
 from siliang.files import append, replacing, sha256
 from siliang.language import Bilingual
@@ -70,23 +72,23 @@ def predict_file(
         check_predicts(run)
     with translate_disk_errors(output.parent):
         more = {"sampling": json.dumps(how.values()), "system": system} if writes else {}
-        done = _begin(partial, _identity(run, source) | more, output)
+        header = f"{json.dumps(_identity(run, source) | more)}\n".encode()
+        done = _begin(partial, header, output)
         rows: Iterator[InputRow | AskedRow] = read_asked(run, source, system) if writes else read_rows(run, source)
         next(islice(rows, done, done), None)  # those that are written already
         try:
-            with append(partial) as file:
-                while part := list(islice(rows, WRITTEN_ROWS if writes else ROWS)):
-                    _check_columns(part, run)
-                    if writes:
-                        answers = _texts(run, part, how, done, batch_size)
-                    else:
-                        answers = _answers(run, [row for row in part if isinstance(row, InputRow)])
-                    lines = [_line(row, answer) for row, answer in zip(part, answers, strict=True)]
-                    file.write("".join(lines).encode())
-                    file.flush()
-                    done += len(part)
-                    if progress is not None:
-                        progress(done)
+            while part := list(islice(rows, WRITTEN_ROWS if writes else ROWS)):
+                _check_columns(part, run)
+                if writes:
+                    answers = _texts(run, part, how, done, batch_size)
+                else:
+                    answers = _answers(run, [row for row in part if isinstance(row, InputRow)])
+                lines = [_line(row, answer) for row, answer in zip(part, answers, strict=True)]
+                with append(partial) as file:  # there is no such file before the first rows
+                    file.write((b"" if done else header) + "".join(lines).encode())
+                done += len(part)
+                if progress is not None:
+                    progress(done)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 Bilingual(
@@ -94,8 +96,13 @@ def predict_file(
                     f"已停止，前 {done:,} 行已写入 {partial}。再次运行同一命令即可继续。",
                 )
             ) from None
+        names: list[str] = []
+        if not done:
+            with append(partial) as file:
+                file.write(header)
+            names = [*_columns_of(run, source), *(f"{PREFIX}{name}" for name in _new_columns(run))]
         with replacing(output) as temporary:
-            WRITERS[output.suffix](partial, temporary)
+            WRITERS[output.suffix](partial, temporary, names)
         partial.unlink()
     return done
 
@@ -136,15 +143,27 @@ def _identity(run: OpenedRun, source: str) -> dict[str, str]:
     }
 
 
-def _begin(partial: Path, identity: dict[str, str], output: Path) -> int:
-    """The number of rows that a stopped run has left, after which a new one begins; a half line at the end goes."""
-    header = f"{json.dumps(identity)}\n".encode()
+def _columns_of(run: OpenedRun, source: str) -> list[str]:
+    """The columns of a file of data without rows, where its kind has them."""
+    reading = Reading(run.config.data.header, "auto", run.config.data.separator, keeps_empty=True)
+    opened = open_source(source, reading)
+    for _ in opened.rows(next(iter(opened.parts)), reading):
+        break
+    return reading.columns
+
+
+def _begin(partial: Path, header: bytes, output: Path) -> int:
+    """The number of rows that a stopped run has left, after which a new one begins; a half line at the end goes, and
+    so does a file without rows."""
     if not partial.exists():
-        with append(partial) as file:
-            file.write(header)
         return 0
     with partial.open("rb+") as file:
-        if file.readline() != header:
+        first = file.readline()
+        if not file.readline().endswith(b"\n") and _is_header(first):
+            partial.unlink()
+            return 0
+        file.seek(len(first))
+        if first != header:
             raise OutputError(
                 Bilingual(
                     f"{partial} is of another run or of other data: remove it, or choose another name than {output}.",
@@ -185,7 +204,8 @@ def _texts(
         first: The number of the first row, from which its random numbers follow.
     """
     asked = {first + i: row.asked for i, row in enumerate(rows) if isinstance(row, AskedRow) and row.asked is not None}
-    found = write_texts(run, list(asked.values()), how, numbers=list(asked), batch_size=batch_size)
+    places = [row.where for row in rows if isinstance(row, AskedRow) and row.asked is not None]
+    found = write_texts(run, list(asked.values()), how, numbers=list(asked), places=places, batch_size=batch_size)
     texts = dict(zip(asked, found, strict=True))
     for i in range(len(rows)):
         yield {f"{PREFIX}{TEXT}": texts.get(first + i)}
@@ -208,6 +228,15 @@ def _line(row: InputRow | AskedRow, answer: dict[str, object]) -> str:
     return f"{json.dumps(values, ensure_ascii=False, default=str)}\n"
 
 
+def _is_header(line: bytes) -> bool:
+    """Whether a line is the first of a partial file, of any call."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"run", "base", "data"} <= found.keys()
+
+
 # ---- formats ----
 
 
@@ -217,16 +246,16 @@ def _lines(partial: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def _write_jsonl(partial: Path, output: Path) -> None:
+def _write_jsonl(partial: Path, output: Path, columns: Sequence[str]) -> None:
     with partial.open("rb") as file, output.open("wb") as new:
         file.readline()
         while block := file.read(1 << 20):
             new.write(block)
 
 
-def _write_table(partial: Path, output: Path, delimiter: str) -> None:
-    """Columns in the order in which they first occur; lists and mappings as JSON."""
-    names = dict.fromkeys(name for row in _lines(partial) for name in row)
+def _write_table(partial: Path, output: Path, columns: Sequence[str], *, delimiter: str) -> None:
+    """The columns, then others in the order in which they first occur; lists and mappings as JSON."""
+    names = dict.fromkeys([*columns, *(name for row in _lines(partial) for name in row)])
     with output.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(names), delimiter=delimiter, lineterminator="\n")
         writer.writeheader()
@@ -235,7 +264,7 @@ def _write_table(partial: Path, output: Path, delimiter: str) -> None:
             writer.writerow(cells)
 
 
-def _write_parquet(partial: Path, output: Path) -> None:
+def _write_parquet(partial: Path, output: Path, columns: Sequence[str]) -> None:
     """Columns get the type that holds the values of all rows.
 
     Raises:
@@ -253,7 +282,7 @@ def _write_parquet(partial: Path, output: Path) -> None:
 
     column = ""
     try:
-        schema = pa.schema([])
+        schema = pa.schema([pa.field(name, pa.string()) for name in columns])  # of a file without rows
         for part in parts():
             for column, values in part.items():
                 own = pa.schema([pa.field(column, pa.array(values).type)])
@@ -273,9 +302,10 @@ def _write_parquet(partial: Path, output: Path) -> None:
         ) from None
 
 
-WRITERS: dict[str, Callable[[Path, Path], None]] = {
-    ".csv": lambda partial, output: _write_table(partial, output, ","),
-    ".tsv": lambda partial, output: _write_table(partial, output, "\t"),
+# Each takes the partial file, the new one, and the columns of a file without rows.
+WRITERS: dict[str, Callable[[Path, Path, Sequence[str]], None]] = {
+    ".csv": lambda partial, output, names: _write_table(partial, output, names, delimiter=","),
+    ".tsv": lambda partial, output, names: _write_table(partial, output, names, delimiter="\t"),
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,
 }

@@ -14,6 +14,7 @@ import numpy as np
 BINS = 15
 STEEPEST, FLATTEST = 20.0, 0.001  # of 1 / T: where all rows are right, none is the best
 HALVINGS = 60
+NO_SLOPE = 1e-12  # where all rows are right, rounding makes 0 of it before the end
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -58,7 +59,7 @@ def _temperature(slope: Callable[[float], float]) -> float:
     low, high = FLATTEST, STEEPEST
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+        low, high = (middle, high) if slope(middle) < NO_SLOPE else (low, middle)
     return 2 / (low + high)
 
 
