@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import json
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from every_task import TASKS, make_models
 from safetensors.torch import load_file, save_file
 from test_methods_everywhere import EVERY, configured, losses_of, saved, some_of
-from torch import nn
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.functional import linear
 
 from faults.runs import Place, make_place
@@ -22,7 +25,7 @@ from siliang.compare.base import CachedBase
 from siliang.config import RunConfig
 from siliang.models.load import load_model
 from siliang.ops import stored
-from siliang.ops.stored import StoredWeight, plain
+from siliang.ops.stored import StoredWeight, as_kept, plain
 from siliang.run_folder.kept_format import stored_format
 from siliang.tasks import CAUSAL_LM
 from siliang.train.log import Progress
@@ -227,6 +230,67 @@ def test_products_and_their_gradients() -> None:
         assert torch.equal(found, expected) and type(found) is torch.Tensor
         for a, b in zip(*(torch.autograd.grad(out.sum(), x) for out in (found, expected)), strict=True):
             assert torch.equal(a, b)
+
+
+def test_the_memory_is_about_half(half: dict[str, Path]) -> None:
+    """Of all weights, the small vectors included, which are converted; nothing else holds a converted matrix."""
+
+    def live_bytes(kept: torch.dtype | None) -> int:
+        def storages() -> dict[int, UntypedStorage]:
+            every = (as_kept(x).untyped_storage() for x in gc.get_objects() if issubclass(type(x), Tensor))
+            return {storage._cdata: storage for storage in every}
+
+        gc.collect()
+        before = storages()  # which stay, so that no new one has the address of one of them
+        model = load_model(str(half["llama"]), CAUSAL_LM.model, dtype=torch.float32, kept=kept)
+        model(torch.arange(12).view(2, 6))
+        gc.collect()
+        return sum(storage.nbytes() for key, storage in storages().items() if key not in before)
+
+    found, converted = live_bytes(torch.bfloat16), live_bytes(None)
+    assert 0.5 <= found / converted < 0.55
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_conversions_of_a_kept_weight(inference: bool) -> None:
+    """In inference mode `to` reaches the weight as one operator, which looks like a view."""
+    kept = StoredWeight(torch.randn(4, 4).bfloat16())
+    wide = plain(kept)
+    with torch.inference_mode(inference):
+        for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+            for found in (kept.to(dtype), kept.to(torch.ones(1, dtype=dtype)), kept.type(dtype)):
+                assert found.dtype is dtype and torch.equal(plain(found), wide.to(dtype))
+
+
+def test_a_kept_weight_has_no_memory_of_fp32(half: dict[str, Path], tmp_path: Path) -> None:
+    """Its bits and its address would be others; libraries take weights at one address for tied."""
+    kept = StoredWeight(torch.randn(4, 4).bfloat16())
+    refused = partial(pytest.raises, RuntimeError, match=r"kept as its file has it, in torch\.bfloat16\.\nTake a copy")
+    for ask in (lambda: kept.view(torch.int32), lambda: kept.view(torch.bfloat16), kept.data_ptr):
+        with refused():
+            ask()
+    model = load_model(str(half["llama"]), CAUSAL_LM.model, dtype=torch.float32, kept=torch.bfloat16)
+    for save in (model.save_pretrained, lambda to: save_file(dict(model.state_dict()), to / "model.safetensors")):
+        with refused():  # and not a file without these weights
+            save(tmp_path)
+        assert not list(tmp_path.glob("*.safetensors"))
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    for name, p in model.named_parameters():
+        assert torch.equal(found[name], plain(p)), name
+
+
+def test_tied_weights_stay_tied(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    tied = in_half(model_folders["llama"], tmp_path / "tied")
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = load_file(tied / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tied / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(str(tied), CAUSAL_LM.model, dtype=torch.float32, kept=torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and isinstance(model.lm_head.weight, StoredWeight)
+    copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == weights.keys()
 
 
 def test_nothing_writes_into_a_kept_weight() -> None:

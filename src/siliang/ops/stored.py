@@ -5,14 +5,15 @@ exactly: a product converts the weight into a temporary tensor, in the forward p
 gives the same bits as with a weight that was converted once. So a weight takes 2 bytes a number and not 4; they are
 pages of the mapped file, which processes share.
 
-Lookups and slices convert only what they take. Whatever would write into the weight is an error.
+Lookups and slices convert only what they take. Whatever would write into the weight is an error, and whatever asks for
+the memory of its fp32 numbers, which are nowhere: their address, or their bits as another format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 HALF = (torch.bfloat16, torch.float16)
 LEAST_NUMBERS = 2**17  # of a weight: smaller ones are converted, since each operator on a StoredWeight costs some 20 us
 aten = torch.ops.aten
+OTHER_FORMATS = {aten.view.dtype, aten.view_as_complex.default}
 LOOKUPS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor}
 
 
@@ -54,6 +56,8 @@ class StoredWeight(Tensor):
     ) -> Any:
         first, more = args[0] if args else None, dict(kwargs or {})
         if isinstance(first, StoredWeight):
+            if func in OTHER_FORMATS:
+                raise RuntimeError(f"{func} would show the bits of fp32, and {first._where()}")
             if _is_view(func):  # of which whatever writes into it is an error, too
                 views = func(first.stored, *args[1:], **more)
                 return tree_map_only(Tensor, partial(StoredWeight, dtype=first.dtype), views)
@@ -61,6 +65,26 @@ class StoredWeight(Tensor):
                 return func(first.stored, *args[1:], **more).to(first.dtype)
         _check_unwritten(func, args, more)
         return func(*tree_map_only(StoredWeight, plain, list(args)), **tree_map_only(StoredWeight, plain, more))
+
+    def data_ptr(self) -> NoReturn:
+        """
+        Raises:
+            RuntimeError: Always: an address of 0 would make all such weights tied to one another.
+        """
+        raise RuntimeError(f"data_ptr() would be the address of fp32 numbers, and {self._where()}")
+
+    def storage(self) -> NoReturn:
+        """
+        Raises:
+            RuntimeError: Always. safetensors, and so `save_pretrained`, asks for it.
+        """
+        raise RuntimeError(f"storage() would be that of fp32 numbers, and {self._where()}")
+
+    def _where(self) -> str:
+        return (
+            f"a frozen weight of {tuple(self.shape)} is kept as its file has it, in {self.stored.dtype}.\n"
+            "Take a copy with .clone(), or of a model with copy.deepcopy, or set train.frozen_weights=converted."
+        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> Tensor:
         """A copy may be trained: it is a plain tensor."""
@@ -102,7 +126,10 @@ def may_stay(stored: torch.dtype, wanted: torch.dtype, shape: Sequence[int]) -> 
 
 @cache
 def _is_view(func: torch._ops.OpOverload) -> bool:
-    """Whether the operator's results are views of its first argument."""
+    """Whether the operator's results are views of its first argument. Where `to` reaches a tensor as such (in inference
+    mode), it may convert."""
+    if func.overloadpacket is aten.to:
+        return False
     schema: torch.FunctionSchema = func._schema
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
