@@ -4,7 +4,8 @@ python -m bench.predictions [--rounds 3] [--texts 1000] [--cpu]
 
 MiniLM on SST-2's reviews, and a Chinese BERT on hotel reviews; both are trained for some steps first, at siliang's
 default precision: bf16 where the machine computes it, which a run keeps in its predictions. The pipeline has the merged
-model in fp32, its default, and in bf16, and the best of several batch sizes counts. A line for each gives texts per
+model in fp32, its default, and in bf16, and the texts as they come and sorted by length; the best of all and of several
+batch sizes counts. A line for each gives texts per
 second of wall-clock time, or with --cpu of the process's CPU time (the median of the rounds), and in how many texts
 both chose the same class.
 """
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,13 @@ def hotels() -> list[tuple[str, str]]:
     return rows
 
 
+def by_length(texts: list[str], answer: Callable[[list[str]], list[str]]) -> list[str]:
+    """The answers to texts that are sorted by length, in the order of the texts."""
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    found = dict(zip(order, answer([texts[i] for i in order]), strict=True))
+    return [found[i] for i in range(len(texts))]
+
+
 def compare(
     name: str,
     model: Path,
@@ -96,9 +105,13 @@ def compare(
     for dtype in (torch.float32, torch.bfloat16):
         there = pipeline("text-classification", model=str(folder / "merged"), device="cpu", dtype=dtype)
         for size in BATCHES:
-            ways[f"pipeline, {NAMES[dtype]}, batches of {size}"] = lambda there=there, size=size: [
-                str(found["label"]) for found in there(asked, batch_size=size, **whole)
-            ]
+
+            def classify(texts: list[str], there: Any = there, size: int = size) -> list[str]:
+                return [str(found["label"]) for found in there(texts, batch_size=size, **whole)]
+
+            way = f"pipeline, {NAMES[dtype]}, batches of {size}"
+            ways[way] = partial(classify, asked)
+            ways[f"{way}, sorted"] = partial(by_length, asked, classify)
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     answers: dict[str, list[str]] = {}
     for _ in range(rounds):

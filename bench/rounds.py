@@ -219,7 +219,8 @@ class Bench:
         environment = ENVIRONMENTS.get(job.library)
         python = str(python_of(job.library)) if environment else sys.executable
         first = environment.first if environment else ()
-        variables_of_job = variables()
+        # a first run each time: siliang keeps plans and tokens
+        variables_of_job = variables() | {"SILIANG_CACHE": str(self.scratch / f"{job.name}-cache")}
         if job.library == "unsloth":
             from bench.unsloth_settings import variables_of
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -188,3 +190,12 @@ def test_a_file_that_imports_downward_is_found(tmp_path: Path) -> None:
     edges = {p.name: frozenset(q.name for q in imported(p, known)) for p in known.values()}
     assert edges == {"a.py": frozenset({"b.py"}), "b.py": frozenset({"a.py"})}
     assert circles(edges) == {frozenset({"a.py", "b.py"})}
+
+
+def test_the_list_of_names_is_in_the_wheel() -> None:
+    """`__init__.py` reads `__init__.pyi`. The wheel has all of the package's files but those that git ignores."""
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+    assert built["targets"]["wheel"] == {"packages": ["src/siliang"]} and set(built) == {"targets"}
+    assert (ROOT / "src" / "siliang" / "__init__.pyi").is_file()
+    patterns = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert not any(fnmatch("__init__.pyi", pattern) for pattern in patterns)

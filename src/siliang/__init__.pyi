@@ -1,4 +1,4 @@
-"""The names of `import siliang`: for type checkers, and for `__init__.py`, which imports each on its first use."""
+"""Code reads this at run time: `__init__.py` imports each of its names on first use. Type checkers read it too."""
 
 from siliang.functions import CheckResult as CheckResult
 from siliang.functions import ComparisonResult as ComparisonResult

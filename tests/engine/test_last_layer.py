@@ -297,7 +297,7 @@ def test_activated_lora_counts_tokens() -> None:
     config = siliang.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
     engine = Engine(siliang.get_peft_model(make("llama"), config), CAUSAL_LM)
     assert engine._reads is None
-    assert engine.notes[-1] == "the last layer computes all tokens: AloraLinear counts the tokens of each text"
+    assert engine.notes[-1] == "the last layer computes all tokens: aLoRA counts the tokens of each text"
 
 
 def test_the_trial_leaves_no_trace() -> None:

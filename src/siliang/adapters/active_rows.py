@@ -19,7 +19,7 @@ def active_rows(injection: Injection) -> list[BatchRows]:
 
 
 def trains_all_layers(injection: Injection) -> bool:
-    """Whether what the lowest layer gives follows from what is trained, wherever that is: a prompt, a mixture."""
+    """Whether the lowest layer's output depends on trained parameters outside the layers: a prompt, a mixture."""
     adapters = [injection.adapters[name] for name in injection.active]
     return any(one.prompt is not None or (one.rows is not None and one.rows.mixes_layers) for one in adapters)
 

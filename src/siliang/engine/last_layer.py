@@ -8,8 +8,8 @@ token that a classifier's head takes. The layer's own forward runs twice, first 
 Of labelled tokens, which are many, that pass computes the attention, too, and the second takes their results. Of one
 token of each text, the second computes the attention, with the keys and values of the first.
 
-Linear layers whose result a pass does not need are skipped in it. A trial run finds them: autograd has a way from their
-output to the queries alone, or to keys and values alone, or to nothing but these three.
+Linear layers whose result a pass does not need are skipped in it. A trial run finds them by autograd: only
+the queries depend on their output, or only keys and values, or only these three.
 
 Shapes: T tokens, R read ones, D hidden.
 """

@@ -125,7 +125,7 @@ class ReadingTrial:
         Args:
             comparing: Compare the results. False on fake tensors: it only has to run.
         """
-        if (reason := _counts_tokens(self._model)) is not None:
+        if (reason := _needs_all_tokens(self._model)) is not None:
             return None, reason
         training = self._model.training
         self._model.eval()
@@ -275,14 +275,10 @@ def stirred(model: nn.Module) -> Iterator[None]:
             own.zero_()
 
 
-def _counts_tokens(model: nn.Module) -> str | None:
+def _needs_all_tokens(model: nn.Module) -> str | None:
     """Why an adapter needs all tokens of a batch; None if none does."""
     injection = model.injection if isinstance(model, PeftModel) else None
-    for name in injection.active if injection else ():
-        for layer in injection.adapters[name].layers.values() if injection else ():
-            if not layer.PART_OF_A_BATCH:
-                return Bilingual(
-                    f"{type(layer).__name__} counts the tokens of each text",
-                    f"{type(layer).__name__} 要数每段文本的词元",
-                )
-    return None
+    if injection is None:
+        return None
+    layers = (layer for name in injection.active for layer in injection.adapters[name].layers.values())
+    return next((layer.NEEDS_ALL_TOKENS for layer in layers if layer.NEEDS_ALL_TOKENS is not None), None)

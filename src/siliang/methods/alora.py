@@ -39,6 +39,7 @@ class AloraLinear(LoraLinear):
 
     PART_OF_A_BATCH = False
     LOOKS_AHEAD = Bilingual("aLoRA begins at a row's last invocation", "aLoRA 从一行最后一次出现触发序列处开始")
+    NEEDS_ALL_TOKENS = Bilingual("aLoRA counts the tokens of each text", "aLoRA 要数每段文本的词元")
 
     invocation: Invocation | None = None
 

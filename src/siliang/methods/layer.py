@@ -45,12 +45,14 @@ class LayerAdapter(ABC):
 
     # No other adapter can be active on the layer together with it.
     EXCLUSIVE: ClassVar[bool] = False
-    # It can compute on some rows of a batch, the others of which have other adapters.
+    # It can compute on some rows of a batch while others have other adapters.
     PART_OF_A_BATCH: ClassVar[bool] = True
     # Those of its own class can all the same.
     WITH_ITS_KIND: ClassVar[bool] = False
     # Why what it computes for a token depends on later ones; None if it does not.
     LOOKS_AHEAD: ClassVar[str | None] = None
+    # Why it needs all tokens of a text, also those that nothing reads behind the last layer; None if it does not.
+    NEEDS_ALL_TOKENS: ClassVar[str | None] = None
 
     s: float = 1.0
     config_scaling: float = 1.0

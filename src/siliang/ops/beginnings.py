@@ -1,4 +1,4 @@
-"""Sequences that begin with the same tokens, as a tree: what several of them have in common is there once.
+"""Sequences that begin with the same tokens, as a prefix tree: shared tokens are stored once.
 
     a b c d e          a b --- c d e
     a b f         =>      \\-- f
@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-LEAST_SAVED = 16  # tokens that a span has to save: each is one more part of every attention (docs/log.md)
+LEAST_SAVED = 16  # tokens that a span has to save: each span costs one more attention call (docs/log.md)
 LEAST_SHARE = 0.03  # of all tokens: what a tree has to save
 
 

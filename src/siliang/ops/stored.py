@@ -120,8 +120,12 @@ def may_stay(stored: torch.dtype, wanted: torch.dtype, shape: Sequence[int]) -> 
         stored: Its format in the file.
         wanted: The format that it is loaded in.
     """
-    numbers = shape[0] * shape[1] if len(shape) == 2 else 0
-    return stored in HALF and wanted is torch.float32 and numbers >= LEAST_NUMBERS
+    return stored in HALF and wanted is torch.float32 and is_large(shape)
+
+
+def is_large(shape: Sequence[int]) -> bool:
+    """Whether a weight is a matrix that is large enough to stay as its file has it."""
+    return len(shape) == 2 and shape[0] * shape[1] >= LEAST_NUMBERS
 
 
 @cache

@@ -41,8 +41,13 @@ def tree_attention(
     """The arguments are those of `packed_attention`.
 
     Args:
-        impl: products and sdpa are the cascade, with scores as tensors and by torch's kernel for CPUs; expanded gives
-            each span a copy of the keys above it; varlen does so on CUDA; auto chooses.
+        impl: How it is computed:
+            products: the cascade (`ops/cascade.py`), with the scores as tensors;
+            sdpa: the cascade, by torch's attention kernel for CPUs;
+            expanded: each span has a copy of the keys above it, by sdpa;
+            varlen: likewise, by CUDA's kernel for sequences of several lengths;
+            reference: one dense mask over all tokens, for tests;
+            auto: the fastest of them here.
 
     Returns:
         (1, T, H, K).

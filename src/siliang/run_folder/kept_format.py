@@ -12,7 +12,7 @@ from siliang.hardware import Choice
 from siliang.hub import cached_file
 from siliang.methods import Method
 from siliang.models.folder import CONFIG, weight_files
-from siliang.ops.stored import HALF, may_stay
+from siliang.ops.stored import is_large
 
 FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16}  # by the names of safetensors
 
@@ -49,7 +49,7 @@ def stored_format(name: str, revision: str | None = None) -> torch.dtype | None:
             with safe_open(folder / file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118, it is no mapping
                     weight = weights.get_slice(key)
-                    if may_stay(HALF[0], torch.float32, weight.get_shape()):
+                    if is_large(weight.get_shape()):
                         formats.add(FORMATS.get(weight.get_dtype()))
     except (OSError, SafetensorError):  # loading says what is wrong
         return None

@@ -185,6 +185,9 @@ class Prediction(Protocol):
         ...
 
 
+TEXTS_AT_ONCE = 1024  # that are tokenized together; without a batch_size, their batches are of similar length
+
+
 @dataclass(frozen=True)
 class Trained:
     """A trained model, as a task predicts with it.

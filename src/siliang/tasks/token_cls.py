@@ -29,14 +29,12 @@ from siliang.records import Verdict
 from siliang.tasks.losses import WithLogits, cross_entropy
 from siliang.tasks.metrics import ACCURACY, F1, as_iobes, f1_of, spans_of_tags, types_of
 from siliang.tasks.related_texts import in_one_line
-from siliang.tasks.task import HeldOutAnswers, Metric, Reply, Shown, Task, Trained
+from siliang.tasks.task import TEXTS_AT_ONCE, HeldOutAnswers, Metric, Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
 if TYPE_CHECKING:  # slow to import
     from siliang.data.batch import Batch
     from siliang.data.tokens import TokenSet
-
-AT_ONCE = 256  # sentences that are predicted together
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def predict(run: Trained, sentences: Iterable[str | Sequence[str]]) -> Iterator[
             characters. Read while they are predicted.
     """
     waiting = iter(sentences)
-    while some := list(islice(waiting, AT_ONCE)):
+    while some := list(islice(waiting, TEXTS_AT_ONCE)):
         words = [_words_of(run, s) for s in some]
         for text_or_words, sentence, tags in zip(some, words, _tags(run, words), strict=True):
             text = text_or_words if isinstance(text_or_words, str) else join_words(sentence)

@@ -22,11 +22,11 @@ from siliang.engine.splits import mixing
 from siliang.language import Bilingual, local
 from siliang.run_folder import OpenedRun
 from siliang.tasks import Prediction, Trained
+from siliang.tasks.task import TEXTS_AT_ONCE
 from siliang.types import ConfigError, DataError, message_of
 from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
 
-AT_ONCE = 1024  # texts that are tokenized together, and sorted by length
 MOST_TOKENS = 16_384  # of a batch where the device sets no limit
 Input = str | tuple[str, str] | tuple[str, ...] | Example  # a text, a pair of texts, words, or an example
 
@@ -118,9 +118,9 @@ def _read(
     data = data.model_copy(update={"too_long": "cut", "skip_bad_rows": False, "columns": columns})
     waiting = iter(examples)
     # a run's batches are those of its steps, which are smaller than what is the fastest without gradients
-    rows_at_once = batch_size or (run.config.train.batch_size if mixing(run.model) else AT_ONCE)
+    rows_at_once = batch_size or (run.config.train.batch_size if mixing(run.model) else TEXTS_AT_ONCE)
     with engine_of(run) as engine:
-        while some := list(islice(waiting, AT_ONCE)):
+        while some := list(islice(waiting, TEXTS_AT_ONCE)):
             tokens = tokenize(some, run.tokenizer, data, task.data, labels=run.labels, judged=False)
             check_positions(run, tokens, Bilingual("a text", "有文本"))
             yield some, tokens, sums_of(run, engine, tokens, task.read, rows_at_once, tokens_at_once=MOST_TOKENS).found
