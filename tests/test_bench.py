@@ -15,6 +15,7 @@ from bench.environments import ENVIRONMENTS, wanted
 from bench.gate import compare
 from bench.methods_page import BEGIN, DOCS, END, RECORD, Line, read_lines, tables
 from bench.methods_table import ENTRIES, chosen_rate, climb
+from bench.predictions import by_length
 from bench.record import Job, Measurement, Setting, read_records
 from bench.settings import DEFAULT, chosen, search, trains
 from bench.steps import set_start, start_sha256
@@ -114,7 +115,10 @@ def test_the_best_setting_is_found_part_by_part() -> None:
 
     tried = search("unsloth", WORKLOADS["W1"], speed, bf16=False)
     assert seen == list(speeds)
-    assert chosen(WORKLOADS["W1"], tried, ["unsloth"]) == [("unsloth", tried[0][2]), ("unsloth", DEFAULT)]
+    assert chosen(WORKLOADS["W1"], tried, ["unsloth"]) == [
+        *(("unsloth", setting) for *_, setting in tried[:2]),
+        ("unsloth", DEFAULT),
+    ]
     assert str(tried[0][2]) == "bf16 storage, grouped, compiled"
     assert Setting.parse(str(tried[0][2])) == tried[0][2]
 
@@ -226,3 +230,9 @@ def test_a_run_that_fails_is_not_chosen() -> None:
     ]
     lines += [Line("search", "text", "lora", 3e-2, 42, {"eval_loss": math.nan})]
     assert chosen_rate(lines, "text", "lora") == 3e-3
+
+
+def test_texts_sorted_by_length_are_answered_in_their_order() -> None:
+    seen: list[list[str]] = []
+    found = by_length(["bb", "a", "cccc"], lambda texts: seen.append(texts) or [text.upper() for text in texts])
+    assert seen == [["cccc", "bb", "a"]] and found == ["BB", "A", "CCCC"]
