@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from siliang.data.cache import cache_folder
 from siliang.engine.budget import MemoryBudget
+from siliang.engine.graph import leaves_of
 from siliang.engine.patches import Undo, replace_forward
 from siliang.engine.randomness import draws_on_fake, find_randomness
 from siliang.language import Bilingual, local
@@ -115,17 +116,12 @@ class _Trial:
         checkpointing, the embeddings' output may ask for a gradient.
         """
         x, self._input = self._input, None
+        if x is None:
+            return None
         names = {id(p): name for name, p in self.model.named_parameters()}
-        nodes, seen = [x.grad_fn if x is not None else None], set[object]()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-            variable = getattr(node, "variable", None)  # of a leaf
-            if isinstance(variable, nn.Parameter):
-                return names.get(id(variable), "a parameter")
+        for leaf in leaves_of(x):
+            if isinstance(leaf, nn.Parameter):
+                return names.get(id(leaf), "a parameter")
         return None
 
 

@@ -25,6 +25,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from siliang.engine.graph import leaves_of
 from siliang.engine.patches import patched
 from siliang.methods.batch_rows import BatchRows
 from siliang.models.introspect import is_linear, unwrapped
@@ -138,7 +139,8 @@ class LastLayer:
         # one that computes more than twice is used for something else, too
         leaf_of = {m: leaf for m, leaf in once.items() if len(found[m]) == 2}
         q, k, v = first.made[0]
-        to_q, to_k = _leaves(q), _leaves(k) | _leaves(v)
+        to_q, to_k, to_v = ({id(leaf) for leaf in leaves_of(x)} for x in (q, k, v))
+        to_k |= to_v
 
         def making(leaves: set[int]) -> dict[nn.Module, int]:
             return {m: leaf.shape[-1] for m, leaf in leaf_of.items() if id(leaf) in leaves}
@@ -204,20 +206,6 @@ def _outermost_linear(layer: nn.Module) -> Iterable[nn.Module]:
             yield child
         else:
             yield from _outermost_linear(child)
-
-
-def _leaves(output: Tensor) -> set[int]:
-    """The ids of the tensors that a result is a function of."""
-    nodes, seen, found = [output.grad_fn], set[object](), set[int]()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-        if (variable := getattr(node, "variable", None)) is not None:
-            found.add(id(variable))
-    return found
 
 
 def _select(layout: ReadLayout, value: object) -> object:

@@ -227,14 +227,8 @@ def spread_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
     return _Spread.apply(x, index, rows)
 
 
-class _Repeat(torch.autograd.Function):
+class _Repeat(_Gather):
     """Some rows of x, several times. The gradients of a row add up in the same order each time, on CUDA, too."""
-
-    @staticmethod
-    def forward(ctx: RowsContext, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = len(x)
-        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: RowsContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
