@@ -279,12 +279,17 @@ def test_a_tracker_that_fails_ends_no_run(
     said.clear()
 
     def break_it(progress: Any) -> None:
-        if progress.step == 3:
+        if progress.step == 3 and import_module("mlflow").active_run() is not None:
             import_module("mlflow").set_tracking_uri("http://127.0.0.1:9")
 
     train(config("mlflow", "tensorboard", output="middle"), Listener(said.append, break_it))
     assert len([line for line in said if "mlflow is switched off" in line]) == 1
     assert Record.read(tmp_path / "middle").status == "completed"
+    said.clear()
+    train(config("mlflow", output="next/run"), Listener(said.append))  # its run is ended: another one starts
+    assert not [line for line in said if "switched off" in line]
+    assert import_module("mlflow").active_run() is None
+    check("mlflow", tmp_path / "next" / "run")
 
 
 def test_what_is_not_installed_is_said_before_loading(

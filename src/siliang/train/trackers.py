@@ -147,8 +147,9 @@ def _open_mlflow(folder: Path, project: str, run: str, own_id: str | None) -> Op
     own = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_NESTED_RUN", "MLFLOW_TAGS")
     with ExitStack() as undo:
         # mlflow keeps the place for the whole process, and in the environment
+        with changed_environment({"MLFLOW_TRACKING_URI": None}):  # which is not what the process has set
+            before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
         undo.enter_context(changed_environment({"MLFLOW_TRACKING_URI": elsewhere}))
-        before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
         undo.callback(mlflow.set_tracking_uri, before)  # pyright: ignore[reportArgumentType]  # None: unset
         # a new name: MLflow keeps a connection to each file that the process has written
         mlflow.set_tracking_uri(elsewhere or f"sqlite:///{folder / f'mlflow-{uuid4().hex}.db'}")

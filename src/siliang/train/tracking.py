@@ -18,7 +18,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -145,10 +145,10 @@ class Trackers:
 
     def close(self) -> None:
         """Ends the run in each tracker."""
-        for name, opened in list(self._opened.items()):
+        while self._opened:
+            name, opened = self._opened.popitem()
             with self._guarded(name):
                 opened.close()
-        self._opened.clear()
 
     def __enter__(self) -> Trackers:
         return self
@@ -166,14 +166,19 @@ class Trackers:
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
         """Around what a tracker does: it prints nothing, draws no random number of the training's, and where it fails
-        it is left out."""
+        it is left out. Its run is ended: MLflow starts no other in this process while one is active."""
         numbers = random.getstate(), np.random.get_state()
         try:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                yield
+                try:
+                    yield
+                except Exception:
+                    if (failed := self._opened.pop(name, None)) is not None:
+                        with suppress(Exception):
+                            failed.close()
+                    raise
         except Exception as error:
-            self._opened.pop(name, None)
             reason = shortened(first_line(error, kind=True), 200)
             self._say(
                 both(
