@@ -180,7 +180,7 @@ def test_steps_are_transformers(kind: str, tmp_path: Path) -> None:
     model, tokens = prepared.model, prepared.train_set
     assert model.config.problem_type == {"several_labels": "multi_label_classification", "number": "regression"}[kind]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, eps=prepared.precision.adam_eps)
-    order = Order.of(prepared.config, tokens.lengths.tolist())
+    order = Order.of(prepared.config, tokens)
     order.set_epoch(0)
     chosen, logged = list(order), []
     model.train()

@@ -45,7 +45,7 @@ def begun(task: str, kind: str, model: Path, folder: Path, **more: Any) -> RunCo
 def examples_of_steps(config: RunConfig) -> list[list[Any]]:
     data = prepare_data(config)
     numbers = data.train.column("row").tolist()
-    steps = order(config, data.train.lengths)
+    steps = order(config, data.train)
     return [[data.examples.train[numbers[entry]] for entry in step] for step in steps]
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from siliang.engine.order import Order
+from siliang.config import RunConfig
+from siliang.data.small_table import SmallTable
+from siliang.data.spec import LABEL, TokenColumn
+from siliang.data.tokens import TokenSet
+from siliang.engine.order import Order, design_effect, groups_by_length
+from siliang.tasks import SEQ_CLS
 
 
 class Numbers(Dataset[dict[str, torch.Tensor]]):
@@ -59,3 +66,43 @@ def test_by_length_steps_are_of_like_length_in_another_order_each_epoch() -> Non
     # not one long way down: the mean length of a step says nothing of the next
     means = lengths[np.asarray(first).reshape(-1, 16)].mean(1)[1:]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.5
+
+
+def token_set(lengths: np.ndarray, labels: list[Any], column: TokenColumn = LABEL) -> TokenSet:
+    spec = replace(SEQ_CLS.data, columns=dict(SEQ_CLS.data.columns) | {"labels": column})
+    columns: Any = {"input_ids": [[1] * n for n in lengths.tolist()], "labels": labels}
+    return TokenSet(SmallTable(columns, {"input_ids": "int32", "labels": column.kind}), spec)
+
+
+def test_the_design_effect_of_labels_that_depend_on_the_length() -> None:
+    """It is 1 where they do not, and up to the rows of a step where they do."""
+    rng = np.random.default_rng(0)
+    lengths, chance = rng.integers(5, 80, 1600), rng.integers(0, 2, 1600)
+    long = (lengths > 40).astype(int)
+    assert design_effect(token_set(lengths, chance.tolist()), 16) == pytest.approx(1, abs=0.3)
+    assert design_effect(token_set(lengths, long.tolist()), 16) > 14
+    floats = TokenColumn(kind="float32", target=True)
+    several = [[float(a), float(b)] for a, b in zip(long, chance, strict=True)]
+    assert 6 < design_effect(token_set(lengths, several, floats), 16) < 10
+    numbers = (lengths / 10 + chance / 2).tolist()
+    assert design_effect(token_set(lengths, numbers, TokenColumn(many=False, kind="float32", target=True)), 16) > 10
+    # rows of one length, sorted by their class in the file
+    assert design_effect(token_set(np.full(1600, 7), [0] * 800 + [1] * 800), 16) == pytest.approx(1, abs=0.3)
+    assert (
+        design_effect(token_set(lengths, [1] * 1600), 16) == design_effect(token_set(lengths[:20], [0] * 20), 16) == 1
+    )
+
+
+@pytest.mark.parametrize(("task", "usual"), [("seq_cls", True), ("reranker", True), ("token_cls", False)])
+def test_rows_are_grouped_by_length_unless_the_labels_depend_on_it(task: str, usual: bool) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 80, 1600)
+    free, bound = (token_set(lengths, x.tolist()) for x in (rng.integers(0, 2, 1600), (lengths > 40).astype(int)))
+
+    def config(grouped: bool | None) -> RunConfig:
+        train = {"group_by_length": grouped}
+        return RunConfig.build({"model": "m", "task": task, "data": {"train": "d"}, "output": "o", "train": train})
+
+    assert groups_by_length(config(None), free) == usual and not groups_by_length(config(None), bound)
+    assert all(groups_by_length(config(on), rows) == on for on in (True, False) for rows in (free, bound))
+    assert list(Order.of(config(None), bound)) == list(Order.of(config(False), bound))

@@ -52,7 +52,7 @@ def assert_heaviest(ids: list[list[int]], most: int | None, ranks: int = 1, **tr
 
     found = heaviest_step(config, tokens, collator, ranks).sharing
     lengths = tokens.lengths.tolist()
-    steps = (part for step in order(config, tokens.lengths) for part in shares(lengths, step, ranks) if part)
+    steps = (part for step in order(config, tokens) for part in shares(lengths, step, ranks) if part)
     assert found is not None and largest(found) == max(largest(tokens.__getitems__(part)) for part in steps)
 
 

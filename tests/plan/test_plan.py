@@ -190,7 +190,7 @@ def test_the_order_is_the_trainers(reviews: RunConfig, tmp_path: Path) -> None:
     run = prepare(config, Listener(), tmp_path / "run")
     training = Training(run)
     seen = [step["rows"] for epoch in range(2) for step in training.loader(training.steps_of(epoch))]
-    said = [[int(run.train_set.column("row")[i]) for i in step] for step in order(config, run.train_set.lengths)]
+    said = [[int(run.train_set.column("row")[i]) for i in step] for step in order(config, run.train_set)]
     assert [sorted(step) for step in said][: len(seen)] == [sorted(step) for step in seen]
 
 
@@ -200,7 +200,7 @@ def test_the_heaviest_step(reviews: RunConfig, tmp_path: Path) -> None:
     collator = StepCollator(PadCollator(0), SEQ_CLS, reviews.train.batch_size)
     found = heaviest_step(reviews, run.train_set, collator)
     lengths = run.train_set.lengths
-    brute = max(sum(lengths[i] for i in step) for step in order(reviews, lengths))
+    brute = max(sum(lengths[i] for i in step) for step in order(reviews, run.train_set))
     assert sum(len(row["input_ids"]) for row in found.rows) == brute
 
 

@@ -87,7 +87,7 @@ def begun(task: str, models: dict[str, Path], folder: Path, steps: int, **more: 
 def in_order(config: RunConfig) -> list[dict[str, Any]]:
     """The entries that the run trains on, one step after the other."""
     tokens = prepare_data(config).train
-    return [tokens[row] for step in order(config, tokens.lengths) for row in step]
+    return [tokens[row] for step in order(config, tokens) for row in step]
 
 
 def assert_losses_of(trainer: Any, record: Record, steps: int) -> list[float]:

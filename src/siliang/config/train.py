@@ -108,11 +108,13 @@ class TrainConfig(Section):
     模型；有 dropout 时只用于评估。"""
     group_by_length: bool | None = None
     """Give each step rows of similar length, with the steps in random order: less padding, or fewer attention sizes.
-    None: on for seq_cls and question_ans. It is off for tasks with one loss per token, where grouping would give the
-    tokens of short rows more weight. Set it to false where a label depends on the length of the text.
+    None: on for seq_cls, reranker and question_ans, unless the labels depend on the length, so that a step would have
+    nearly the same labels; the log says so. It is off for tasks with one loss per token, where grouping would give the
+    tokens of short rows more weight.
 
-    同一步的样本长度相近，步的顺序随机：填充更少，或注意力的尺寸种类更少。None：在 seq_cls 和 question_ans 中开启。在逐
-    词元计算损失的任务中关闭，因为分组会让短样本的词元权重变大。如果标签与文本长度有关，请设为 false。"""
+    同一步的样本长度相近，步的顺序随机：填充更少，或注意力的尺寸种类更少。None：在 seq_cls、reranker
+    和 question_ans 中开启；但若标签与长度有关，同一步的标签会几乎相同，则不开启，日志会写明。在逐词元计算损失的任务中关
+    闭，因为分组会让短样本的词元权重变大。"""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. None: the method's default (`siliang methods`).
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Dataset, Sampler
@@ -25,6 +26,8 @@ from siliang.engine.batches import (
 from siliang.ops.beginnings import LEAST_SAVED, LEAST_SHARE, common_tokens
 from siliang.tasks import TASKS
 
+MOST_EFFECT = 0.5  # above 1, of steps of similar length on their labels
+MOST_SAMPLED = 10_000  # rows by which that is judged
 MOST_READ = 512  # first tokens of a row, by which rows that begin alike are found
 _orders = WeakKeyDictionary[TokenSet, Sequence[int]]()  # of evaluations: a training has many of the same rows
 
@@ -49,12 +52,11 @@ class Order(Sampler[int]):
         self._epoch = 0
 
     @classmethod
-    def of(cls, config: RunConfig, lengths: Sequence[int]) -> Order:
-        """The order of a run's config."""
+    def of(cls, config: RunConfig, tokens: TokenSet) -> Order:
+        """The order of a run's rows."""
         t = config.train
-        # if the loss is a mean over tokens, tokens in a step of short rows would weigh more
-        by_length = TASKS[config.task].counts_rows if t.group_by_length is None else t.group_by_length
-        return cls(lengths, step=t.rows_per_step, seed=t.seed, by_length=by_length)
+        by_length = groups_by_length(config, tokens)
+        return cls(tokens.lengths.tolist(), step=t.rows_per_step, seed=t.seed, by_length=by_length)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next order."""
@@ -74,6 +76,43 @@ class Order(Sampler[int]):
         last = steps.pop() if steps and len(steps[-1]) < self.step else []  # only the last step may be short
         shuffled = (steps[i] for i in torch.randperm(len(steps), generator=generator).tolist())
         yield from chain(first, *shuffled, last)
+
+
+def groups_by_length(config: RunConfig, tokens: TokenSet) -> bool:
+    """Whether each step has rows of similar length: train.group_by_length, or, where that is None, whether it changes
+    only the time.
+
+    A mean over tokens would weigh the tokens of short rows more. Where the labels depend on the length, the rows of a
+    step would have nearly the same labels, and less would be learned.
+    """
+    t = config.train
+    if t.group_by_length is not None:
+        return t.group_by_length
+    if not TASKS[config.task].counts_rows:
+        return False
+    steps = max(min(len(tokens), MOST_SAMPLED) // t.rows_per_step, 1)
+    by_chance = 3 * (2 / steps) ** 0.5  # three standard deviations of the effect where there is none
+    return design_effect(tokens, t.rows_per_step) <= 1 + max(MOST_EFFECT, by_chance)
+
+
+def design_effect(tokens: TokenSet, step: int) -> float:
+    """How many times as much the labels of a step vary from step to step if its rows are of similar length, and not
+    random: step * Var(mean label of a step) / Var(label), both summed over the labels (Kish 1965).
+
+    1 where labels do not depend on the length, `step` where they follow from it; 1 also for entries without a label of
+    their own.
+    """
+    rows = np.random.default_rng(0).permutation(len(tokens))[:MOST_SAMPLED]  # those of one length in random order
+    rows = rows[np.argsort(tokens.lengths[rows], kind="stable")][: len(rows) // step * step]
+    if tokens.spec.targets != ("labels",) or tokens.spec.label_per_token or step == 1 or len(rows) < 2 * step:
+        return 1.0
+    labels = np.array(tokens.table.select_columns(["labels"])[rows.tolist()]["labels"])
+    if tokens.spec.columns["labels"].kind == "int32":  # a class becomes 0 or 1 for each class
+        names, numbers = np.unique(labels, return_inverse=True)
+        labels = np.eye(len(names), dtype=np.float32)[numbers]
+    labels = labels.reshape(len(rows), -1)
+    variance = float(labels.var(0).sum())
+    return step * float(labels.reshape(-1, step, labels.shape[1]).mean(1).var(0).sum()) / variance if variance else 1.0
 
 
 def by_beginnings(tokens: TokenSet) -> Sequence[int]:

@@ -59,7 +59,7 @@ def heaviest_step(config: RunConfig, tokens: TokenSet, collator: StepCollator, r
     t, lengths = config.train, tokens.lengths
     heaviest, highest_cost = list(range(min(len(tokens), t.batch_size))), -1
     row_lengths = lengths.tolist()
-    steps = [share for step in order(config, lengths) for share in shares(row_lengths, step, ranks)]
+    steps = [share for step in order(config, tokens) for share in shares(row_lengths, step, ranks)]
     for rows in steps:
         for part in collator.split([tokens.outline(i) for i in rows]):
             cost = collator.cost_of([length for row in part for length in lengths_of(row)])
@@ -92,9 +92,9 @@ def _heaviest_sharing(
     return heaviest
 
 
-def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:
+def order(config: RunConfig, tokens: TokenSet) -> Iterator[list[int]]:
     """The rows of each step, in the run's order."""
-    sampler, steps = Order.of(config, lengths.tolist()), min(config.train.steps(len(lengths)), MOST_STEPS)
+    sampler, steps = Order.of(config, tokens), min(config.train.steps(len(tokens)), MOST_STEPS)
     epoch = step = 0
     while step < steps:
         sampler.set_epoch(epoch)

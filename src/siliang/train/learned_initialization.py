@@ -62,7 +62,7 @@ class TrainingRows:
 
     def order(self) -> list[int]:
         """The numbers of the rows."""
-        return list(Order.of(self.config, self.data.train.lengths.tolist()))
+        return list(Order.of(self.config, self.data.train))
 
     def batches_of(self, rows: list[int]) -> list[Batch]:
         """Rows, padded."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from siliang.config import RunConfig
 from siliang.data.prepared import PreparedData
+from siliang.data.tokens import TokenSet
+from siliang.engine.order import design_effect, groups_by_length
 from siliang.hardware import Choice
 from siliang.language import both, local
 from siliang.methods import Method
@@ -43,6 +45,21 @@ def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
         say(f"           {local(line)}")
     for line in skipped:
         say(both(f"           skipped {line}", f"           跳过 {local(line)}"))
+
+
+def say_order(config: RunConfig, tokens: TokenSet, say: Callable[[str], None]) -> None:
+    """Why rows of similar length are not trained together, where that is usual."""
+    usual = task_of(config).counts_rows and config.train.group_by_length is None
+    if usual and not groups_by_length(config, tokens):
+        n = design_effect(tokens, config.train.rows_per_step)
+        say(
+            both(
+                f"order      random: with rows of similar length in a step, labels would vary {n:.1f} times as much, "
+                "since they depend on the length (train.group_by_length)",
+                f"顺序       随机：标签与文本长度有关，若同一步的样本长度相近，各步标签的方差将是 {n:.1f} 倍"
+                "（train.group_by_length）",
+            )
+        )
 
 
 def say_texts(config: RunConfig, written: int, rows: int, say: Callable[[str], None]) -> None:

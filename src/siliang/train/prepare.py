@@ -48,7 +48,7 @@ from siliang.train.checks import (
     check_terms,
 )
 from siliang.train.learned_initialization import Learner, check_whole, learns_initialization
-from siliang.train.lines import say_data, say_model, say_texts
+from siliang.train.lines import say_data, say_model, say_order, say_texts
 from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Resumed
 from siliang.train.start_adapter import find_start_adapter
@@ -94,6 +94,7 @@ def prepare(
     data = subject.prepared
     start = _start_folder(config, method, resumed, force=force)
     say_data(data, listener.say)
+    say_order(config, data.train, listener.say)
     config = config if data.template is None else config.with_template(data.template)
     config.check_evaluations(held_out=len(data.eval) > 0)
     say_texts(config, check_held_out(config, data), len(data.eval), listener.say)
