@@ -17,8 +17,10 @@ from siliang.data.conversations import prompt_tokens, stop_tokens, writer
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.jinja import as_jinja
 from siliang.data.messages import Call, Conversation, Message
+from siliang.data.prepared import EvalRows
 from siliang.data.templates import FAMILIES, TEMPLATES
 from siliang.data.tokens import tokenize
+from siliang.engine.written import questions
 from siliang.tasks import CAUSAL_LM
 from siliang.types import ConfigError, DataError
 
@@ -273,3 +275,76 @@ def test_internlm_calls_tools_as_lmdeploy_has_it() -> None:
         '<|plugin|>\n{"name": "mul", "parameters": {"a": 8, "b": 2}}<|action_end|><|im_end|>\n'
         "<|im_start|>environment\n3+5=16<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def asked_of(*talks: Conversation, **settings: object) -> list[tuple[str, str]]:
+    """(prompt, right answer) of each question to a held-out conversation in the template qwen3."""
+    data = DataConfig.model_validate({"train": "x", "template": "qwen3", "max_length": 4000} | settings)
+    rows = EvalRows(tokenize(talks, tokenizer(), data, CAUSAL_LM.data), talks)
+    asked = questions(CAUSAL_LM, tokenizer(), rows, None)
+    return [(read(list(q.prompt)), q.reference.replace(" ", "")) for q in asked.values()]
+
+
+def test_qwen3s_answers_are_each_asked_behind_their_own_turns() -> None:
+    """The prompts are those of `siliang generate`, and the right answers what was learned."""
+    before = "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n"
+    assert asked_of(THOUGHTS) == [
+        (before, "<think>\nT1\n</think>\n\nA1"),
+        (
+            f"{before}A1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
+            "<think>\nT2\n</think>\n\nA2",
+        ),
+    ]
+    for (prompt, _), turns in zip(asked_of(THOUGHTS), (1, 3), strict=True):
+        whole = Conversation(THOUGHTS.messages[:turns])
+        assert prompt == read(prompt_tokens(whole, tokenizer(), template="qwen3"))
+    assert asked_of(THOUGHTS, train_on="last") == asked_of(THOUGHTS)[1:]
+    unlearned = Conversation((*THOUGHTS.messages[:3], replace(THOUGHTS.messages[3], trained=False)))
+    assert asked_of(unlearned) == asked_of(THOUGHTS)[:1]
+
+
+def test_an_answer_that_was_cut_is_compared_whole_with_what_the_template_writes_into_it() -> None:
+    rounds = [Message(r, t * 40) for t in "abc" for r in ("user", "assistant")]
+    empty = "<think>\n\n</think>\n\n"
+    whole = asked_of(Conversation(tuple(rounds)))  # type: ignore[arg-type]
+    assert [answer for _, answer in whole] == [f"{empty}{t * 40}" for t in "abc"]
+    fewer = asked_of(Conversation(tuple(rounds)), max_length=200)  # type: ignore[arg-type]
+    assert [answer for _, answer in fewer] == [answer for _, answer in whole]  # rounds were left out, no answer was cut
+    cut = asked_of(Conversation(tuple(rounds)), max_length=40)  # type: ignore[arg-type]
+    assert [answer for _, answer in cut] == [answer for _, answer in whole]
+    assert all(len(prompt) < 400 and prompt.endswith("<|im_start|>assistant\n") for prompt, _ in cut)
+
+
+def test_an_answer_that_the_tokenizer_does_not_know_is_that_of_the_data() -> None:
+    question, answer, *rest = THOUGHTS.messages
+    first, second = asked_of(Conversation((question, replace(answer, content="A☂1"), *rest)))
+    assert first[1] == "A☂1" and second[1] == "<think>\nT2\n</think>\n\nA2"
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral-nemo", "chat"])
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ("call_abc12", "has the tool call id 'call_abc12' in turn 2"),
+        ("call_0123", "has the tool call id 'call_0123' in turn 2"),  # nine, of which one is no letter
+        ("", "has no id for the tool call in turn 2"),
+    ],
+)
+def test_mistrals_ids_of_calls_are_nine_letters_or_digits(name: str, own: str, words: str) -> None:
+    """No id is changed: the model would learn one that the data lacks. mistral-common refuses the same."""
+
+    def called(own: str) -> Conversation:
+        call = Message("assistant", "", calls=(Call("f", "{}", own),))
+        return Conversation((Message("user", "Q"), call, Message("tool", "1", call_id=own), Message("assistant", "A")))
+
+    official = copy.deepcopy(tokenizer())
+    official.chat_template = as_jinja(TEMPLATES["mistral"], Encoder(tokenizer()))
+    data = DataConfig.model_validate({"train": "x", "template": name, "max_length": 4000})
+    assert len(tokenize([called("abcDEF123")], official, data, CAUSAL_LM.data)) >= 1
+    with pytest.raises(DataError, match=f"{words}, and the .*template.* takes nine letters or digits .*its result"):
+        tokenize([called(own)], official, data, CAUSAL_LM.data)
+    wrong_result = replace(called("abcDEF123").messages[2], call_id="x")
+    talk = Conversation((*called("abcDEF123").messages[:2], wrong_result, Message("assistant", "A")))
+    with pytest.raises(DataError, match="has the tool call id 'x' in turn 3"):
+        tokenize([talk], official, data, CAUSAL_LM.data)
+    assert entries_of(called(own), "qwen3")

@@ -13,10 +13,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from siliang.data.chat_entries import Frame, Selection, View, Written, fill, places
-from siliang.data.chat_messages import CLOSE, OPEN, THOUGHT, ChatMessage, TalkWithPlaces
+from siliang.data.chat_messages import CLOSE, OPEN, THOUGHT, ChatMessage, TalkWithPlaces, check_call_ids
 from siliang.data.encode import Encoder
 from siliang.data.jinja import Arguments
 from siliang.data.messages import Conversation
@@ -102,8 +103,10 @@ class ChatTemplate:
             )
             for talk in talks
         ]
-        for talk in talks if not self.own_spacing else ():
-            _check_system(talk, self.name)
+        for talk in talks:
+            if not self.own_spacing:
+                _check_system(talk, self.name)
+            check_call_ids(talk, partial(self._renderer.text, tools=bool(talk.tools)), self._called)
         wholes = self._renderer.texts([Job(w.messages, w.tools, prompt) for w in written])
         out: list[list[Written]] = []
         for talk, w, whole in zip(talks, written, wholes, strict=True):

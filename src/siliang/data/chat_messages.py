@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from siliang.data.messages import Conversation, Message
@@ -15,6 +16,7 @@ from siliang.types import DataError, message_of
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `TalkWithPlaces.words`
 ChatMessage = dict[str, object]  # as transformers has it: role, content, tool_calls ...
 Tools = list[dict[str, object]] | None
+NINE = "alphanumeric strings with length 9!"  # of Mistral's templates, which refuse other ids of tool calls
 THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
 
 
@@ -166,6 +168,38 @@ def tools_of(text: str) -> Tools:
     return [
         t if isinstance(t, dict) and "function" in t else {"type": "function", "function": t} for t in tools
     ] or None
+
+
+def check_call_ids(talk: Conversation, template: Callable[[], str], called: Bilingual) -> None:
+    """Refuses ids of tool calls that Mistral's templates do not take.
+
+    The templates themselves look at the length alone; mistral-common, which writes the models' prompts, also refuses
+    other characters. It changes no id, and neither is one changed here: the model would learn ids that the data lacks.
+
+    Args:
+        template: Returns its text.
+        called: Its name, for the error.
+
+    Raises:
+        DataError: There is such an id, or none at all.
+    """
+    for turn, m in enumerate(talk.messages, start=1):
+        ids = [call.id for call in m.calls] + ([m.call_id] if m.role == "tool" else [])
+        wrong = next((own for own in ids if not re.fullmatch(r"[a-zA-Z0-9]{9}", own)), None)
+        if wrong is None or NINE not in template():
+            continue
+        has = Bilingual("no id for the tool call", "的工具调用没有 id")
+        if wrong:
+            shown = repr(shortened(wrong, 40))
+            has = Bilingual(f"the tool call id {shown}", f"的工具调用 id 是 {shown}")
+        raise DataError(
+            Bilingual(
+                f"has {has} in turn {turn}, and {called} takes nine letters or digits (a-z, A-Z, 0-9): write such an "
+                "id into the call and into its result, or use another template",
+                f"第 {turn} 轮{has.zh}，而{called.zh}只接受九个字母或数字（a-z、A-Z、0-9）：请在调用和它的结果中写入"
+                "这样的 id，或换一个模板",
+            )
+        )
 
 
 def _function(tool: dict[str, object]) -> dict[str, object]:

@@ -114,9 +114,32 @@ def _fitted(
     else:
         made = [_shorten(example, ids, labels, encoder, write, data)]
     for entry in made:
-        entry["bytes"] = 0
+        entry["bytes"], entry["turn"], entry["whole_answer"] = 0, -1, []
     made[0]["bytes"] = _predicted_bytes(encoder, nbytes, labels, made)
+    _note_answer(example, ids, labels, made[-1])
     return made
+
+
+def _note_answer(example: Example, ids: list[int], labels: list[int], entry: TokenEntry) -> None:
+    """Notes in an entry which answer its last one is, and the whole of it where it was cut.
+
+    Args:
+        ids: Before the entry was cut, as `labels`.
+    """
+    if not isinstance(example, Conversation):
+        return
+    turns = (i for i, m in enumerate(example.messages) if m.role == "assistant" and m.trained)
+    entry["turn"] = max(turns, default=-1)
+    first, last = last_answer(labels)
+    kept = token_labels(entry)
+    if labels[first:last] != kept[slice(*last_answer(kept))]:
+        entry["whole_answer"] = ids[first:last]
+
+
+def last_answer(labels: Sequence[int]) -> tuple[int, int]:
+    """(begin, end) of the last stretch of learned tokens; equal where there is none."""
+    last = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED), 0)
+    return next((i for i in range(last, 0, -1) if labels[i - 1] == IGNORED), 0), last
 
 
 def shared_tokens(data: DataConfig) -> int:

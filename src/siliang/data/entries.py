@@ -27,6 +27,8 @@ class TokenEntry(TypedDict, total=False):
         row: Below zero where nothing is made of the example.
         lost: Tokens that truncation took.
         lost_answer: Those of them that are learned.
+        turn: The number of the message that is the last learned answer of a conversation; -1 of anything else.
+        whole_answer: Its tokens, where truncation took some of them; otherwise empty.
         bad: What is wrong with the example.
     """
 
@@ -38,6 +40,8 @@ class TokenEntry(TypedDict, total=False):
     row: int
     lost: int
     lost_answer: int
+    turn: int
+    whole_answer: list[int]
     bad: str
 
 

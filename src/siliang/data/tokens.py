@@ -76,6 +76,12 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
                 row["entry"] = number
         return found
 
+    def hidden(self, rows: list[int]) -> list[dict[str, Any]]:
+        """The columns of several entries that no batch holds."""
+        names = [*OWN, *(name for name, column in self.spec.columns.items() if column.hidden)]
+        columns: dict[str, list[Any]] = self.table.select_columns(names)[rows]
+        return [{name: values[i] for name, values in columns.items()} for i in range(len(rows))]
+
     def _clean(self, row: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if value is not None}
 

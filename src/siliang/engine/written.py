@@ -144,12 +144,12 @@ def questions(task: Task, tokenizer: Tokenizer, rows: EvalRows, limit: int | Non
     """
     assert task.question is not None
     chosen = sample(len(rows.tokens), len(rows.tokens) if limit is None else limit)
-    numbers, lost = rows.tokens.column("row"), rows.tokens.column("lost_answer")
+    numbers = rows.tokens.column("row")
     found: dict[int, HeldOutQuestion] = {}
     for some in in_steps(chosen, 256):
-        for entry, row in zip(some, rows.tokens.__getitems__(list(some)), strict=True):
-            row["lost_answer"] = int(lost[entry])
-            question = task.question(row, rows.examples[int(numbers[entry])], tokenizer)
+        inputs, hidden = rows.tokens.__getitems__(list(some)), rows.tokens.hidden(list(some))
+        for entry, row, more in zip(some, inputs, hidden, strict=True):
+            question = task.question(row | more, rows.examples[int(numbers[entry])], tokenizer)
             if question is not None:
                 found[entry] = question
     if not found:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from siliang.config import DataConfig
-from siliang.data.conversations import encode, prompt_tokens, stop_tokens, writer
+from siliang.data.conversations import encode, last_answer, prompt_tokens, stop_tokens, writer
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.example import Example
 from siliang.data.examples import Prepared, Text
@@ -30,6 +31,7 @@ from siliang.types import TaskType
 
 PERPLEXITY = Metric("perplexity", higher=False, of_loss=True)
 OF_BYTES = (Metric("byte_perplexity", higher=False, of_loss=True), Metric("bits_per_byte", higher=False, of_loss=True))
+HIDDEN = TokenColumn(many=False, hidden=True)
 SLACK = 1e-9  # of losses that are equal but for rounding
 
 
@@ -72,21 +74,21 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], answers: Held
 
 
 def question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> HeldOutQuestion | None:
-    """The tokens in front of the last answer, as the loss reads them, and that answer.
+    """The tokens in front of the last answer that is learned, as the loss reads them, and that answer.
 
-    The right text is that of the answer's tokens, with what the template writes into it, such as an empty thought;
-    where these are not all of it, cut off or unknown to the tokenizer, the answer in the data.
+    The right text is that of the answer's tokens before it was cut, with what the template writes into it, such as an
+    empty thought; where the tokenizer does not know all of it, the answer in the data.
     """
     if isinstance(example, Text) or (isinstance(example, Prepared) and example.labels in ((), example.input_ids)):
         return None  # learned whole; what a window shares with the one before has no label
-    ids, labels = row["input_ids"], row["labels"]
-    last = next((i for i in range(len(ids), 0, -1) if labels[i - 1] != IGNORED), 0)
-    first = next((i for i in range(last, 0, -1) if labels[i - 1] == IGNORED), 0)
-    if first == 0:
+    ids = row["input_ids"]
+    first, last = last_answer(row["labels"])
+    if first == 0 or (row["whole_answer"] and last - first < 2):  # nothing is left of it but its end
         return None
-    answer = ids[first:last]
-    if isinstance(example, Conversation) and (row["lost_answer"] or tokenizer.unk_token_id in answer):
-        return HeldOutQuestion(ids[:first], example.messages[-1].content)
+    answer = row["whole_answer"] or ids[first:last]
+    # some tokenizers end an answer with their unknown token
+    if isinstance(example, Conversation) and tokenizer.unk_token_id in answer[:-1]:
+        return HeldOutQuestion(ids[:first], example.messages[row["turn"]].content)
     return HeldOutQuestion(ids[:first], tokenizer.decode(answer, skip_special_tokens=True))
 
 
@@ -108,7 +110,13 @@ CAUSAL_LM = Task(
     data=DataSpec(
         name="causal_lm",
         layouts=("prepared", "messages", "sharegpt", "alpaca", "prompt-completion", "input-output", "text"),
-        columns={"input_ids": NUMBERS, "labels": LABELS, "bytes": TokenColumn(many=False, hidden=True)},
+        columns={
+            "input_ids": NUMBERS,
+            "labels": LABELS,
+            "bytes": HIDDEN,
+            "turn": HIDDEN,
+            "whole_answer": replace(NUMBERS, hidden=True),
+        },
         encoder=encoder,
         label_per_token=True,
         next_token=True,
