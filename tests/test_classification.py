@@ -57,6 +57,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
         (["1.369,9", "4", "2,75"], "number", None, "with a separator of thousands, such as 1.369,9"),
         (["1,2", "1", "2", "3", "2,3"], "several_labels", ",", "separated by ','"),
         (["1,2", "2,3", "1,3", "3,4", "1,4", "2,4"], "several_labels", ",", "separated by ','"),
+        (["1,234,567", "950", "12,345"], "number", None, "thousands, such as 1,234,567: their parts are no labels of"),
+        (["1,000,000", "2,000,000", "2,500,000", "1,500,000"], "number", None, "with a separator of thousands"),
+        (
+            ["101,205,333", "101", "205", "333", "205"],
+            "several_labels",
+            ",",
+            "each of their parts is a label of another",
+        ),
+        (
+            [f"{a},{b},{c}" for a in (101, 102) for b in (205, 206) for c in (333, 334)],
+            *("several_labels", ",", "their parts are in order (as a number, write 101205333)"),
+        ),
+        (
+            [f"{a},{b},{c}" for a in (501, 102) for b in (205, 206) for c in (333, 334)],
+            *("several_labels", ",", "8 of them have only 6 different parts"),
+        ),
+        (["1,234,567", "a"], "one_label", None, "one of 2 labels"),
         (["1", "2", "5", "2"], "one_label", None, "where their order counts: ordered"),
         ([i % 15 for i in range(25)], "number", None, "15 different numbers in 25 rows"),
         ([*range(30)], "one_label", None, "whole numbers"),  # a number for each row; reading refuses it
@@ -101,9 +118,34 @@ def test_decimal_commas_are_learned_as_numbers(tmp_path: Path) -> None:
         assert a_number({"label": written}, "label") == written and float(with_point(written)) == number
     with pytest.raises(BadRow, match=r"may be 1\.234 or 1234"):
         a_number({"label": "1,234"}, "label")
+    with pytest.raises(
+        BadRow, match=r"write it as 1234567; where it is several labels, set classification.label_separator=','"
+    ):
+        a_number({"label": "1,234,567"}, "label")
     for text, plain in (("1.369,9", "1369.9"), ("1,369.9", "1369.9"), ("-1.369.000", "-1369000")):
         with pytest.raises(BadRow, match=rf"a number with a separator of thousands: write it as {plain}$"):
             a_number({"label": text}, "label")
+
+
+def test_labels_that_may_be_one_number_or_three(tmp_path: Path) -> None:
+    """What was taken is said by check; a number is refused with both ways out, and the setting reads labels."""
+    models = make_models(tmp_path)
+
+    def looked_at(labels: list[str], *more: str) -> Any:
+        rows = [{"text": f"{a} good", "label": label} for a, label in zip(WORDS, labels * 9, strict=False)]
+        data = write_jsonl(tmp_path / "rows.jsonl", rows)
+        return run("check", "--model", models["seq_cls"], "--data", data, "--task", "seq_cls", *more)
+
+    parts = looked_at(["101,205,333", "101", "205", "333"])
+    assert parts.code in (0, None) and "each of their parts is a label of another row" in " ".join(
+        f"{parts.out} {parts.err}".split()
+    )
+    number = looked_at(["1,234,567", "950", "12,345,678"])
+    assert number.code and "write it as 1234567; where it is several labels" in " ".join(
+        f"{number.out} {number.err}".split()
+    )
+    named = looked_at(["1,234,567", "950", "12,345,678"], "--set", "classification.label_separator=,")
+    assert named.code in (0, None) and "label_separator is set" in " ".join(f"{named.out} {named.err}".split())
 
 
 # ---- losses ----

@@ -93,6 +93,7 @@ def predict(
     *,
     top: int | None = None,
     min_confidence: float | None = None,
+    prompt_name: Literal["query", "document", "none"] | None = None,
     batch_size: int | None = None,
 ) -> list[Prediction]:
     """A prediction for each text, in order.
@@ -103,25 +104,33 @@ def predict(
         top: So many of the most probable classes, in `values()["top"]`. None: only the most probable one.
         min_confidence: Below this probability a prediction is "no label". None: classification.min_confidence of the
             run.
+        prompt_name: Of a run that gives vectors, the prompt of single texts: query, document or none. None:
+            embedding.prompt_name of the run.
         batch_size: Rows that go through the model at once. None: as many as are the fastest.
 
     Returns:
         Each has `predicted`, `probability`, `inputs`, and `values()` for JSON.
 
     Raises:
-        ConfigError: The run writes text: use `generate`; or `top` or `min_confidence` is not for it.
+        ConfigError: The run writes text: use `generate`; or `top`, `min_confidence` or `prompt_name` is not for it.
         DataError: A text lacks a part, or is longer than the model can read.
     """
     from siliang.use.predict import predict as predictions
 
-    opened = _with_classes(_opened(run), top, min_confidence)
+    opened = _with_wishes(_opened(run), top, min_confidence, prompt_name)
     return list(predictions(opened, as_inputs(inputs), batch_size=batch_size))
 
 
-def _with_classes(run: OpenedRun, top: int | None, min_confidence: float | None) -> OpenedRun:
-    """The run with what is wanted of its classes."""
+def _with_wishes(
+    run: OpenedRun,
+    top: int | None,
+    min_confidence: float | None,
+    prompt_name: Literal["query", "document", "none"] | None,
+) -> OpenedRun:
+    """The run with what is wanted of its predictions."""
     least = run.min_confidence if min_confidence is None else min_confidence
-    return replace(run, top=run.top if top is None else top, min_confidence=least)
+    name = run.prompt_name if prompt_name is None else prompt_name
+    return replace(run, top=run.top if top is None else top, min_confidence=least, prompt_name=name)
 
 
 @quietly
@@ -132,6 +141,7 @@ def predict_file(
     *,
     top: int | None = None,
     min_confidence: float | None = None,
+    prompt_name: Literal["query", "document", "none"] | None = None,
     sampling: Sampling | None = None,
     system: str = "",
     batch_size: int | None = None,
@@ -144,7 +154,7 @@ def predict_file(
         run: Its folder, or an opened run.
         data: A file with the columns that the run was trained on.
         output: A new .csv, .tsv, .jsonl or .parquet file.
-        top: As for `predict`, like `min_confidence`.
+        top: As for `predict`, like `min_confidence` and `prompt_name`.
         sampling: How a run that generates writes its texts. None: the most probable token each time.
         system: For such a run, a system message for rows without one.
         batch_size: For such a run, the texts that are written at once.
@@ -165,7 +175,7 @@ def predict_file(
     target = Path(as_path(output, "output", Bilingual("a new file", "新的文件")))
     check_output(target)
     return write(
-        _with_classes(_opened(run), top, min_confidence),
+        _with_wishes(_opened(run), top, min_confidence, prompt_name),
         as_path(data, "data", FILE),
         target,
         sampling=sampling,

@@ -12,9 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import every_task
 import pytest
 import torch
 from accelerate import Accelerator
+from every_task import make_models
 from ranked import assert_same, changed, configured, killed, stopped, train_on
 
 from faults.runs import Place, run
@@ -81,6 +83,22 @@ def test_the_best_step_is_kept(stage: int, still_place: Place, tmp_path: Path) -
     one, two = Record.read(tmp_path / "one"), Record.read(tmp_path / "two")
     assert one.best_step == two.best_step and one.best_step < 20
     assert two.final["eval_loss"] == pytest.approx(one.final["eval_loss"], abs=1e-3)
+
+
+@with_deepspeed
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("task", "method"), [("embedding", "lora"), ("embedding", "full"), ("preference", "full")])
+def test_losses_of_whole_steps(task: str, method: str, stage: int, tmp_path: Path) -> None:
+    """Vectors are compared over all ranks; the reference of full tuning is taken before the first step."""
+    models = make_models(tmp_path / "models")
+    config = every_task.configured(task, models, tmp_path, method, max_steps=6, batch_size=5, log_every=1)
+    assert run(config).code == 0
+    endings = train_on(under_zero(config, tmp_path / "two", stage), 2)
+    assert [e.code for e in endings] == [0, 0], endings[0].output + endings[1].output
+    one, two = Record.read(Path(config.output)), Record.read(tmp_path / "two")
+    losses = [[line.loss for line in record.steps if line.loss is not None] for record in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 6
+    assert two.final == pytest.approx(one.final, rel=1e-3, abs=1e-4)
 
 
 @with_deepspeed

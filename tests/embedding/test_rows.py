@@ -18,6 +18,11 @@ from siliang.tasks.embeddings.tokens import texts_of
 from siliang.tasks.prepare import prepare_data
 from siliang.types import DataError
 
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text} for text in texts]
+
+
 PASSAGES = {"is_selected": [0, 1, 0], "passage_text": ["a", "b", "c"]}
 PUBLISHED: list[tuple[dict[str, Any], Example]] = [
     ({"anchor": "q", "positive": "a"}, Related("q", ("a",))),
@@ -35,6 +40,20 @@ PUBLISHED: list[tuple[dict[str, Any], Example]] = [
     ({"query": "q", "document": "a", "label": 0}, Scored("q", "a", 0.0)),  # a pair with a label is no positive
     ({"query": "q", "text": "a", "label": 1}, Scored("q", "a", 1.0)),
     ({"text": "q", "label": "c"}, Labelled("q", "c")),
+    # ms-swift, up to version 3
+    ({"query": "q", "response": "a", "rejected_response": ["b", "c"]}, Related("q", ("a",), ("b", "c"))),
+    ({"query": "q", "response": "a", "label": 0.8}, Scored("q", "a", 0.8)),
+    # and 4
+    ({"messages": turns("q"), "positive_messages": [turns("a")]}, Related("q", ("a",))),
+    (
+        {
+            "messages": turns("q"),
+            "positive_messages": [[{"role": "assistant", "content": "a"}]],
+            "negative_messages": [turns("b")] * 2,
+        },
+        Related("q", ("a",), ("b",)),
+    ),
+    ({"messages": turns("q"), "positive_messages": [turns("a")], "label": 0.5}, Scored("q", "a", 0.5)),
 ]
 
 
@@ -44,6 +63,49 @@ def test_published_rows(row: dict[str, Any], expected: Example, tmp_path: Path) 
     values = {"model": str(tmp_path), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
     (found,) = prepare_data(RunConfig.build(values)).examples.train
     assert found == expected
+
+
+UNFIT: list[tuple[dict[str, Any], str]] = [
+    (
+        {"messages": turns("q", "r"), "positive_messages": [turns("a")]},
+        "has 2 turns in 'messages'.*embedding.query_prompt",
+    ),
+    ({"messages": turns("q"), "positive_messages": turns("a")}, "must hold lists of messages in 'positive_messages'"),
+    ({"messages": turns("q"), "positive_messages": []}, "has no text in 'positive_messages'"),
+    (
+        {"messages": turns("q"), "positive_messages": [turns("a")] * 2, "label": 1},
+        "has 2 texts .* and a score in 'label'",
+    ),
+    (
+        {"messages": turns("q"), "positive_messages": [turns("a")], "negative_messages": [turns("b")], "label": 1},
+        "has texts in 'negative_messages' and a score in 'label'",
+    ),
+    (
+        {"query": "q", "response": "a", "rejected_response": ["b"], "label": 1},
+        "has texts in 'rejected_response' and a score",
+    ),
+    (
+        {"messages": turns("q"), "positive_messages": [turns("a")], "label": "x"},
+        "has .x. in 'label', which is no number",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), UNFIT, ids=[message for _, message in UNFIT])
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_rows_that_do_not_fit(task: str, row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", [row])), "test_size": 0.0}
+    values = {"model": str(tmp_path), "task": task, "data": data, "output": str(tmp_path / "run")}
+    with pytest.raises(DataError, match=message):
+        _ = prepare_data(RunConfig.build(values)).examples.train
+
+
+def test_messages_that_belong_together_are_no_conversation(tmp_path: Path) -> None:
+    row = {"messages": [*turns("q"), {"role": "assistant", "content": "a"}], "positive_messages": [turns("a")]}
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", [row])), "test_size": 0.0}
+    values = {"model": str(tmp_path), "task": "causal_lm", "data": data, "output": str(tmp_path / "run")}
+    with pytest.raises(DataError, match="from which task=embedding and task=reranker learn"):
+        _ = prepare_data(RunConfig.build(values)).examples.train
 
 
 def test_passages_of_which_none_is_selected(tmp_path: Path) -> None:
@@ -74,12 +136,12 @@ def test_other_prompts_give_other_tokens(tmp_path: Path) -> None:
 
 def test_tokens_are_known_by_what_the_encoder_reads() -> None:
     """Another loss, scale or pooling does not encode the rows again; the end of each text does."""
-    settings = EmbeddingConfig(pooling="mean", query_prompt="", document_prompt="")
+    settings = EmbeddingConfig(pooling="mean", query_prompt="", document_prompt="", prompt_name="document")
     others = {"loss": "triplet", "scale": 3.0, "margin": 1.0, "pooling": "cls", "normalize": False}
 
     def known_by(**changes: Any) -> str:
         return with_vectors(EMBEDDING, settings.model_copy(update=changes)).data.encoded_with
 
     assert {known_by(**{name: value}) for name, value in others.items()} == {known_by()}
-    new = {"pooling": "last", "negatives": 1, "query_prompt": "q", "document_prompt": "d"}
-    assert len({known_by(), *(known_by(**{name: value}) for name, value in new.items())}) == 5
+    new = {"pooling": "last", "negatives": 1, "query_prompt": "q", "document_prompt": "d", "prompt_name": "query"}
+    assert len({known_by(), *(known_by(**{name: value}) for name, value in new.items())}) == 6

@@ -3,6 +3,7 @@ scores as `siliang predict`."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from every_task import configured, make_models
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from texts import rows
+from tiny import write_jsonl
 
 from siliang.config import EmbeddingConfig, RunConfig
 from siliang.run_folder import open_run
@@ -74,6 +77,40 @@ def test_vectors(kind: str, embedding: dict[str, Any], models: dict[str, Path], 
         assert opened.max_seq_length == 24
 
 
+@pytest.mark.parametrize("case", ["classes", "pairs"])
+def test_the_prompt_of_a_single_text(case: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """A text alone has the same prompt in training, in predictions and in sentence-transformers; others have names."""
+    config = configured("embedding", models, tmp_path, "lora", learning_rate=2e-2, max_steps=4)
+    data = {"train": str(write_jsonl(tmp_path / "own.jsonl", rows(case, 24))), "max_length": 24}
+    alone = "query" if case == "classes" else "document"
+    own = {"data": data, "embedding": PROMPTS | {"prompt_name": "query" if case == "classes" else "auto"}}
+    config = RunConfig.build(config.model_dump(mode="json") | {"model": str(models["seq_cls"])} | own)
+    train(config)
+    opened = SentenceTransformer(str(tmp_path / "run" / "adapter"), device="cpu")
+    run = open_run(tmp_path / "run")
+    assert (
+        opened.default_prompt_name == alone
+        and np.abs(opened.encode(TEXTS) - vectors(tmp_path / "run", TEXTS)).max() < 1e-5
+    )
+    for name in ("query", "document"):
+        found = np.array([p.values()["vector"] for p in predict(replace(run, prompt_name=name), TEXTS)])
+        assert np.abs(opened.encode(TEXTS, prompt_name=name) - found).max() < 1e-5, name
+        assert (np.abs(found - vectors(tmp_path / "run", TEXTS)).max() < 1e-6) == (name == alone)
+    found = np.array([p.values()["vector"] for p in predict(replace(run, prompt_name="none"), TEXTS)])
+    assert np.abs(opened.encode(TEXTS, prompt="") - found).max() < 1e-5
+    with pytest.raises(ConfigError, match=r"prompt_name = .passage.: must be query, document or none"):
+        list(predict(replace(run, prompt_name="passage"), TEXTS))
+    if case == "classes":
+        entry, legend = prepare_data(run.config).train[0], run.tokenizer
+        assert legend.decode(entry["input_ids"], skip_special_tokens=True).startswith("we liked")
+
+
+def test_a_prompt_of_another_task(models: dict[str, Path], tmp_path: Path) -> None:
+    trained("reranker", models["seq_cls"], models, tmp_path)
+    with pytest.raises(ConfigError, match="--prompt-name is for runs that give vectors"):
+        list(predict(replace(open_run(tmp_path / "run"), prompt_name="query"), [(TEXTS[0], TEXTS[1])]))
+
+
 def test_a_model_that_was_tuned_whole(models: dict[str, Path], tmp_path: Path) -> None:
     trained("embedding", models["seq_cls"], models, tmp_path, "full")
     opened = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
@@ -101,14 +138,16 @@ def test_a_tuned_model_whose_base_is_gone(models: dict[str, Path], tmp_path: Pat
     (tmp_path / "own").rename(tmp_path / "elsewhere")
     assert np.array_equal(vectors(tmp_path / "run", TEXTS), expected)
     run = open_run(tmp_path / "run")
-    assert run.config.embedding == EmbeddingConfig(pooling="cls", query_prompt="we : ", document_prompt="a : ")
+    assert run.config.embedding == EmbeddingConfig(
+        pooling="cls", query_prompt="we : ", document_prompt="a : ", prompt_name="document"
+    )
 
 
 def test_what_was_not_recorded_is_not_guessed(models: dict[str, Path], tmp_path: Path) -> None:
     config = configured("embedding", models, tmp_path)
     with pytest.raises(ConfigError, match=r"embedding.pooling is left to the base model.*train the run again"):
         _ = prepare_data(config).train
-    left = EmbeddingConfig(pooling="cls", query_prompt="")
+    left = EmbeddingConfig(pooling="cls", query_prompt="", prompt_name="none")
     with pytest.raises(ConfigError, match=r"embedding.document_prompt is left"):
         _ = prepare_data(config.model_copy(update={"embedding": left})).train
 

@@ -11,6 +11,7 @@ from siliang.check.finding import PARTS, Problem, not_usable, rows_with
 from siliang.check.input import CheckInput
 from siliang.language import Bilingual
 
+PROMPTS = ("prompt", "instruction")  # FlagEmbedding's columns of what stands in front of a query
 DAMAGE = re.compile("\ufffd|\ufeff|锟斤拷|Ã[\u0080-\u00bf]|â€|\\\\u0000")
 PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\[(?:YOUR|INSERT)[ _][A-Z _]+\]")
 
@@ -212,6 +213,8 @@ def _how_to_use(column: str, taken: dict[str, str], s: CheckInput) -> Bilingual:
             f"{text} learns it instead; {parts[0]} and {parts[1]} learn one column after another",
             f"{text} 改为学习这一列；{parts[0]} 和 {parts[1]} 依次学习两列",
         )
+    elif layout == "anchor-positive":
+        how = _beside_queries(column, s)
     else:
         places = ["system"] if layout not in ("alpaca", "prompt-completion") else ["input", "system"]
         if "system" in column.lower():
@@ -221,6 +224,19 @@ def _how_to_use(column: str, taken: dict[str, str], s: CheckInput) -> Bilingual:
     return Bilingual(
         f"{how}. If it should not be learned, accept: [SL036].",
         f"{how.zh}。如果本来就不该用于学习，用 accept: [SL036] 接受此项。",
+    )
+
+
+def _beside_queries(column: str, s: CheckInput) -> Bilingual:
+    """What may be done with a text beside queries and their texts."""
+    if column.lower() not in PROMPTS:
+        anchor, positive = f"data.columns.anchor={column}", f"data.columns.positive={column}"
+        return Bilingual(f"{anchor} or {positive} uses it instead", f"{anchor} 或 {positive} 改用这一列")
+    if s.task.with_prompt is None:
+        return Bilingual("write it in front of the queries", "请把它写在查询之前")
+    return Bilingual(
+        "a text in front of every query is embedding.query_prompt; where it differs, write it in front of the queries",
+        "放在每个查询之前的文字用 embedding.query_prompt 设置；各条不同的，请写在查询之前",
     )
 
 

@@ -82,6 +82,17 @@ def predict(
             ),
         ),
     ] = None,
+    prompt_name: Annotated[
+        str | None,
+        typer.Option(
+            help=both(
+                "For a run that gives vectors: the prompt of single texts, query, document or none. Default: "
+                "embedding.prompt_name of the run.",
+                "用于给出向量的运行：单段文本所用的提示，query、document 或 none。默认为该运行的 "
+                "embedding.prompt_name。",
+            )
+        ),
+    ] = None,
     max_new_tokens: NewTokens = None,
     temperature: Temperature = 0.0,
     top_p: TopP = None,
@@ -137,6 +148,7 @@ def predict(
         check_output(output)
     opened = open_trained(find_run_or_model(run, base=base, force=force), device=find_device())
     opened.task_id, opened.top, opened.min_confidence = task_id, top, min_confidence
+    opened.prompt_name = prompt_name
     show_notes(opened.trained.notes if opened.trained else ())
     if data is not None and output is not None:
         how = sampling_of(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)

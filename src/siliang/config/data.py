@@ -33,6 +33,8 @@ LayoutName = Literal[
     "source-target",
     "anchor-positive",
     "scored-pair",
+    "positive-messages",
+    "scored-messages",
     "prepared",
 ]
 MOST_LABELS = 100_000  # classes or tags

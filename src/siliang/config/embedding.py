@@ -20,6 +20,7 @@ EmbeddingLoss = Literal[
     "batch_hard_triplet",
     "batch_semi_hard_triplet",
 ]
+PromptName = Literal["auto", "query", "document", "none"]
 RerankerLoss = Literal["binary_cross_entropy", "mse"]
 
 
@@ -69,16 +70,22 @@ class EmbeddingConfig(Section):
 
     matryoshka_dims 中各维数的损失的权重。空：各为 1。"""
     query_prompt: str | None = None
-    """What is put in front of a query: of the first text of a pair, and of a text with a class. null: that of the base
-    model, if it is one of sentence-transformers; otherwise nothing.
+    """What is put in front of a query, the first text of a pair. null: that of the base model, if it is one of
+    sentence-transformers; otherwise nothing.
 
-    加在查询之前的文字：用于每对文本的第一段，以及带类别的文本。null：基座模型若是 sentence-transformers 的模型，与它
-    相同；否则不加。"""
+    加在查询（每对文本的第一段）之前的文字。null：基座模型若是 sentence-transformers 的模型，与它相同；否则不加。"""
     document_prompt: str | None = None
-    """What is put in front of a document: of the other texts of a row, and of a single text that is to become a vector.
-    null: as query_prompt.
+    """What is put in front of a document: of the other texts of a row. null: as query_prompt.
 
-    加在文档之前的文字：用于一条样本的其余文本，以及要转换成向量的单段文本。null：与 query_prompt 相同的规则。"""
+    加在文档（一条样本的其余文本）之前的文字。null：与 query_prompt 相同的规则。"""
+    prompt_name: PromptName = "auto"
+    """The prompt of a text that stands alone: of a text with a class, and of a single text that is to become a vector,
+    unless `siliang predict --prompt-name` chooses another one. query: query_prompt; document: document_prompt; none:
+    none. auto: query, if that is the default prompt of a base model of sentence-transformers; otherwise document.
+
+    单独一段文本所用的提示：用于带类别的文本，以及要转换成向量的单段文本（除非 `siliang predict --prompt-name` 另行
+    指定）。query：query_prompt；document：document_prompt；none：不加。auto：基座模型若是 sentence-transformers 的模型
+    且默认提示为 query，则用 query；否则用 document。"""
     negatives: Annotated[int, Field(ge=0)] | None = None
     """The most hard negatives of a row, the first ones. null: all.
 

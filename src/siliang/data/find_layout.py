@@ -25,12 +25,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "score": ("similarity", "similarity_score", "relevance", "label"),
     "responses": ("answers", "completions", "outputs", "candidates"),
 }
+REJECTED = ("rejected_response", "rejected_responses")  # ms-swift's, up to version 3
 # of columns that a layout has a use for and does not need
 OPTIONAL_ALIASES: dict[str, tuple[str, ...]] = {
     "system": ("system_prompt",),
     "input": ("context",),
     "prompt": ("question", "query"),
-    "negative": ("negatives", "neg", "negative_passages", "hard_negatives", "hard_negative"),
+    "negative": ("negatives", "neg", "negative_passages", "hard_negatives", "hard_negative", *REJECTED),
     "scores": ("ratings",),
 }
 RATED = ("rated-answer", "rated-messages")  # layouts of answers that are good or bad

@@ -11,7 +11,7 @@ from siliang.data.cells import BLANKS, as_text
 from siliang.data.find_layout import find_layout
 from siliang.data.label_cells import listed
 from siliang.data.labels import FEW_ROWS, MARKS, joined
-from siliang.data.numbers import as_number, has_decimal_comma, has_thousands, is_whole
+from siliang.data.numbers import as_number, has_comma_groups, has_decimal_comma, has_thousands, is_whole
 from siliang.data.reading import Reading
 from siliang.data.sources import open_source
 from siliang.data.spec import DataSpec
@@ -94,6 +94,8 @@ def look_at(cells: Sequence[object], labels: Sequence[str] | None = None) -> Lab
             f"标签是带千位分隔符的数，如 {thousands[0]}",
         )
         return LabelLook("number", None, why)
+    if labels is None and (look := _comma_groups(names)) is not None:
+        return look
     mark = separator(names, labels)
     if mark is not None:
         several = next(name for name in sorted(names) if mark in name)
@@ -127,6 +129,51 @@ def look_at(cells: Sequence[object], labels: Sequence[str] | None = None) -> Lab
             f"每条样本是 {n:,} 个整数之一，如 {shown}（如果大小顺序有意义，请用 ordered）",
         )
     return LabelLook("one_label", None, why)
+
+
+def _comma_groups(names: set[str]) -> LabelLook | None:
+    """What labels such as "1,234,567" are, by all of the column: numbers, or three labels each. None where no label is
+    like that, or some are neither."""
+    grouped = sorted(filter(has_comma_groups, names))
+    if not grouped or not all(_is_a_number(name) or has_comma_groups(name) for name in names):
+        return None
+    one, number = grouped[0], grouped[0].replace(",", "")
+    if (reason := _why_several(names, grouped)) is not None:
+        return LabelLook(
+            "several_labels",
+            ",",
+            Bilingual(
+                f"labels such as {one} are several, separated by ',', since {reason} (as a number, write {number})",
+                f"{one} 这样的标签由 ',' 隔开，是多个标签，因为{reason.zh}（如果是数，请写成 {number}）",
+            ),
+        )
+    return LabelLook(
+        "number",
+        None,
+        Bilingual(
+            f"the labels are numbers with a separator of thousands, such as {one}: their parts are no labels of other "
+            "rows",
+            f"标签是带千位分隔符的数，如 {one}：逗号之间的各部分不是其他样本的标签",
+        ),
+    )
+
+
+def _why_several(names: set[str], grouped: list[str]) -> Bilingual | None:
+    """Why the parts of labels such as "1,234,567" are labels; None where they are rather thousands."""
+    cells = [name.lstrip("+-").split(",") for name in grouped]
+    parts = {part for cell in cells for part in cell}
+    if parts <= names:
+        return Bilingual("each of their parts is a label of another row", "每一部分都是其他样本的标签")
+    if any(len({*cell}) < len(cell) or any(part.startswith("0") for part in cell) for cell in cells):
+        return None  # a label twice, or a number with leading zeros
+    if len(cells) >= FEW_PAIRS and all(sorted(map(int, cell)) == [*map(int, cell)] for cell in cells):
+        return Bilingual("their parts are in order", "各部分都按顺序排列")
+    if len(parts) < len(cells):
+        return Bilingual(
+            f"{len(cells):,} of them have only {len(parts):,} different parts",
+            f"其中 {len(cells):,} 个只有 {len(parts):,} 种不同的部分",
+        )
+    return None
 
 
 def _is_a_number(name: str) -> bool:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from siliang.data.cells import BLANKS, BadRow, Values, as_text, filled
-from siliang.data.numbers import as_number, has_decimal_comma, has_thousands, with_point
+from siliang.data.numbers import as_number, has_comma_groups, has_decimal_comma, has_thousands, with_point
 from siliang.language import Bilingual
 from siliang.secrets import short_repr, shortened
 
@@ -95,6 +95,16 @@ def a_number(values: Values, column: str) -> str:
                 Bilingual(
                     f"has {shown!r} in {column!r}, which may be {point} or {whole}: write it in one of these ways",
                     f"的 {column!r} 是 {shown!r}，可能是 {point}，也可能是 {whole}：请写成其中一种",
+                )
+            )
+        if has_comma_groups(text):
+            plain = text.replace(",", "")
+            raise BadRow(
+                Bilingual(
+                    f"has {shown!r} in {column!r}, a number with a separator of thousands: write it as {plain}; where "
+                    "it is several labels, set classification.label_separator=','",
+                    f"的 {column!r} 是 {shown!r}，是带千位分隔符的数：请写成 {plain}；如果是多个标签，请设置 "
+                    "classification.label_separator=','",
                 )
             )
         if has_thousands(text):

@@ -14,7 +14,13 @@ from siliang.data.label_cells import LabelReader, one_label
 from siliang.data.preferences import read_chosen_rejected, read_messages_rejected
 from siliang.data.rankings import read_output_list, read_ranking
 from siliang.data.rated import read_rated_answer, read_rated_messages
-from siliang.data.related import NEGATIVE_COLUMNS, read_related, read_scored
+from siliang.data.related import (
+    NEGATIVE_COLUMNS,
+    read_positive_messages,
+    read_related,
+    read_scored,
+    read_scored_messages,
+)
 from siliang.data.turns import read_messages, read_pair
 from siliang.language import Bilingual
 
@@ -227,6 +233,14 @@ LAYOUTS: dict[str, RowLayout] = {
         _asked("input-output", "input", "output"),
         RowLayout("source-target", ("source", "target"), _source_target),
         RowLayout("scored-pair", ("text", "text_pair", "score"), read_scored),
+        RowLayout("scored-messages", ("messages", "label"), read_scored_messages, fixed=("positive_messages",)),
+        RowLayout(
+            "positive-messages",
+            ("messages",),
+            read_positive_messages,
+            fixed=("positive_messages",),
+            fixed_optional=("negative_messages",),
+        ),
         RowLayout(
             "anchor-positive",
             ("anchor", "positive"),

@@ -31,6 +31,8 @@ IN_WORDS: dict[str, tuple[Bilingual, tuple[str, ...]]] = {
     "squad": (Bilingual("questions on a context", "针对段落的问题"), ("question_ans",)),
     "scored-pair": (Bilingual("pairs of texts and their scores", "句对和分数"), RELATED),
     "anchor-positive": (Bilingual("texts that belong together", "相互对应的文本"), RELATED),
+    "scored-messages": (Bilingual("pairs of texts and their scores, as messages", "消息形式的句对和分数"), RELATED),
+    "positive-messages": (Bilingual("texts that belong together, as messages", "消息形式的相互对应的文本"), RELATED),
     "source-target": (Bilingual("sources and targets", "源文本和目标文本"), ("seq_2_seq_lm",)),
 }
 

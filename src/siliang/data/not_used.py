@@ -10,7 +10,7 @@ SAMPLE_CELLS = 200  # per column
 WORDS = 3  # minimum for running text; in scripts without blanks, characters
 CHARACTERS = 12
 # names of columns whose texts belong to the question, even if they are short
-ASKED = ("system", "system_prompt", "context", "question", "query", "input")
+ASKED = ("system", "system_prompt", "context", "question", "query", "input", "prompt", "instruction")
 PARTS_NAMED = ("split", "set", "subset", "fold", "partition", "part")
 PARTS = ("train", "training", "test", "testing", "dev", "eval", "evaluation", "val", "valid", "validation", "holdout")
 

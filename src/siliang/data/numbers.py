@@ -29,6 +29,11 @@ def has_thousands(text: str) -> bool:
     return re.fullmatch(rf"[+-]?[0-9]{{1,3}}({groups})", text) is not None
 
 
+def has_comma_groups(text: str) -> bool:
+    """Whether a text may be a number with commas between its thousands, as "1,234,567", or three labels."""
+    return re.fullmatch(r"[+-]?[1-9][0-9]{0,2}(,[0-9]{3}){2,}", text) is not None
+
+
 def with_point(text: str) -> str:
     """A number with a decimal comma as one with a point; another text, and one that may be 1234, as it is."""
     if not has_decimal_comma(text) or re.fullmatch(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}", text):

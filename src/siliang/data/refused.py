@@ -21,6 +21,14 @@ def refuse_other_lessons(values: Values, c: Columns, columns: tuple[str, ...]) -
     Raises:
         BadRow: It is such a row.
     """
+    if given(values.get("positive_messages")):
+        raise BadRow(
+            Bilingual(
+                "has 'positive_messages': texts that belong together, from which task=embedding and task=reranker "
+                "learn",
+                "有 'positive_messages'：相互对应的文本，这样的数据用 task=embedding 或 task=reranker 学习",
+            )
+        )
     if not any(name in columns for name in PREFERENCES):
         for name in PREFERENCES:
             if given(values.get(name)):

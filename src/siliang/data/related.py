@@ -6,6 +6,8 @@
 {query, positive_passages: [{title, text}], negative_passages: [...]}   Tevatron
 {query, passages: {is_selected: [...], passage_text: [...]}}            MS MARCO
 {sentence1, sentence2, score}                           STS, and labels 0 and 1
+{query, response, rejected_response: [...]}             ms-swift 3; with a label in place of the last, a scored pair
+{messages, positive_messages: [[...]], negative_messages: [[...]]}     ms-swift 4; likewise
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled, 
 from siliang.data.examples import Related, Scored
 from siliang.data.numbers import as_number, with_point
 from siliang.data.refused import refuse_media
+from siliang.data.turns import listed, turns_of
 from siliang.language import Bilingual
 
 MOST_NEGATIVE_COLUMNS = 64
+BESIDE_SCORES = ("rejected_response", "rejected_responses")
 NEGATIVE_COLUMNS = tuple(f"negative_{i}" for i in range(1, MOST_NEGATIVE_COLUMNS + 1))
 
 
@@ -39,6 +43,10 @@ def read_related(values: Values, c: Columns) -> Result:
             negatives += _texts(values[name], name)
     if not positives:
         return Bilingual(f"has no text in {c.positive!r}", f"的 {c.positive!r} 中没有文本")
+    return _related(anchor, positives, negatives)
+
+
+def _related(anchor: str, positives: list[str], negatives: list[str]) -> Result:
     if both := next((text for text in positives if text in negatives), None):
         shown = short(both)
         return Bilingual(
@@ -50,20 +58,99 @@ def read_related(values: Values, c: Columns) -> Result:
 def read_scored(values: Values, c: Columns) -> Result:
     """A row with two texts and a score."""
     refuse_media(values)
-    first, second, value = filled(values, c.text), filled(values, c.text_pair), values.get(c.score)
+    first, second = filled(values, c.text), filled(values, c.text_pair)
+    for name in (c.negative, *BESIDE_SCORES):
+        if given(values.get(name)):
+            return _negatives_and_score(name, c.score)
+    return _scored(first, second, values.get(c.score), c.score)
+
+
+def read_positive_messages(values: Values, c: Columns) -> Result:
+    """A row with a text, and lists of such as its positives and negatives, each as messages."""
+    refuse_media(values)
+    anchor = _only_turn(values.get(c.messages), c.messages)
+    positives = _texts_of_messages(values.get("positive_messages"), "positive_messages")
+    negatives = _texts_of_messages(values.get("negative_messages"), "negative_messages")
+    if not positives:
+        return Bilingual("has no text in 'positive_messages'", "的 'positive_messages' 中没有文本")
+    return _related(anchor, positives, negatives)
+
+
+def read_scored_messages(values: Values, c: Columns) -> Result:
+    """A row with a text, another one and their score, the texts as messages."""
+    refuse_media(values)
+    anchor = _only_turn(values.get(c.messages), c.messages)
+    others = _texts_of_messages(values.get("positive_messages"), "positive_messages")
+    if given(values.get("negative_messages")):
+        return _negatives_and_score("negative_messages", c.label)
+    if len(others) != 1:
+        n = len(others)
+        return Bilingual(
+            f"has {n} texts in 'positive_messages' and a score in {c.label!r}: a score is of two texts",
+            f"的 'positive_messages' 有 {n} 段文本，{c.label!r} 又有分数：分数只属于两段文本",
+        )
+    return _scored(anchor, others[0], values.get(c.label), c.label)
+
+
+def _scored(first: str, second: str, value: object, column: str) -> Result:
     number = float(value) if isinstance(value, int | float | Decimal) else None  # True and False are 1 and 0
     number = as_number(with_point(value.strip())) if isinstance(value, str) else number
-    if number is None and as_text(value, c.score).strip():
+    if number is None and as_text(value, column).strip():
         shown = short(value)
         return Bilingual(
-            f"has {shown} in {c.score!r}, which is no number: a score says how near two texts are. task=seq_cls learns "
+            f"has {shown} in {column!r}, which is no number: a score says how near two texts are. task=seq_cls learns "
             "classes of pairs; pairs that belong together need no score (columns anchor, positive)",
-            f"的 {c.score!r} 是 {shown}，不是数：分数表示两段文本有多接近。句对的类别用 task=seq_cls 学习；"
+            f"的 {column!r} 是 {shown}，不是数：分数表示两段文本有多接近。句对的类别用 task=seq_cls 学习；"
             "相互对应的文本不需要分数（列 anchor、positive）",
         )
     if number is None or not math.isfinite(number):
-        return Bilingual(f"has no number in {c.score!r}", f"的 {c.score!r} 中没有数")
+        return Bilingual(f"has no number in {column!r}", f"的 {column!r} 中没有数")
     return Scored(first, second, number)
+
+
+def _negatives_and_score(negatives: str, score: str) -> Bilingual:
+    return Bilingual(
+        f"has texts in {negatives!r} and a score in {score!r}: a score is of two texts, and pairs with negatives have "
+        "none. Take one of them out",
+        f"的 {negatives!r} 有文本，{score!r} 又有分数：分数只属于两段文本，带负例的文本对没有分数。请去掉其中之一",
+    )
+
+
+def _texts_of_messages(value: object, column: str) -> list[str]:
+    """The texts of a list of conversations of one turn each; none of an empty cell."""
+    value = listed(value)
+    if not given(value):
+        return []
+    if not isinstance(value, list | tuple) or not all(isinstance(turns, list | tuple) for turns in value):
+        raise BadRow(
+            Bilingual(
+                f"must hold lists of messages in {column!r}, such as [[{{role, content}}], ...]",
+                f"的 {column!r} 应为消息列表的列表，如 [[{{role, content}}], ...]",
+            )
+        )
+    return [_only_turn(turns, column) for turns in value]
+
+
+def _only_turn(turns: object, column: str) -> str:
+    """The text of the only turn of a conversation.
+
+    Raises:
+        BadRow: There are others, or it is empty.
+    """
+    found = turns_of(turns, column)
+    if len(found) > 1:
+        n = len(found)
+        raise BadRow(
+            Bilingual(
+                f"has {n} turns in {column!r}: a text that becomes a vector or is scored is one turn (what is to stand "
+                "in front of each, such as a system message, is embedding.query_prompt or document_prompt)",
+                f"的 {column!r} 有 {n} 轮：要转换成向量或打分的文本只能是一轮（系统消息等放在每段文本之前的内容请用 "
+                "embedding.query_prompt 或 document_prompt）",
+            )
+        )
+    if not found[0].text.strip(BLANKS):
+        raise BadRow(Bilingual(f"has an empty text in {column!r}", f"的 {column!r} 中有空的文本"))
+    return found[0].text
 
 
 def _texts(value: object, column: str) -> list[str]:

@@ -127,6 +127,7 @@ class OpenedRun:
         task_id: The task of what it is asked, for a method with several; None where the rows say it, or it has one.
         top: So many of the most probable classes are wanted in a prediction.
         min_confidence: Below it a prediction is "no label"; None: as in the run's settings.
+        prompt_name: The prompt of texts that stand alone; None: as in the run's settings.
     """
 
     folder: Path
@@ -139,11 +140,13 @@ class OpenedRun:
     task_id: int | None = None
     top: int = 1
     min_confidence: float | None = None
+    prompt_name: str | None = None
 
     @property
     def task(self) -> Task:
         """The task, with what the run's settings and its record say of it."""
-        return task_of(self.config, self.record.layout, self.record.classification)
+        task, name = task_of(self.config, self.record.layout, self.record.classification), self.prompt_name
+        return task if name is None or task.with_prompt is None else task.with_prompt(task, name)
 
     @property
     def labels(self) -> list[str]:

@@ -26,7 +26,7 @@ from siliang.tasks.embeddings.end_token import with_end
 from siliang.tasks.embeddings.ranking import NDCG, RANKING
 from siliang.tasks.embeddings.tokens import TextEncoder, adapt, encoded_with, parts_of, show, synthetic_row
 from siliang.tasks.metrics import ACCURACY, SPEARMAN
-from siliang.tasks.related_texts import in_one_line, only_pair, two_texts
+from siliang.tasks.related_texts import AS_COLUMNS, in_one_line, only_pair, rows_of, two_texts
 from siliang.tasks.task import EntryValues, Reply, StepLoss, Task, Trained
 from siliang.types import ConfigError, DataError, TaskType
 
@@ -43,7 +43,7 @@ NEEDS = {
     ),
     "text-label": Bilingual("texts with classes (columns text, label)", "带类别的文本（列 text、label）"),
 }
-LAYOUTS = ("scored-pair", "anchor-positive", "text-label")
+LAYOUTS = (*AS_COLUMNS, "scored-pair", "anchor-positive", "text-label")
 LEARNS_FROM = {
     "multiple_negatives": "anchor-positive",
     "triplet": "anchor-positive",
@@ -213,13 +213,21 @@ def with_vectors(task: Task, settings: EmbeddingConfig) -> Task:
         with_layout=partial(with_layout, settings),
         measure=partial(measure, settings),
         replies=partial(replies, settings),
+        with_prompt=partial(with_prompt, settings),
     )
+
+
+def with_prompt(settings: EmbeddingConfig, task: Task, name: str) -> Task:
+    """The task with another prompt for texts that stand alone."""
+    other = settings.model_copy(update={"prompt_name": name})
+    return replace(task, data=replace(task.data, encoder=TextEncoder(other), encoded_with=encoded_with(other)))
 
 
 def with_layout(settings: EmbeddingConfig, task: Task, layout: str) -> Task:
     """The task for rows of a layout."""
     if layout not in LAYOUTS:
         return task
+    layout = rows_of(layout)
     check_taken(settings, loss_name(settings, layout))
     metrics = {"scored-pair": (SPEARMAN,), "text-label": (ACCURACY,)}.get(layout, RANKING)
     return replace(task, step_loss=step_loss(settings, layout), metrics=metrics, quality=metrics[0])
@@ -324,7 +332,7 @@ _WITHOUT_LOSS = Task(
     verdict=verdict,
     judged_by="base",
     inputs=("text", "text_pair"),
-    inputs_layouts=("anchor-positive", "text"),
+    inputs_layouts=("positive-messages", "anchor-positive", "text"),
     predict=predict,
     blank={"text": "", "pair": "", "vector": None, "similarity": None},
     example_prompt="a text",

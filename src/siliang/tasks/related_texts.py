@@ -10,6 +10,13 @@ from siliang.language import Bilingual
 from siliang.secrets import shortened
 from siliang.types import DataError
 
+AS_COLUMNS = {"scored-messages": "scored-pair", "positive-messages": "anchor-positive"}
+
+
+def rows_of(layout: str) -> str:
+    """What rows a layout has, whether their texts are cells or messages: a name of the layouts of cells."""
+    return AS_COLUMNS.get(layout, layout)
+
 
 def only_pair(example: Related) -> Related:
     """The two texts of a row that is to be predicted; negatives are left out.

@@ -28,7 +28,7 @@ from siliang.records import Classification
 from siliang.tasks.embeddings.ranking import NDCG, RANKING, ranking
 from siliang.tasks.losses import WithLogits
 from siliang.tasks.metrics import ACCURACY, SPEARMAN, classification, spearman
-from siliang.tasks.related_texts import in_one_line, only_pair, two_texts
+from siliang.tasks.related_texts import AS_COLUMNS, in_one_line, only_pair, rows_of, two_texts
 from siliang.tasks.task import Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, ConfigError, DataError, TaskType
 
@@ -177,14 +177,15 @@ def with_layout(settings: RerankerConfig, task: Task, layout: str) -> Task:
     Raises:
         ConfigError: A setting has no effect on such rows.
     """
-    if layout == "scored-pair" and settings.negatives is not None:
+    rows = rows_of(layout)
+    if rows == "scored-pair" and settings.negatives is not None:
         raise ConfigError(
             Bilingual(
                 "reranker.negatives has no effect on scored pairs: leave it out.",
                 "带分数的文本对不使用 reranker.negatives：请去掉。",
             )
         )
-    metrics = (SPEARMAN, ACCURACY) if layout == "scored-pair" else RANKING
+    metrics = (SPEARMAN, ACCURACY) if rows == "scored-pair" else RANKING
     return replace(task, metrics=metrics, quality=metrics[0])
 
 
@@ -310,7 +311,7 @@ _WITHOUT_LOSS = Task(
     adapter_type=TaskType.SEQ_CLS,
     data=DataSpec(
         name="reranker",
-        layouts=("scored-pair", "anchor-positive"),
+        layouts=(*AS_COLUMNS, "scored-pair", "anchor-positive"),
         columns={
             "input_ids": NUMBERS,
             "token_type_ids": NUMBERS,
@@ -339,7 +340,7 @@ _WITHOUT_LOSS = Task(
     quality=NDCG,
     verdict=lambda final, base, answers: None,
     inputs=("text", "text_pair"),
-    inputs_layouts=("anchor-positive",),
+    inputs_layouts=("positive-messages", "anchor-positive"),
     blank={"query": "", "text": "", "score": None},
     example_prompt="a query<TAB>a text",
 )

@@ -273,8 +273,8 @@ class Task:
         measure: The metrics of what was kept, by entry.
         of_loss: Metrics that are made of the mean loss and the rows, at the end.
         of_labels: The further metrics of a run with these classes or tags.
-        question: What the model is to write for an entry, from its columns, its example and the tokenizer; None for an
-            entry without an answer. A task without this field does not measure texts.
+        question: What the model is to write for an entry, from all its columns, its example and the tokenizer; None for
+            an entry without an answer. A task without this field does not measure texts.
         measures: Of the texts that the model writes, at each evaluation (tasks/measures.py).
         usual_measures: Those of `siliang eval` where the settings name none.
         quality: The metric that the task is judged by.
@@ -287,6 +287,8 @@ class Task:
         inputs: The parts of a row that are given to predict, the optional ones among them.
         inputs_layouts: The names of the layouts by which rows are read that are given to predict, if not by `inputs`,
             or by those of the training; the first that fits is used.
+        with_prompt: The task with another prompt (query, document or none) for texts that stand alone; None: it has
+            none.
         predict: Predictions for the user's texts; None for a model that writes.
         blank: The values of an empty line among the texts, for JSON.
         prompt: The tokens that a model that writes is given, and those that end its answer; from the tokenizer, the
@@ -333,6 +335,7 @@ class Task:
 
     inputs: tuple[str, ...] = ()
     inputs_layouts: tuple[str, ...] = ()
+    with_prompt: Callable[[Task, str], Task] | None = None
     predict: Callable[[Trained, Iterable[Any]], Iterator[Prediction]] | None = None
     blank: Mapping[str, object] = field(default_factory=dict[str, object])
     prompt: Callable[[Tokenizer, DataConfig, Conversation | Text], tuple[list[int], list[int]]] | None = None

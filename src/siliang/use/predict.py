@@ -27,6 +27,7 @@ from siliang.types import ConfigError, DataError, message_of
 from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
 
+PROMPTS = ("query", "document", "none")
 MOST_TOKENS = 16_384  # of a batch where the device sets no limit
 Input = str | tuple[str, str] | tuple[str, ...] | Example  # a text, a pair of texts, words, or an example
 
@@ -97,6 +98,20 @@ def check_predicts(run: OpenedRun) -> None:
             Bilingual(
                 f"--min-confidence is for runs of one class a text, and {run.folder} is not one: leave it out.",
                 f"--min-confidence 用于每段文本一个类别的运行，而 {run.folder} 不是：请去掉。",
+            )
+        )
+    if run.prompt_name is not None and run.task.with_prompt is None:
+        raise ConfigError(
+            Bilingual(
+                f"--prompt-name is for runs that give vectors of texts, and {run.folder} is not one: leave it out.",
+                f"--prompt-name 用于给出文本向量的运行，而 {run.folder} 不是：请去掉。",
+            )
+        )
+    if run.prompt_name is not None and run.prompt_name not in PROMPTS:
+        raise ConfigError(
+            Bilingual(
+                f"prompt_name = {run.prompt_name!r}: must be {', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}.",
+                f"prompt_name = {run.prompt_name!r}：应为 {'、'.join(PROMPTS)} 之一。",
             )
         )
     if run.task.predict is None:

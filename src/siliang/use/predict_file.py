@@ -138,6 +138,7 @@ def _identity(run: OpenedRun, source: str) -> dict[str, str]:
         "base": run.config.model,  # the one that is loaded
         "task_id": str(run.task_id),
         "top": str(run.top),
+        "prompt_name": str(run.prompt_name),
         "min_confidence": str(run.min_confidence),
         "data": source_sha256(source),
     }

@@ -33,7 +33,7 @@ def check_settled(settings: EmbeddingConfig) -> None:
     Raises:
         ConfigError: They leave something to the base model, whose files may have changed since.
     """
-    left = {"pooling": settings.pooling == "auto"}
+    left = {name: getattr(settings, name) == "auto" for name in ("pooling", "prompt_name")}
     left |= {name: getattr(settings, name) is None for name in ("query_prompt", "document_prompt")}
     for name in (name for name, is_left in left.items() if is_left):
         raise ConfigError(
@@ -85,7 +85,10 @@ def resolved(config: RunConfig) -> EmbeddingConfig:
         query = _text(prompts.get("query"))
     if document is None:
         document = next((_text(prompts[name]) for name in DOCUMENTS if prompts.get(name)), "")
-    update = {"pooling": pooling, "query_prompt": query, "document_prompt": document}
+    name = settings.prompt_name
+    if name == "auto":
+        name = "query" if own.get("default_prompt_name") == "query" else "document"
+    update = {"pooling": pooling, "query_prompt": query, "document_prompt": document, "prompt_name": name}
     return settings.model_copy(update=update)
 
 

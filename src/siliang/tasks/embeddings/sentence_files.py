@@ -11,6 +11,7 @@ from siliang.files import write_text
 from siliang.models.save import save_tokenizer
 from siliang.models.tokenizer import Tokenizer
 from siliang.safety.safe_json import dump_json
+from siliang.tasks.embeddings.tokens import prompts_of
 from siliang.types import ADAPTER_CONFIG
 
 CLASSES = "sentence_transformers.models"
@@ -27,15 +28,16 @@ def write_embedding(settings: EmbeddingConfig, max_length: int, folder: Path, wi
     """
     save_tokenizer(folder, tokenizer)
     modules = ["Transformer", "Pooling", *(["Normalize"] if settings.normalize else [])]
-    prompts = {"query": settings.query_prompt or "", "document": settings.document_prompt or ""}
+    prompts = prompts_of(settings)
+    del prompts["none"]
+    alone = settings.prompt_name if prompts.get(settings.prompt_name) else None
     pooling = {"word_embedding_dimension": width} | {flag: mode == settings.pooling for mode, flag in FLAGS.items()}
     _write(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": True})
     own = {
         "__version__": {},
         "model_type": "SentenceTransformer",
         "prompts": prompts,
-        # a text without a kind is a document, as for `siliang predict`
-        "default_prompt_name": "document" if settings.document_prompt else None,
+        "default_prompt_name": alone,  # as for `siliang predict`
         "similarity_fn_name": "cosine",
     }
     _write(folder / "config_sentence_transformers.json", own)

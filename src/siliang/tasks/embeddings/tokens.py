@@ -36,7 +36,7 @@ class TextEncoder:
 
 def encoded_with(settings: EmbeddingConfig) -> str:
     """The settings on which the tokens depend."""
-    read = settings.model_dump(include={"query_prompt", "document_prompt", "negatives"})
+    read = settings.model_dump(include={"query_prompt", "document_prompt", "prompt_name", "negatives"})
     return json.dumps(read | {"ends": settings.pooling == "last"}, sort_keys=True)
 
 
@@ -47,10 +47,10 @@ def encode(
     texts of a scored pair; or a single text.
     """
     groups = [texts_of(example, settings) for example in examples]
-    prompts = (settings.query_prompt or "", settings.document_prompt or "")
+    prompts = prompts_of(settings)
     prompted = [
-        prompts[i > 0 or isinstance(example, Text)] + text
-        for example, entries in zip(examples, groups, strict=True)
+        prompts[settings.prompt_name if len(texts) == 1 else "document" if i else "query"] + text
+        for entries in groups
         for texts in entries
         for i, text in enumerate(texts)
     ]
@@ -63,6 +63,11 @@ def encode(
         else:
             rows.append([_entry(texts, example) for texts in found])
     return rows
+
+
+def prompts_of(settings: EmbeddingConfig) -> dict[str, str]:
+    """What is put in front of a text, by the name of the prompt."""
+    return {"query": settings.query_prompt or "", "document": settings.document_prompt or "", "none": ""}
 
 
 def texts_of(example: Example, settings: EmbeddingConfig) -> list[tuple[str, ...]]:
