@@ -21,11 +21,16 @@ from torch import Tensor, UntypedStorage, nn
 from torch.nn.functional import linear
 
 from faults.runs import Place, make_place
+from siliang.cli.show_plan import headline
 from siliang.compare.base import CachedBase
 from siliang.config import RunConfig
+from siliang.hardware import Choice
 from siliang.models.load import load_model
 from siliang.ops import stored
 from siliang.ops.stored import StoredWeight, as_kept, plain
+from siliang.plan import Device, plan
+from siliang.plan.preflight import Planner
+from siliang.records import Record
 from siliang.run_folder.kept_format import stored_format
 from siliang.tasks import CAUSAL_LM
 from siliang.train.log import Progress
@@ -119,6 +124,15 @@ def test_every_start_of_lora(
     both_ways(RunConfig.build(values), tmp_path)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["bitfit", "head"])
+def test_matrices_beside_trained_biases(
+    method: str, precision: str, half: dict[str, Path], review_file: Path, tmp_path: Path
+) -> None:
+    """Their weights are loaded in fp32 also where they compute in bf16, which then takes the numbers of the file."""
+    both_ways(configured(half, review_file, tmp_path, method, base="bert", precision=precision), tmp_path)
+
+
 @pytest.mark.parametrize("task", some_of(TASKS, ("seq_cls", "preference", "seq_2_seq_lm")))
 def test_every_task(task: str, models: dict[str, Path], tmp_path: Path) -> None:
     both_ways(every_task.configured(task, models, tmp_path, log_every=1), tmp_path)
@@ -181,20 +195,36 @@ def test_a_comparison_uses_the_base_again(half: dict[str, Path], instruction_fil
         ({"precision": "bf16"}, "they are computed in their own format"),
         ({"frozen_weights": "converted"}, "the settings say so"),
         ({"method": "full"}, "they are trained"),
-        ({"method": "bitfit"}, "they are trained"),
     ],
 )
 def test_where_nothing_is_kept(
     settings: dict[str, Any], why: str, half: dict[str, Path], instruction_file: Path, tmp_path: Path
 ) -> None:
-    method = settings.pop("method", "lora")
-    config = configured(half, instruction_file, tmp_path, method, base="bloom" if method == "bitfit" else "llama")
+    config = configured(half, instruction_file, tmp_path, settings.pop("method", "lora"))
     values = config.model_dump(mode="json")
     counts: list[int] = []
     values["train"] |= settings
-    values["task"] = "causal_lm"
     train(RunConfig.build(values), Listener(trained=lambda run: counts.append(kept(run.model))))
     assert counts == [0], why
+
+
+def test_what_is_kept_is_said_planned_and_recorded(
+    half: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    counts, lines, planner = list[int](), list[str](), Planner()
+    config = configured(half, instruction_file, tmp_path / "run", "lora")
+    record = train(config, Listener(lines.append, trained=lambda run: counts.append(kept(run.model))), planner=planner)
+    found = record.memory.kept_weights
+    assert found == Record.read(tmp_path / "run").memory.kept_weights
+    assert planner.last_plan is not None and planner.last_plan.kept_weights == found
+    assert found is not None and (found.format, found.matrices) == ("bf16", counts[0])
+    weights = load_file(half["llama"] / "model.safetensors")
+    assert found.saved_bytes == 2 * sum(w.numel() for w in weights.values() if w.dim() == 2)
+    said = f"weights    {counts[0]} frozen matrices stay in bf16, as in the model's files: "
+    assert sum(line.startswith(said) for line in lines) == 1
+    device = Device("cpu", None, "unknown", Choice("fp32", "as asked"), 0, 0, here=False)
+    planned = plan(config, device, methods=["lora", "full"], timed=False)
+    assert any(line.startswith(said) and line.endswith("; not with full") for line in headline(planned))
 
 
 def test_the_format_is_that_of_all_large_matrices(model_folders: dict[str, Path], tmp_path: Path) -> None:

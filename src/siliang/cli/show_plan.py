@@ -84,9 +84,23 @@ def headline(record: PlanRecord) -> list[str]:
             f"批次       {record.batch_rows} 条样本，{record.batch_tokens:,} 个词元（{rows.zh}）",
         ),
     ]
+    lines += _kept(record)
     if record.rate:
         lines.append(both("speed      ", "速度       ") + local(record.rate))
     return lines
+
+
+def _kept(record: PlanRecord) -> list[str]:
+    """The line of frozen weights that are not converted, of the method that has most of them; none without such."""
+    planned = [m for m in record.methods if not m.error]
+    kept = max((m.kept_weights for m in planned if m.kept_weights), key=lambda kept: kept.saved_bytes, default=None)
+    if kept is None:
+        return []
+    others = [m.method for m in planned if m.kept_weights is None]
+    but, but_zh = "", ""
+    if others:
+        but, but_zh = "; not with " + ", ".join(others), "；" + "、".join(others) + " 除外"
+    return [both(f"weights    {kept.in_words}{but}", f"权重       {kept.in_words.zh}{but_zh}")]
 
 
 def _show_table(console: Console, record: PlanRecord) -> None:

@@ -179,12 +179,13 @@ class TrainConfig(Section):
     计算所用的数值格式。auto：硬件支持时用 bf16，较旧的 GPU 用 fp16，其余用 fp32。可训练参数保持 fp32，pure- 除外。各种
     格式的字节数见 docs/precision.md。"""
     frozen_weights: Literal["auto", "converted"] = "auto"
-    """The format of frozen weights where a CPU computes in fp32. auto: large matrices that the model's files have in
-    bf16 or fp16 stay so, in the mapped file, and are converted where they are multiplied: half of the memory, the same
-    results, bit for bit. converted: all are converted to fp32 when they are loaded, which is a little faster.
+    """The format of frozen weights where a CPU computes in fp32, and with BitFit and head in any precision. auto: large
+    matrices that the model's files have in bf16 or fp16 stay so, in the mapped file, and are converted where they are
+    multiplied: half of the memory, the same results, bit for bit. converted: all are converted to fp32 when they are
+    loaded, which is a little faster.
 
-    CPU 以 fp32 计算时，冻结权重的格式。auto：模型文件中为 bf16 或 fp16 的大矩阵保持原样，留在映射的文件里，相乘时才转
-    换：内存减半，结果逐位相同。converted：加载时全部转换为 fp32，略快一些。"""
+    CPU 以 fp32 计算时（BitFit 和 head 为任何精度时）冻结权重的格式。auto：模型文件中为 bf16 或 fp16 的大矩阵保持原样，
+    留在映射的文件里，相乘时才转换：内存减半，结果逐位相同。converted：加载时全部转换为 fp32，略快一些。"""
     memory_budget: Annotated[Bytes | Literal["auto"] | None, BeforeValidator(_budget)] = "auto"
     """The memory that training may use, such as 12GB. To stay below it, as many layers as necessary recompute their
     activations in the backward pass. auto: most of the free memory. null: no limit.

@@ -5,8 +5,9 @@ exactly: a product converts the weight into a temporary tensor, in the forward p
 gives the same bits as with a weight that was converted once. So a weight takes 2 bytes a number and not 4; they are
 pages of the mapped file, which processes share.
 
-Lookups and slices convert only what they take. Whatever would write into the weight is an error, and whatever asks for
-the memory of its fp32 numbers, which are nowhere: their address, or their bits as another format.
+A product in the format of the file, as under autocast, takes the numbers as they are. Lookups and slices convert only
+what they take. Whatever would write into the weight is an error, and whatever asks for the memory of its fp32 numbers,
+which are nowhere: their address, or their bits as another format.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class StoredWeight(Tensor):
             if _is_view(func):  # of which whatever writes into it is an error, too
                 views = func(first.stored, *args[1:], **more)
                 return tree_map_only(Tensor, partial(StoredWeight, dtype=first.dtype), views)
+            if func is aten._to_copy.default and _only_to(first.stored.dtype, more, first):
+                return StoredWeight(first.stored, first.stored.dtype)
             if func in LOOKUPS:
                 return func(first.stored, *args[1:], **more).to(first.dtype)
         _check_unwritten(func, args, more)
@@ -126,6 +129,12 @@ def may_stay(stored: torch.dtype, wanted: torch.dtype, shape: Sequence[int]) -> 
 def is_large(shape: Sequence[int]) -> bool:
     """Whether a weight is a matrix that is large enough to stay as its file has it."""
     return len(shape) == 2 and shape[0] * shape[1] >= LEAST_NUMBERS
+
+
+def _only_to(dtype: torch.dtype, copy: Mapping[str, Any], x: Tensor) -> bool:
+    """Whether the arguments of a copy of `x` change its format to this one, and neither its device nor its layout."""
+    same = copy.get("device") in (None, x.device) and copy.get("memory_format") in (None, torch.preserve_format)
+    return copy.get("dtype") is dtype and same and not copy.get("pin_memory")
 
 
 @cache

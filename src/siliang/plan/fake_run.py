@@ -33,7 +33,7 @@ from siliang.plan.device import Device
 from siliang.plan.fake import fake_mode, keep_stored, make_fake_base, to_fake
 from siliang.plan.rows import cut, synthetic_row
 from siliang.plan.steps import Measured, Phase, baseline_step, measure
-from siliang.run_folder import kept_format, weight_dtype
+from siliang.run_folder import kept_format, kept_weights, weight_dtype
 from siliang.tasks import task_of
 from siliang.train.checks import check_quantization
 from siliang.types import ConfigError, DataError
@@ -59,6 +59,7 @@ class FakeRun:
         total: Number of all parameters.
         trained_bytes: Size of the trained parameters.
         adapter_bytes: Size of what is saved: the adapter, or the whole model.
+        kept_weights: The frozen weights that stay in the format of the model's files.
         loading_bytes: Peak of the model's tensors during loading. Of several ranks, each loads the whole model, one
             after another.
         loads_on_host: The model is loaded into main memory, also for a GPU.
@@ -112,7 +113,7 @@ class FakeRun:
                 attention=baseline.attention if baseline else None,
             )
             mark_invented(base, list(invented))
-            if (kept := kept_format(self._config, method_row, device.precision, device.kind)) and baseline is None:
+            if (kept := kept_format(self._config, method_row, dtype, device.kind)) and baseline is None:
                 keep_stored(base, kept)
             self.loading_bytes = self._loading_bytes(base, dtype, new_tokens)
             if task_of(config).model.needs_padding_token and getattr(base.config, "pad_token_id", None) is None:
@@ -129,6 +130,7 @@ class FakeRun:
                     )
                 )
             self.model, self.trained, self.total = attach(base, method_row, self._config, device.precision)
+            self.kept_weights = kept_weights(self.model)
             self.trained_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
             self.adapter_bytes = self._saved_bytes(resized=bool(new_tokens))
             sharded = config.distributed.strategy == "fsdp"

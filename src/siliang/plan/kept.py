@@ -27,7 +27,7 @@ from siliang.hardware import versions
 from siliang.models.own_code import code_of
 from siliang.plan.device import Device
 from siliang.records import MethodPlan
-from siliang.run_folder import kept_format
+from siliang.run_folder import kept_format, weight_dtype
 
 AMPLE = 8  # times the memory of a step: the shares of a budget (engine/budget.py) are above an eighth
 MORE_BYTES = 2**31  # ... and what the engine sets aside for any model
@@ -61,7 +61,7 @@ def content_key(config: RunConfig, subject: CheckInput, device: Device) -> str |
     if (folders := _folders_outside(subject)) is None:
         return None
     code, data = code_of(subject.model_config), subject.prepared
-    kept = kept_format(config, subject.method, device.precision, device.kind)
+    kept = kept_format(config, subject.method, weight_dtype(subject.method, device.precision), device.kind)
     known = [
         run_key(config),
         subject.model_config.to_json_string(use_diff=False),

@@ -114,6 +114,7 @@ def _plan_config(
         total=fake_run.total,
         adapter_bytes=fake_run.adapter_bytes,
         loaded_bytes=measured.peaks["loaded"].nbytes,
+        kept_weights=fake_run.kept_weights,
         overhead_bytes=overhead,
         loading_bytes=device.process_bytes + (measured.peaks["loaded"].nbytes if on_host else fake_run.loading_bytes),
         host_bytes=device.host_bytes + (fake_run.loading_bytes if on_host else 0),

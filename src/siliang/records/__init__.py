@@ -4,6 +4,7 @@ from siliang.records.answers import ANSWERS_NAME, Answer, Answers
 from siliang.records.classes import Classification, ClassMetrics, ClassReport, Mistake
 from siliang.records.comparison import COMPARISON_NAME, Comparison, Trial, metrics_of
 from siliang.records.harness import HarnessTask
+from siliang.records.kept_weights import KeptWeights
 from siliang.records.metrics import Metrics
 from siliang.records.plan import CATEGORIES, Category, Change, Fit, MethodPlan, PlanRecord
 from siliang.records.run import (
@@ -41,6 +42,7 @@ __all__ = [
     "File",
     "Fit",
     "HarnessTask",
+    "KeptWeights",
     "Learned",
     "Memory",
     "MethodPlan",

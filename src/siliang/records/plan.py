@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from siliang.records.kept_weights import KeptWeights
 from siliang.records.saved import Part, Sentence
 
 SCHEMA_VERSION = 1
@@ -58,6 +59,8 @@ class MethodPlan(Part):
     """Size of the saved adapter on disk."""
     loaded_bytes: int = 0
     """The device's tensors before the first step."""
+    kept_weights: KeptWeights | None = None
+    """The frozen weights that are not converted to fp32; None if all weights are loaded in one format."""
     loading_bytes: int = 0
     """The most on the device while the model is loaded, everything included."""
     peak_bytes: int = 0

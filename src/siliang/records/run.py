@@ -14,6 +14,7 @@ from siliang.config import LAYOUT_NAMES, RunConfig, Seed, differences
 from siliang.language import Bilingual
 from siliang.records.classes import Classification, ClassReport
 from siliang.records.harness import HarnessTask
+from siliang.records.kept_weights import KeptWeights
 from siliang.records.metrics import Metrics
 from siliang.records.saved import Count, Date, Name, Number, Part, Positive, Rate, Saved, Sha256
 from siliang.secrets import HIDDEN, short_repr, shortened
@@ -96,6 +97,8 @@ class Memory(Part):
     """The most while the model was loaded and prepared."""
     loaded_bytes: Count = 0
     """Before the first step."""
+    kept_weights: KeptWeights | None = None
+    """The frozen weights that were not converted to fp32; None if all were loaded in one format."""
     steps_bytes: Count = 0
     """The most during the steps and evaluations."""
     peak_bytes: Count = 0

@@ -2,7 +2,7 @@
 the folder."""
 
 from siliang.run_folder.changes import changed_base, changed_data, hashes, sources_of, what_changed
-from siliang.run_folder.kept_format import kept_format, stored_format
+from siliang.run_folder.kept_format import kept_format, kept_weights, stored_format
 from siliang.run_folder.layout import check_empty, create_output, read_config, write_config
 from siliang.run_folder.model_alone import find_run_or_model
 from siliang.run_folder.opened import (
@@ -38,6 +38,7 @@ __all__ = [
     "find_run_or_model",
     "hashes",
     "kept_format",
+    "kept_weights",
     "load_base",
     "load_run_tokenizer",
     "open_run",

@@ -11,6 +11,7 @@ from siliang.engine.order import design_effect, groups_by_length
 from siliang.hardware import Choice
 from siliang.language import both, local
 from siliang.methods import Method
+from siliang.records import KeptWeights
 from siliang.tasks import task_of
 
 ADAM_EPS = 1e-8  # torch's own
@@ -83,8 +84,10 @@ def say_model(
     trained: int,
     total: int,
     device: str,
+    kept: KeptWeights | None,
     say: Callable[[str], None],
 ) -> None:
+    """The model and what is trained of it, the number formats, the device."""
     share = 100 * trained / total
     say(
         both(
@@ -99,6 +102,8 @@ def say_model(
             f"精度       {precision.precision}（{local(reason)}），设备 {device}",
         )
     )
+    if kept is not None:
+        say(both(f"weights    {kept.in_words}", f"权重       {kept.in_words.zh}"))
     if precision.adam_eps != ADAM_EPS:
         say(
             both(

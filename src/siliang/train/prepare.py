@@ -32,7 +32,7 @@ from siliang.methods import Method, find_method
 from siliang.methods.config import PeftConfig
 from siliang.models.own_code import code_of
 from siliang.records import Counts, Device, Predicted, Record, Rows, Seconds
-from siliang.run_folder import changed_base, hashes, kept_format, load_base, sources_of, weight_dtype
+from siliang.run_folder import changed_base, hashes, kept_format, kept_weights, load_base, sources_of, weight_dtype
 from siliang.tasks import settled, task_of
 from siliang.tasks.labels.problems import begin
 from siliang.tasks.prepare import prepare_data
@@ -127,8 +127,8 @@ def prepare(
         listener.say(both(f"adapter    starts from {config.adapter}", f"适配器     从 {config.adapter} 开始训练"))
     if learner.learned is not None:
         listener.say(learner.in_words())
-    described = describe_device(device)
-    say_model(config, method, precision, trained, total, described.name, listener.say)
+    described, kept = describe_device(device), kept_weights(model)
+    say_model(config, method, precision, trained, total, described.name, kept, listener.say)
     record = _record(
         config,
         given,
@@ -147,6 +147,7 @@ def prepare(
     memory = record.memory
     memory.loading_bytes, memory.predicted_loading_bytes = loading.peak_bytes, predicted.loading_bytes or None
     memory.predicted_bytes, memory.predicted_parts = predicted.peak_bytes, predicted.parts
+    memory.kept_weights = kept
     check_space(folder, model, config)
     return Run(
         config=config,
@@ -260,7 +261,8 @@ def _load(
 ) -> PreTrainedModel:
     """The base model. What is saved later names it by its absolute path."""
     absolute_config = config.model_copy(update={"model": absolute(config.model)})
-    dtype, kept = weight_dtype(method, precision), kept_format(config, method, precision, device.type)
+    dtype = weight_dtype(method, precision)
+    kept = kept_format(config, method, dtype, device.type)
     return base(absolute_config, data.examples.labels, data.tokenizer, dtype=dtype, device=device, kept=kept)
 
 
