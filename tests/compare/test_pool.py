@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from siliang.compare.pool import distribute, stop_all
+from siliang.compare.pool import Worker, distribute, stop_all
 
 
 class Echo:
@@ -64,3 +67,16 @@ def test_all_workers_end_also_when_the_user_does_not_wait() -> None:
         stop_all(workers)
     assert workers[0].calls == ["impatient", "stop", "wait", "close"]
     assert workers[1].calls == ["stop", "close"]
+
+
+def test_a_worker_that_dies_before_it_has_a_log(tmp_path: Path) -> None:
+    """It is started before the comparison has been checked, and so before its folder is made."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    worker = Worker(log := tmp_path / "comparison" / "logs" / "worker.log", lambda: {"PYTHONPATH": paths})
+    worker.start()
+    assert not (tmp_path / "comparison").exists()
+    *_, died = worker.run({"kind": "train"})
+    worker.close()
+    assert died["kind"] == "died" and "no torch here" in died["error"]
+    assert "no torch here" in log.read_text()

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from siliang.cli.console import named, rich_console
 from siliang.cli.options import Data, Lang, Model, Task
+from siliang.environment import importing
 from siliang.language import both, language, local
 from siliang.terminal import one_line, raw_stream
 
@@ -114,8 +115,8 @@ def compare(
 
     After an interruption, the same command resumes the comparison. The exit code is 1 if no run was completed.
     """
-    from siliang.cli.show import quiet_loading
     from siliang.cli.train import gather
+    from siliang.config.comparison import CompareConfig
     from siliang.paths import check_links
     from siliang.records import COMPARISON_NAME
     from siliang.report.words import words
@@ -128,9 +129,6 @@ def compare(
     values |= {k: v for k, v in {"methods": methods, "seeds": seeds}.items() if v is not None}
     lang = lang or language()
     words(lang)
-    quiet_loading()
-    from siliang.config.comparison import CompareConfig
-
     config = CompareConfig.build(values, source=named(settings))
     result = run(config, jobs=jobs, ray=ray, language=lang, force=force)
     if not result.records:
@@ -139,16 +137,26 @@ def compare(
 
 def run(config: CompareConfig, *, jobs: int, language: str, ray: str | None = None, force: bool = False) -> ReportData:
     """Runs a comparison, shows its progress, prints its table, and writes its page."""
-    from siliang.compare.run import compare as run_all
-    from siliang.report.gather import gather
-    from siliang.report.page import write_page
+    from siliang.compare.pool import Pool
 
+    folder = Path(config.run.output)
+    pool = Pool(jobs, folder / "logs") if ray is None else None
     display = Display()
     try:
-        run_all(config, display.listener(), jobs=jobs, ray=ray, force=force)
+        if pool is not None:
+            pool.start(len(config.settings.methods) * len(config.seeds))  # they import while this process does
+        with importing():
+            from siliang.cli.show import quiet_loading
+            from siliang.compare.run import compare as run_all
+            from siliang.report.gather import gather
+            from siliang.report.page import write_page
+
+            quiet_loading()
+        run_all(config, display.listener(), jobs=jobs, ray=ray, force=force, pool=pool)
     finally:
+        if pool is not None:
+            pool.close()
         display.close()
-    folder = Path(config.run.output)
     data = gather([folder])
     print()
     show(data, language)

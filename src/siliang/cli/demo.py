@@ -27,14 +27,13 @@ def demo(
 ) -> None:
     """Compare five methods on included reviews: a table and a page in under 5 minutes, without network or GPU."""
     from siliang.cli.compare import run
-    from siliang.cli.show import duration, quiet_loading
+    from siliang.cli.show import duration
     from siliang.demo import demo_config, encoder_folder
     from siliang.report.words import words
 
     lang = lang or language()
     words(lang)
     encoder_folder()
-    quiet_loading()
     started = time.perf_counter()
     folder = _fresh(output)
     print(

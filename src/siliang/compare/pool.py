@@ -8,6 +8,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import IO, Protocol, Self
 
 from siliang.compare.received import Message, as_message
 from siliang.files import append
@@ -119,9 +120,16 @@ class Pool:
     """
 
     def __init__(self, jobs: int, logs: Path) -> None:
-        self._workers = [
-            Worker(logs / f"worker-{i + 1}.log", partial(_worker_environment, i, jobs)) for i in range(jobs)
-        ]
+        self._workers = [Worker(logs / f"worker-{i + 1}.log", partial(_gpu_of, i), jobs) for i in range(jobs)]
+
+    def start(self, requests: int) -> None:
+        """Starts the processes for so many requests, so that they import their libraries while this process does.
+
+        With GPUs each starts with its first request, because torch knows how many there are.
+        """
+        if not _may_have_gpus():
+            for worker in self._workers[:requests]:
+                worker.start()
 
     def __enter__(self) -> Self:
         return self
@@ -131,21 +139,29 @@ class Pool:
     ) -> None:
         stop_all(self._workers)
 
+    def close(self) -> None:
+        """Ends the processes at once."""
+        for worker in self._workers:
+            worker.close()
+
     def run(self, requests: list[Message]) -> Iterator[Event]:
         """Executes all requests, each on the next free worker, and yields the events as they happen."""
         return distribute(requests, self._workers[: len(requests)])
 
 
 class Worker:
-    """One worker process. It starts with the first request.
+    """One worker process. It starts with the first request, if it is not started before.
 
     Args:
-        log: The file for the output of its libraries.
+        log: The file for the output of its libraries. It is written from the first request on.
         environment: Environment variables, in addition to those of this process.
+        jobs: How many workers share the CPU's threads.
     """
 
-    def __init__(self, log: Path, environment: Callable[[], dict[str, str]]) -> None:
-        self._log, self._environment = log, environment
+    def __init__(self, log: Path, environment: Callable[[], dict[str, str]], jobs: int = 1) -> None:
+        self._log, self._environment, self._jobs = log, environment, jobs
+        self._before_log: IO[bytes] | None = None  # what the process writes before it knows the log
+        self._copied = 0  # bytes of it that are in the log
         self._process: subprocess.Popen[str] | None = None
         self._closed = False
         self._idle = threading.Event()
@@ -157,8 +173,7 @@ class Worker:
             return
         self._idle.clear()
         try:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
+            self.start()
             yield {"kind": "began"}
             yield from self._replies(request)
         finally:
@@ -166,8 +181,10 @@ class Worker:
 
     def _replies(self, request: Message) -> Iterator[Message]:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._copy_output()
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps(request | {"log": str(self._log)}) + "\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
             message = read_message(line)
@@ -183,7 +200,9 @@ class Worker:
             yield message
             if message["kind"] in FINAL:
                 return
-        yield {"kind": "died", "error": _exit_reason(self._process.wait(), self._log)}
+        code = self._process.wait()
+        self._copy_output()
+        yield {"kind": "died", "error": _exit_reason(code, self._log)}
 
     def stop(self) -> None:
         """Accepts no more requests, and stops the current run after it has saved a checkpoint."""
@@ -208,25 +227,37 @@ class Worker:
 
     def _close_pipes(self) -> None:
         if self._process is not None:
-            for stream in (self._process.stdin, self._process.stdout):
+            for stream in (self._process.stdin, self._process.stdout, self._before_log):
                 if stream is not None:
                     with suppress(OSError):
                         stream.close()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Starts the process, if it is not running."""
+        if self._process is not None and self._process.poll() is None:
+            return
         self._close_pipes()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._before_log, self._copied = tempfile.TemporaryFile(), 0  # noqa: SIM115, the log's folder may not be there
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "siliang.compare.worker", str(self._jobs)],  # -P: no module of this folder
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._before_log,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | self._environment(),
+            start_new_session=True,  # Ctrl-C is for the parent process
+        )
+
+    def _copy_output(self) -> None:
+        """Copies what the process has written before it knew its log into the log."""
+        assert self._before_log is not None
+        number = self._before_log.fileno()
+        # not by seeking: the process writes where this one would read
+        written = os.pread(number, os.fstat(number).st_size - self._copied, self._copied)
         with append(self._log) as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "siliang.compare.worker"],  # -P: no module of the current folder
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                encoding="utf-8",
-                env=os.environ | self._environment(),
-                start_new_session=True,  # Ctrl-C is for the parent process
-            )
+            log.write(written)
+        self._copied += len(written)
 
 
 def read_message(line: str) -> Message | None:
@@ -238,15 +269,23 @@ def read_message(line: str) -> Message | None:
     return message if message is not None and message["kind"] in WORKER_KINDS else None
 
 
-def _worker_environment(number: int, jobs: int) -> dict[str, str]:
-    """The variables that give a worker its GPU, or its number of CPU threads."""
+def _may_have_gpus() -> bool:
+    """Whether torch may find GPUs here; without importing it."""
+    devices = ("nvidia[0-9]*", "kfd", "dxg")  # of CUDA, ROCm, WSL
+    return sys.platform != "linux" or any(next(Path("/dev").glob(name), None) for name in devices)
+
+
+def _gpu_of(number: int) -> dict[str, str]:
+    """The variables that give a worker its GPU."""
+    if not _may_have_gpus():
+        return {}
     import torch
 
     if n_gpus := torch.cuda.device_count():
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         visible = given.split(",") if given else [str(i) for i in range(n_gpus)]
         return {"CUDA_VISIBLE_DEVICES": visible[number % len(visible)]}
-    return {} if jobs == 1 else {"OMP_NUM_THREADS": str(threads_each(jobs))}
+    return {}
 
 
 def threads_each(jobs: int) -> int:

@@ -63,6 +63,7 @@ def compare(
     jobs: int = 1,
     ray: str | None = None,
     force: bool = False,
+    pool: Pool | None = None,
 ) -> Comparison:
     """Runs every method with every seed in worker processes, and writes a folder of records.
 
@@ -73,6 +74,7 @@ def compare(
         jobs: Runs at the same time, each with its own copy of the base model; with `ray`, on each machine.
         force: Resume even if the base model or the data have changed since the comparison was started.
         ray: The address of a Ray cluster, or `local`. None: worker processes of this machine.
+        pool: These processes, which may have been started.
 
     Raises:
         ClusterError: Ray is not installed, or no cluster responds at the address.
@@ -86,7 +88,7 @@ def compare(
         Comparison.open(record)  # a damaged one is refused before the data is read
     run, why = settled(config.run)
     config = replace(config, run=run)
-    return _ComparisonRun(config, why, listener or CompareListener(), jobs, ray, force).run()
+    return _ComparisonRun(config, why, listener or CompareListener(), jobs, ray, force).run(pool)
 
 
 class _ComparisonRun:
@@ -101,8 +103,8 @@ class _ComparisonRun:
         self.record = open_comparison(config, self.folder)
         self.pool: Pool | Cluster | None = None
 
-    def run(self) -> Comparison:
-        pool = self._workers()
+    def run(self, given: Pool | None) -> Comparison:
+        pool = self._workers() if given is None else given
         self._check()
         self._check_files()
         self.folder.mkdir(parents=True, exist_ok=True)

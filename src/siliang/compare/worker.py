@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,11 +31,14 @@ with importing():
     from transformers.utils.logging import disable_progress_bar
 
     from siliang.compare.base import CachedBase
+    from siliang.compare.pool import threads_each
     from siliang.compare.received import Message
     from siliang.config import RunConfig
+    from siliang.files import append
     from siliang.memory.free import free_memory
     from siliang.plan.preflight import Planner
     from siliang.records import ANSWERS_NAME
+    from siliang.tasks import task_of
     from siliang.terminal import clean_standard_streams
     from siliang.train.log import Progress
     from siliang.train.loop import Training
@@ -44,19 +48,19 @@ with importing():
     from siliang.types import SiliangError
     from siliang.use.answers import collect
 
-# loaded before the first run: otherwise their memory would count as that run's
-LIBRARIES = ("seqeval.metrics",)
 Reply = Callable[[Message], None]
 
 
-def main() -> None:
-    """Executes requests until the parent process ends."""
+def main(jobs: int) -> None:
+    """Executes requests until the parent process ends.
+
+    Args:
+        jobs: How many workers share the CPU's threads.
+    """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     clean_standard_streams()  # the log
     disable_progress_bar()
-    for name in LIBRARIES:
-        importlib.import_module(name)
     gc.freeze()  # no garbage among the modules: each collection would look through a million objects
     warnings.simplefilter("ignore", FutureWarning)
     requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -66,9 +70,22 @@ def main() -> None:
         replies.write(json.dumps(message) + "\n")
         replies.flush()
 
+    if jobs > 1 and not torch.cuda.is_available():
+        torch.set_num_threads(threads_each(jobs))
     base, planner = CachedBase(), Planner()
     while True:
-        serve(requests.get(), base, planner, reply)
+        request = requests.get()
+        _log_to(Path(request["log"]))
+        serve(request, base, planner, reply)
+
+
+@cache
+def _log_to(path: Path) -> None:
+    """What this process writes from now on goes to this file."""
+    with append(path) as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
 
 
 def serve(request: Message, base: CachedBase, planner: Planner, reply: Reply) -> None:
@@ -99,6 +116,8 @@ def _train(config: RunConfig, request: Message, base: CachedBase, planner: Plann
         collect(run, request["prompts"], request["max_new_tokens"]).save(run.folder / ANSWERS_NAME)
         models.append(run.model)
 
+    for name in task_of(config).libraries:  # otherwise their memory would count as this run's
+        importlib.import_module(name)
     free_memory()
     record = train(
         config,
@@ -164,4 +183,4 @@ def _read(stdin: IO[str], requests: queue.SimpleQueue[Message]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

@@ -271,6 +271,8 @@ class Task:
             `EntryValues` an entry.
         metrics: Beside the loss, by which a run may choose its best step.
         measure: The metrics of what was kept, by entry.
+        libraries: Modules that `measure` imports when it is first called. A process that makes several runs loads them
+            before, so that their memory does not count as the first one's.
         of_loss: Metrics that are made of the mean loss and the rows, at the end.
         of_labels: The further metrics of a run with these classes or tags.
         question: What the model is to write for an entry, from all its columns, its example and the tokenizer; None for
@@ -325,6 +327,7 @@ class Task:
     read: Reader | None = None
     metrics: tuple[Metric, ...] = ()
     measure: Callable[[Mapping[int, Any], EvalRows], dict[str, float]] | None = None
+    libraries: tuple[str, ...] = ()
     of_loss: Callable[[float, EvalRows], dict[str, float]] = no_metrics
     of_labels: Callable[[Sequence[str]], tuple[Metric, ...]] | None = None
     question: Callable[[Mapping[str, Any], Example, Tokenizer], HeldOutQuestion | None] | None = None

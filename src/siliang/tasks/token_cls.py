@@ -315,6 +315,7 @@ TOKEN_CLS = Task(
     read=read,
     metrics=(F1, Metric("precision"), Metric("recall"), ACCURACY),
     measure=measure,
+    libraries=("seqeval.metrics",),
     of_labels=of_labels,
     quality=F1,
     replies=replies,
