@@ -460,5 +460,5 @@ def test_all_linear_warns_which_experts_it_leaves_out() -> None:
         TargetError, match=r"'model.layers.0.mlp.gate' is a MixtralTopKRouter and no linear layer, which"
     ):
         siliang.get_peft_model(
-            MixtralForCausalLM(MixtralConfig(**SPARSE)), siliang.LoraConfig(target_modules=["q_proj", "gate"])
+            MixtralForCausalLM(MixtralConfig(**SPARSE)), siliang.LoHaConfig(target_modules=["q_proj", "gate"])
         )

@@ -2,6 +2,7 @@
 same bits, recomputing, bf16, merge with proof, and what all-linear leaves out.
 """
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import write_former
 from safetensors.torch import load_file
 from test_methods_everywhere import Done, check_plan, losses_of, planned_run, saved
 from tiny import VOCABULARY, word_tokenizer
@@ -18,6 +20,7 @@ from siliang.config import RunConfig
 from siliang.run_folder import open_run
 from siliang.train.log import Progress
 from siliang.train.run import train
+from siliang.train.start_adapter import filled_in
 from siliang.train.types import Listener
 from siliang.types import InterruptedRunError
 from siliang.use.merge import merge
@@ -114,6 +117,19 @@ def test_merged(done: Done, mixtral: Path, tmp_path: Path) -> None:
     changed = {name for name, p in merged.named_parameters() if not torch.equal(p, before[name])}
     assert {name.rpartition(".")[2] for name in changed} == {"gate_up_proj", "down_proj", "weight"}
     assert sum(name.endswith(("gate_up_proj", "down_proj")) for name in changed) == 4
+
+
+def test_an_adapter_of_transformers_4_is_trained_further(
+    configured: Callable[..., RunConfig], mixtral: Path, tmp_path: Path
+) -> None:
+    write_former(tmp_path / "former", AutoModelForCausalLM.from_pretrained(mixtral), ["q_proj", "w1", "w2", "w3"], r=2)
+    values: dict[str, Any] = configured(tmp_path / "run").model_dump(mode="json")
+    values |= {"method": "lora", "adapter": str(tmp_path / "former")}
+    done = planned_run(RunConfig.build(filled_in(values)))
+    check_plan(done)
+    config = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["down_proj", "gate_up_proj"] and config["target_modules"] == ["q_proj"]
+    assert config["rank_pattern"] == {r".*\.gate_up_proj": 4}
 
 
 def test_all_linear_says_once_what_it_leaves_out(configured: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -108,6 +108,11 @@ CAPABILITIES: tuple[Capability, ...] = (
         optional=True,
     ),
     Capability(
+        "adapters of transformers 4",
+        ("transformers.core_model_loading:revert_weight_conversion(model, state_dict)",),
+        "its names of the experts in a mixture are not known: adapters with them are refused",
+    ),
+    Capability(
         "kept index of transformers' models",
         ("transformers.utils.import_utils:create_import_structure_from_path(module_path)",),
         "each command reads all of transformers' model files",

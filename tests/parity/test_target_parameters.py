@@ -10,55 +10,15 @@ import peft
 import pytest
 import torch
 from closeness import assert_all_close, assert_close, assert_same_losses
+from mixtures import MODELS, make_mixture
 from stepping import losses_of_steps
-from tiny import VOCABULARY, batch, make
+from tiny import batch, make
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    GptOssConfig,
-    Llama4TextConfig,
-    MixtralConfig,
-    Qwen3MoeConfig,
-)
 
 import siliang
 from siliang.methods.lora_parameters import from_nested_keys, to_nested_keys
 from siliang.types import ConfigError, TargetError
 
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ALL_HEADS: dict[str, Any] = {**SMALL, "num_key_value_heads": 2}
-ONE_EXPERT: dict[str, Any] = {**SMALL, "num_experts_per_tok": 1}
-MODELS: dict[str, Any] = {
-    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=12),
-    "deepseek_v3": lambda: DeepseekV3Config(
-        **ALL_HEADS,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        moe_intermediate_size=12,
-        q_lora_rank=6,
-        kv_lora_rank=6,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=8,
-    ),
-    "gpt_oss": lambda: GptOssConfig(**SMALL, num_local_experts=4, head_dim=8),
-    "llama4": lambda: Llama4TextConfig(**ONE_EXPERT, num_local_experts=4, intermediate_size_mlp=24, head_dim=8),
-}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"target_modules": [], "target_parameters": EXPERTS}),
@@ -89,14 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_patte
 
 
 def model_of(name: str, seed: int = 0) -> Any:
-    if name not in MODELS:
-        return make(name, seed)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(MODELS[name]())
-    for p in model.parameters():
-        if p.dim() == 3:
-            nn.init.normal_(p, std=0.1)  # some experts are not initialized
-    return model.eval()
+    return make_mixture(name, seed) if name in MODELS else make(name, seed)
 
 
 def configs(case: str, **settings: Any) -> tuple[Any, Any]:

@@ -77,11 +77,11 @@ def _value(module: str, name: str) -> object:
     if name in (found := VIEWS.get(module.removeprefix("peft."), {})) or name in (found := VIEWS[""]):
         return found[name]
     if name.startswith(("is_transformers_ge_v5", "is_torch_ge", "is_bnb")):
-        return _AnyTruth(name)
+        return _Answer(name, truth=True)
     if name.startswith("is_") and name.endswith("_available"):
         return lambda: importlib.util.find_spec(name[3:-10]) is not None
     if name.startswith("is_"):
-        return False
+        return _Answer(name, truth=False)
     for home in HOMES:
         if (value := getattr(importlib.import_module(home), name, None)) is not None:
             return value
@@ -92,17 +92,17 @@ def _value(module: str, name: str) -> object:
     return missing(name, "internal")
 
 
-class _AnyTruth:
-    """True, as a value and as the result of a function."""
+class _Answer:
+    """True or False, as a value and as the result of a function."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, *, truth: bool) -> None:
+        self._name, self._truth = name, truth
 
     def __bool__(self) -> bool:
-        return True
+        return self._truth
 
     def __call__(self) -> bool:
-        return importlib.util.find_spec("bitsandbytes") is not None if self._name.startswith("is_bnb") else True
+        return importlib.util.find_spec("bitsandbytes") is not None if self._name.startswith("is_bnb") else self._truth
 
 
 def missing(name: str, why: str) -> Any:

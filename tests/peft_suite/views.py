@@ -91,5 +91,6 @@ def _names(layer: AdaptedLayer) -> list[str]:
 
 
 # private names of PEFT's layers that its tests read
+LORA["ParamWrapper"].update_layer = LoraParameters.tuned  # which a fixture looks at, and leaves as it is
 setattr(AdaptedLayer, "_all_available_adapter_names", _names)  # noqa: B010
 setattr(ModulesToSaveWrapper, "_adapters", property(lambda wrapper: set(wrapper.modules_to_save)))  # noqa: B010

@@ -58,9 +58,9 @@ class RowsAdapter(LayerAdapter):
         return self.rows.key == PART
 
     @property
-    def P(self) -> nn.Parameter:
+    def P(self) -> Tensor:
         found = self.part(PART)
-        assert isinstance(found, nn.Parameter)
+        assert isinstance(found, Tensor)  # a plain one where torch's first FSDP holds the parameter
         return found
 
     def merged(self) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from siliang.methods.blocks import Blocks
 from siliang.methods.find_targets import find_targets
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_config import LoraConfig
+from siliang.methods.lora_experts import move_experts
 from siliang.methods.lora_initialization import USUAL, Initialization
 from siliang.methods.lora_parameters import find_parameters
 from siliang.methods.low_rank import LoraSpec, LowRank, MakeLowRank
@@ -71,6 +72,8 @@ def choose(
         TargetError: There are none.
         ConfigError: A setting does not go with what it names.
     """
+    if not from_file:
+        move_experts(model, config)
     tied = config.tied = _tied(model, config, from_file=from_file)
     if tied is not None and config.target_modules:
         config.target_modules = targets_with(tied, config.target_modules)

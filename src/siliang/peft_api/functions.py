@@ -19,6 +19,8 @@ from siliang.adapters.files import load_tensors
 from siliang.hub import adapter_folder
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig, config_class
+from siliang.methods.lora_config import LoraConfig
+from siliang.methods.lora_experts import tensors_by_present_names
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.peft_api.checks import check_known
 from siliang.peft_api.model import PeftModel
@@ -117,6 +119,10 @@ def set_peft_model_state_dict(
     """
     injection, tensors = injection_of(model), peft_model_state_dict
     check_known(adapter_name, injection.adapters)
+    config = injection.adapters[adapter_name].config
+    if isinstance(config, LoraConfig):
+        with injection.bare() as base:
+            tensors = tensors_by_present_names(base, config, tensors, source="peft_model_state_dict")
     if not isinstance(model, PeftModel):
         wrapped = {_plain(key): key for key in injection.adapters[adapter_name].tensors()}
         tensors = {wrapped.get(_plain(key), f"base_model.model.{_plain(key)}"): t for key, t in tensors.items()}

@@ -115,7 +115,8 @@ class PeftModel(DescribesItself):
     def _add_adapter(self, name: str, peft_config: PeftConfig, saved: SavedAdapter | None, wide: bool) -> None:
         """Attaches an adapter and fills it from its files; where that fails it is removed again."""
         check_new_name(name, self.peft_config)
-        config = config_for(self.get_base_model(), peft_config)
+        saved = None if saved is None else saved.on(self.injection)
+        config = config_for(self.get_base_model(), peft_config if saved is None else saved.config)
         self.injection.add_adapter(name, config, file=saved.sizes if saved is not None else None)
         if name in self.injection.prompts:
             self._modules["prompt_encoder"] = self.injection.prompts
@@ -163,16 +164,16 @@ class PeftModel(DescribesItself):
             model_id, is_trainable=is_trainable, with_training=True, key_mapping=renames, **for_hub(hub)
         )
         trained = is_trainable
-        if adapter_name in self.peft_config:
-            saved.check_same(self.peft_config[adapter_name], adapter_name)
-            self.injection.unmerge_with_warning(
-                Bilingual("Other weights are loaded into", "向已合并适配器的模型加载权重")
-            )
-            trained |= any(p.requires_grad for p in self.injection.adapters[adapter_name].parameters())
-            with size_errors(saved.folder):
+        with size_errors(saved.folder):
+            if adapter_name in self.peft_config:
+                saved = saved.on(self.injection)
+                saved.check_same(self.peft_config[adapter_name], adapter_name)
+                self.injection.unmerge_with_warning(
+                    Bilingual("Other weights are loaded into", "向已合并适配器的模型加载权重")
+                )
+                trained |= any(p.requires_grad for p in self.injection.adapters[adapter_name].parameters())
                 saved.load_into(self.injection, adapter_name)
-        else:
-            with size_errors(saved.folder):
+            else:
                 self._add_adapter(adapter_name, saved.config, saved, autocast_adapter_dtype)
         self.injection.adapters[adapter_name].set_trainable(trained)
         return LoadResult([], [])
@@ -395,6 +396,4 @@ class PeftModel(DescribesItself):
             peft_model = kind(
                 model, saved.config, adapter_name, saved=saved, autocast_adapter_dtype=autocast_adapter_dtype
             )
-        if not is_trainable:
-            peft_model.eval()
-        return peft_model
+        return peft_model if is_trainable else peft_model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.learned_initialization import initial_tensors
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_conversion import as_plain_lora
+from siliang.methods.lora_experts import by_present_names
 from siliang.methods.method import Adapter
 from siliang.types import ConfigError, nearest
 from siliang.weight_files import read_adapter
@@ -87,6 +88,18 @@ class SavedAdapter:
         tensors = _rewritten(read_adapter(folder), key_mapping or {})
         with_training = with_training or method_of(config).needs_state(config)
         return cls(folder, config, tensors, read_training(folder) if with_training else None)
+
+    def on(self, injection: Injection) -> SavedAdapter:
+        """The same adapter by the names that its layers have in a base model.
+
+        Raises:
+            AdapterError: It has those of transformers 4, and cannot be on this model.
+        """
+        if not isinstance(self.config, LoraConfig):
+            return self
+        with injection.bare() as base:
+            config, tensors = by_present_names(base, self.config, self.tensors, source=str(self.folder))
+        return replace(self, config=config, tensors=tensors)
 
     @property
     def sizes(self) -> FileSizes:
