@@ -63,6 +63,18 @@ CAPABILITIES: tuple[Capability, ...] = (
         "BLOOM's batches are padded",
     ),
     Capability(
+        "shared beginnings of prompts",
+        (
+            "transformers:GenerationMixin.prepare_inputs_for_generation"
+            "(input_ids, next_sequence_length, is_first_iteration)",
+            "transformers:DynamicCache(config)",
+            "transformers.cache_utils:DynamicLayer.lazy_initialization(key_states, value_states)",
+            "transformers.cache_utils:DynamicLayer.get_mask_sizes(query_length)",
+            "transformers.cache_utils:DynamicSlidingWindowLayer",
+        ),
+        "the beginning of prompts is computed for each row",
+    ),
+    Capability(
         "prefix tuning of BLOOM",
         ("transformers.models.bloom.modeling_bloom:build_alibi_tensor(attention_mask, num_heads, dtype)",),
         "prefix tuning of BLOOM is refused",

@@ -1,5 +1,5 @@
-"""The temporary patches of the training step on transformers' objects: forwards of modules, the attention function,
-and the settings of gradient checkpointing.
+"""The temporary patches on transformers' objects: forwards of modules, the attention function, the inputs of
+`generate`, and the settings of gradient checkpointing.
 
 recompute.py sets the checkpointing of each layer. Other packages have one patch each, in one file: models/weights.py,
 models/quantized.py, memory/track.py, plan/fake.py, distributed/. capabilities.py lists what they need of the installed
@@ -50,6 +50,12 @@ def replace_forward(module: nn.Module, forward: Callable[..., object]) -> Undo:
             module.forward = own
 
     return undo
+
+
+def replace_method(owner: object, name: str, function: Callable[..., object]) -> Undo:
+    """Replaces a method of one object. The returned function restores that of its class."""
+    setattr(owner, name, function)
+    return partial(owner.__dict__.pop, name, None)
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -24,6 +24,8 @@ from siliang.data.tokens import TokenSet
 from siliang.distributed.ranks import Ranks
 from siliang.distributed.sharding import is_sharded, reshard
 from siliang.engine.batches import in_steps
+from siliang.engine.prompt_sharing import batches_of, beginning_once
+from siliang.engine.prompts import PromptBatch, padded_prompts
 from siliang.engine.whole_step import Context
 from siliang.language import Bilingual, local
 from siliang.models.positions import Positions
@@ -111,19 +113,26 @@ def measure_texts(
     settings = config.evaluation or EvaluationConfig()
     asked = questions(task, tokenizer, rows, settings.rows)
     new_tokens = room(model, task, asked, config)
-    order = sorted(asked, key=lambda i: -len(asked[i].prompt))  # the longest first: a lack of memory shows at once
-    batches = in_steps(order, batch_size or config.train.batch_size)
-    own = batches[ranks.rank :: ranks.size]
     sharded = is_sharded(model)
-    if sharded and len(own) < len(batches[:: ranks.size]):
-        own = [*own, batches[0][:1]]  # whose layers the other ranks gather
     options = _options(model, tokenizer, config, task) | {"max_new_tokens": new_tokens, "synced_gpus": sharded}
     model.eval()
+    batches = batches_of(
+        model,
+        {i: question.prompt for i, question in asked.items()},
+        batch_size or config.train.batch_size,
+        new_tokens,
+        pad=tokenizer.pad_token_id,
+        share=config.train.share_beginnings and not sharded,  # ranks gather the layers of as many forward passes
+        copies=model.generation_config.num_beams or 1,
+    )
+    own = batches[ranks.rank :: ranks.size]
+    if sharded and len(own) < len(batches[:: ranks.size]):
+        own = [*own, PromptBatch(batches[0].numbers[:1])]  # whose layers the other ranks gather
     written: dict[int, str] = {}
     with torch.no_grad(), autocast(), writing(config.model), _gathered(model) if sharded else nullcontext():
         for some in own:
             texts = _write(model, tokenizer, task, rows.tokens, asked, some, options)
-            written |= dict(zip(some, texts, strict=True))
+            written |= dict(zip(some.numbers, texts, strict=True))
     merged = {entry: text for part in ranks.gather(written) for entry, text in part.items()}
     numbers = sorted(merged)
     scores = score_texts(
@@ -262,20 +271,6 @@ def writing(name: str) -> Iterator[None]:
         ) from error
 
 
-def padded_prompts(prompts: Sequence[Sequence[int]], pad: int, *, left: bool) -> dict[str, Tensor]:
-    """The inputs of generate for prompts that are answered at once: input_ids and attention_mask, (N, T).
-
-    Args:
-        left: Put the padding in front: a decoder writes on from the last column.
-    """
-    width = max(map(len, prompts))
-    ids, mask = torch.full((len(prompts), width), pad), torch.zeros(len(prompts), width, dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        own = slice(width - len(prompt), width) if left else slice(len(prompt))
-        ids[i, own], mask[i, own] = torch.tensor(prompt), 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def _options(model: Any, tokenizer: Any, config: RunConfig, task: Task) -> dict[str, Any]:
     """The settings of generate without sampling: greedy, or with the beams of the model's generation_config."""
     check_beams(model, config.model)
@@ -295,17 +290,20 @@ def _write(
     task: Task,
     tokens: TokenSet,
     asked: Mapping[int, HeldOutQuestion],
-    entries: Sequence[int],
+    some: PromptBatch,
     options: Mapping[str, Any],
 ) -> list[str]:
     """The texts for some entries, which are written at once."""
-    batch = padded_prompts([asked[i].prompt for i in entries], tokenizer.pad_token_id, left=task.decoder_only)
+    entries = some.numbers
+    prompts = [asked[i].prompt for i in entries]
+    batch = padded_prompts(prompts, tokenizer.pad_token_id, left=task.decoder_only, common=some.common)
     width = batch["input_ids"].shape[1]
     rows = tokens.__getitems__(list(entries))
     if TASK_IDS in rows[0] and isinstance(model, PeftModel):
         batch[TASK_IDS] = torch.tensor([row[TASK_IDS] for row in rows])
     device = model.device
-    found = model.generate(**{name: x.to(device) for name, x in batch.items()}, **options)
+    with beginning_once(model, some.common):
+        found = model.generate(**{name: x.to(device) for name, x in batch.items()}, **options)
     return tokenizer.batch_decode(found[:, width:] if task.decoder_only else found, skip_special_tokens=True)
 
 

@@ -15,8 +15,9 @@ from siliang.secrets import redacted_part
 from siliang.tasks.measures import measuring
 from siliang.train.types import Run
 from siliang.use.evaluate import measures_of_texts
-from siliang.use.generate import generate
+from siliang.use.generate import as_asked, write_texts
 from siliang.use.predict import predict
+from siliang.use.sampling import Sampling
 
 ROWS = 500  # held-out rows whose predictions are kept, for tasks that need one forward pass
 WRITTEN_ROWS = 4  # ... and for tasks that generate text
@@ -73,22 +74,25 @@ def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
 
 
 def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int, *, base: bool) -> Answers:
-    found = Answers()
-    for prompt in prompts:
-        given = generate(opened, prompt, up_to=max_new_tokens, base=base)
-        found.prompts.append(Answer(input=prompt, predicted=given))
-    for number in sample(len(run.examples.eval), WRITTEN_ROWS):
-        if (question := run.examples.eval[number].prompt(PREFIX)) is None:
-            continue
-        instruction, input, right, plain = question.instruction, question.input, question.target, question.plain
-        own = replace(opened, task_id=run.examples.eval[number].task or 0)
-        given = generate(own, instruction, input, up_to=max_new_tokens, base=base, plain=plain)
-        place, shown = run.examples.eval.where(number), f"{instruction}\n{input}".strip()
-        if plain:  # a text that was cut in two, perhaps within a secret
+    found, how = Answers(), Sampling(up_to=max_new_tokens)
+    written = write_texts(opened, [as_asked(opened, prompt) for prompt in prompts], how, base=base)
+    found.prompts = [Answer(input=prompt, predicted=text) for prompt, text in zip(prompts, written, strict=True)]
+    eval_rows = run.examples.eval
+    questions = {number: eval_rows[number].prompt(PREFIX) for number in sample(len(eval_rows), WRITTEN_ROWS)}
+    asked = {number: question for number, question in questions.items() if question is not None}
+    texts = dict[int, str]()
+    for task in {eval_rows[number].task or 0 for number in asked}:
+        own = [number for number in asked if (eval_rows[number].task or 0) == task]
+        rows = [as_asked(opened, asked[n].instruction, asked[n].input, plain=asked[n].plain) for n in own]
+        texts |= zip(own, write_texts(replace(opened, task_id=task), rows, how, base=base), strict=True)
+    for number, question in asked.items():
+        instruction, right, given = question.instruction, question.target, texts[number]
+        shown = f"{instruction}\n{question.input}".strip()
+        if question.plain:  # a text that was cut in two, perhaps within a secret
             at = len(instruction)
             shown = redacted_part(instruction + right, 0, at).strip()
             given, right = redacted_part(instruction + given, at), redacted_part(instruction + right, at)
-        found.rows.append(Answer(where=place, input=shown, expected=right, predicted=given))
+        found.rows.append(Answer(where=eval_rows.where(number), input=shown, expected=right, predicted=given))
     task = run.task
     if not task.measures:
         task = measuring(task, task.usual_measures)

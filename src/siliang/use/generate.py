@@ -12,8 +12,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from siliang.config import RunConfig
 from siliang.data.examples import Text
 from siliang.data.messages import Conversation, Message
-from siliang.engine.batches import in_steps
-from siliang.engine.written import check_beams, one_plain_answer, padded_prompts, positions_of, room_behind, writing
+from siliang.engine.prompt_sharing import batches_of, beginning_once
+from siliang.engine.prompts import padded_prompts
+from siliang.engine.written import check_beams, one_plain_answer, positions_of, room_behind, writing
 from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
@@ -54,6 +55,25 @@ def generate(
         ConfigError: The run is a classifier; `base` is set for a fully fine-tuned model; or the prompt with the new
             tokens is longer than the model can read.
     """
+    asked = as_asked(run, instruction, input, system=system, history=history, plain=plain)
+    how = sampling or Sampling(max_new_tokens=max_new_tokens, up_to=up_to, temperature=temperature)
+    return write_texts(run, [asked], how, base=base, on_text=on_text)[0]
+
+
+def as_asked(
+    run: OpenedRun,
+    instruction: str,
+    input: str = "",
+    *,
+    system: str = "",
+    history: Sequence[Message] = (),
+    plain: bool | None = None,
+) -> Conversation | Text:
+    """What a run is asked; the arguments are those of `generate`.
+
+    Raises:
+        ConfigError: A text without a template has more than its beginning.
+    """
     plain = run.record.of_texts if plain is None else plain
     if plain and (unused := "input" if input else "system" if system else "history" if history else None):
         raise ConfigError(
@@ -64,9 +84,7 @@ def generate(
             )
         )
     turns = (*([Message("system", system)] if system else []), *history, Message("user", instruction, input))
-    asked = Text(instruction) if plain else Conversation(turns)
-    how = sampling or Sampling(max_new_tokens=max_new_tokens, up_to=up_to, temperature=temperature)
-    return write_texts(run, [asked], how, base=base, on_text=on_text)[0]
+    return Text(instruction) if plain else Conversation(turns)
 
 
 def write_texts(
@@ -130,14 +148,24 @@ def write_texts(
             )
         new = _room(run, len(ids), sampling.max_new_tokens, sampling.up_to, base=base, place=place)
         prompts.append(Asked(ids, tuple(stop), new, number))
-    # texts of one batch have the same limit; the longest come first, so that a lack of memory shows at once
-    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].new, prompts[i].stop, -len(prompts[i].ids)))
+    beams = _beams(run, sampling)
+    # texts of one batch have the same limit
+    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].new, prompts[i].stop))
     written: dict[int, str] = {}
     with run.computing(), writing(run.config.model), run.model.disable_adapter() if base else nullcontext():
-        for _, same in groupby(order, key=lambda i: (prompts[i].new, prompts[i].stop)):
-            for some in in_steps(list(same), batch_size or run.config.train.batch_size):
-                texts = _write(run, [prompts[i] for i in some], sampling, on_text)
-                written |= dict(zip(some, texts, strict=True))
+        for (new, _), same in groupby(order, key=lambda i: (prompts[i].new, prompts[i].stop)):
+            batches = batches_of(
+                run.model,
+                {i: prompts[i].ids for i in same},
+                batch_size or run.config.train.batch_size,
+                new,
+                pad=tokenizer.pad_token_id,
+                share=run.config.train.share_beginnings,
+                copies=beams,
+            )
+            for some in batches:
+                texts = _write(run, [prompts[i] for i in some.numbers], some.common, sampling, beams, on_text)
+                written |= dict(zip(some.numbers, texts, strict=True))
     return [written[i] for i in range(len(prompts))]
 
 
@@ -151,16 +179,27 @@ class Asked(NamedTuple):
 
 
 def _write(
-    run: OpenedRun, prompts: Sequence[Asked], sampling: Sampling, on_text: Callable[[str], None] | None
+    run: OpenedRun,
+    prompts: Sequence[Asked],
+    common: int,
+    sampling: Sampling,
+    beams: int,
+    on_text: Callable[[str], None] | None,
 ) -> list[str]:
-    """The texts behind some prompts, which are written at once."""
+    """The texts behind some prompts, which are written at once.
+
+    Args:
+        common: The first tokens of all of them, which are computed once; 0 for none.
+    """
     tokenizer, pad = run.tokenizer, run.tokenizer.pad_token_id
     left = run.task.decoder_only
-    batch = {n: x.to(run.model.device) for n, x in padded_prompts([p.ids for p in prompts], pad, left=left).items()}
+    padded = padded_prompts([p.ids for p in prompts], pad, left=left, common=common)
+    batch = {name: x.to(run.model.device) for name, x in padded.items()}
     width, attention = batch["input_ids"].shape[1], batch["attention_mask"]
     settings: dict[str, Any] = {
         "max_new_tokens": prompts[0].new,
         "do_sample": False,
+        "num_beams": beams,
         "pad_token_id": pad,
         "eos_token_id": list(prompts[0].stop),
     }
@@ -171,9 +210,6 @@ def _write(
         settings["repetition_penalty"] = 1.0
     if sampling.temperature > 0:
         processors.append(Drawn(sampling, [p.number for p in prompts]))
-    beams = check_beams(run.model, run.config.model)
-    if processors or sampling.stop:
-        settings["num_beams"] = beams = 1
     if processors:
         settings["logits_processor"] = processors
     start = width if left else 1
@@ -186,12 +222,19 @@ def _write(
     if run.model.generation_config.stop_strings is not None:
         settings["tokenizer"] = tokenizer
     settings |= one_plain_answer(run.model)
-    found = run.model.generate(**batch, **settings)
+    with beginning_once(run.model, common):
+        found = run.model.generate(**batch, **settings)
     texts = tokenizer.batch_decode(found[:, width:] if left else found, skip_special_tokens=True)
     texts = [sampling.cut(text) for text in texts]
     if on_text is not None and not streams:
         on_text(texts[0])
     return texts
+
+
+def _beams(run: OpenedRun, sampling: Sampling) -> int:
+    """The beams of a search: those of the model's generation_config, or one where tokens are chosen in another way."""
+    beams = check_beams(run.model, run.config.model)
+    return 1 if sampling.repetition_penalty is not None or sampling.temperature > 0 or sampling.stop else beams
 
 
 def how_it_is_asked(record: Record) -> Bilingual | None:

@@ -1,0 +1,262 @@
+"""Texts behind prompts that begin alike: those of each prompt alone, with the beginning computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_methods_everywhere import EVERY, SMALL
+from tiny import VOCABULARY, make
+
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+import siliang
+from siliang.engine.prompt_sharing import base_of, batches_of, beginning_once, why_apart
+from siliang.engine.prompts import common_beginning, padded_prompts, prompt_batches
+from siliang.methods import METHODS
+from tests.engine.test_engine import METHODS as COMMON
+from tests.engine.test_engine import SHAPE
+from tests.engine.test_sharing import FAMILIES, OWN_ROWS
+from tests.engine.test_sharing import family as shared_family
+
+NEW = 4
+FOREIGN: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def family(name: str) -> Any:
+    torch.manual_seed(0)
+    match name:
+        case "wide mistral":
+            model = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=64))
+        case "wide gemma2" | "gemma2":
+            window = 64 if name == "wide gemma2" else 20
+            config = Gemma2Config(**SHAPE, head_dim=8, pad_token_id=0, sliding_window=window)
+            model = Gemma2ForCausalLM(config)
+        case "opt":
+            sizes = {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0}
+            model = OPTForCausalLM(OPTConfig(**FOREIGN, **sizes))
+        case "falcon":
+            model = FalconForCausalLM(FalconConfig(**FOREIGN, alibi=True, new_decoder_architecture=False))
+        case "mpt":
+            model = MptForCausalLM(MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4))
+        case "gpt_neo":
+            kinds = [[["global", "local"], 1]]
+            model = GPTNeoForCausalLM(
+                GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, attention_types=kinds, window_size=20)
+            )
+        case "mamba":
+            model = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4))
+        case "t5":
+            model = make("t5")
+        case _:
+            model = shared_family(name)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def prompts_behind(common: int, lengths: Sequence[int] = (1, 7, 3)) -> list[list[int]]:
+    g = torch.Generator().manual_seed(1)
+    begin, *ends = (torch.randint(5, VOCABULARY, (n,), generator=g).tolist() for n in (common, *lengths))
+    return [begin + end for end in ends]
+
+
+def alone(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What the model writes behind each prompt by itself."""
+    found: list[list[int]] = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        with torch.no_grad():
+            found.append(model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0].tolist())
+    return [ids[len(prompt) :] for ids, prompt in zip(found, prompts, strict=True)]
+
+
+def together(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> tuple[list[list[int]], int]:
+    """What it writes behind all of them, and the tokens of the prompts that it has computed."""
+    computed: list[int] = []
+    counting = base_of(model).get_input_embeddings().register_forward_hook(lambda _, __, out: computed.append(out[..., 0].numel()))
+    (batch,) = batches_of(model, dict(enumerate(prompts)), 8, NEW, pad=0)
+    computed.clear()  # of the trial
+    inputs = padded_prompts([prompts[i] for i in batch.numbers], 0, left=True, common=batch.common)
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | options
+    with torch.no_grad(), beginning_once(model, batch.common):
+        ids = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
+    counting.remove()
+    texts = dict(zip(batch.numbers, ids, strict=True))
+    return [texts[i] for i in range(len(prompts))], sum(computed) - (NEW - 1) * len(prompts)
+
+
+def assert_shares(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    found, computed = together(model, prompts)
+    assert found == alone(model, prompts)
+    common, longest = common_beginning(prompts), max(map(len, prompts))
+    assert computed == common + len(prompts) * (longest - common)
+    assert why_apart(model, 0) is None
+
+
+def with_method(model: Any, config: Any) -> Any:
+    model = siliang.get_peft_model(model, type(config)(**vars(config) | {"task_type": "CAUSAL_LM"}))
+    for p in model.parameters():
+        if p.requires_grad:  # an adapter's start does nothing
+            p.data += 0.05 * torch.randn_like(p)
+    return model.eval()
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "wide mistral", "wide gemma2", "opt", "falcon"])
+def test_families(name: str) -> None:
+    if name == "mistral":  # its window is shorter than the prompts
+        return
+    assert_shares(family(name), prompts_behind(35))
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_neo", "mpt", "mamba", "t5"])
+def test_what_computes_each_prompt(name: str) -> None:
+    """Windows and biases that count columns, states of the whole text, and encoders."""
+    model, prompts = family(name), prompts_behind(35)
+    (batch,) = batches_of(model, dict(enumerate(prompts)), 8, NEW, pad=0)
+    assert batch.common == 0
+    if name in ("mpt", "mamba", "t5"):
+        assert why_apart(model, 0)
+    if name != "t5":
+        assert together(model, prompts)[1] == 3 * max(map(len, prompts))
+
+
+def test_a_window_that_is_wide_enough_for_some() -> None:
+    """64 tokens, new ones included."""
+    model = family("wide mistral")
+    assert_shares(model, prompts_behind(50, (10, 3)))
+    (batch,) = batches_of(model, dict(enumerate(prompts_behind(50, (11, 3)))), 8, NEW, pad=0)
+    assert batch.common == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("no_repeat_ngram_size", 2), ("bad_words_ids", [[7, 8]])])
+def test_what_reads_the_order_of_tokens(name: str, value: object) -> None:
+    model, prompts = family("llama"), prompts_behind(35)
+    setattr(model.generation_config, name, value)
+    assert name in str(why_apart(model, 0))
+    found, _ = together(model, prompts)
+    assert found == alone(model, prompts)
+
+
+def test_beams() -> None:
+    """A prompt is computed once for all of its beams, even alone."""
+    model, prompts = family("llama"), prompts_behind(35)
+    for some in (prompts, prompts[:1]):
+        batches = batches_of(model, dict(enumerate(some)), 8, NEW, pad=0, copies=3)
+        assert [batch.common for batch in batches] == [35]
+    model.generation_config.num_beams = 3
+    assert together(model, prompts)[0] == alone(model, prompts)
+
+
+# ---- methods ----
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "gpt2"])
+@pytest.mark.parametrize("method", [m for m in COMMON if COMMON[m] is not None])
+def test_common_methods(name: str, method: str) -> None:
+    assert_shares(with_method(family(name), COMMON[method]), prompts_behind(35))
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method(method: str) -> None:
+    settings = {key: value for key, value in SMALL.get(method, {}).items() if not key.endswith("dropout")}
+    config = METHODS[settings.pop("name", method)].config
+    assert config is not None
+    model, prompts = with_method(family("llama"), config(**settings)), prompts_behind(35)
+    if method in OWN_ROWS:
+        assert why_apart(model, 0)
+        assert {batch.common for batch in batches_of(model, dict(enumerate(prompts)), 8, NEW, pad=0)} == {0}
+        with model.disable_adapter():
+            assert_shares(model, prompts)
+        return
+    assert_shares(model, prompts)
+
+
+def test_the_adapter_is_part_of_what_was_tried() -> None:
+    alora = METHODS["lora"].config
+    assert alora is not None
+    model = with_method(family("llama"), siliang.LoraConfig(r=2))
+    assert_shares(model, prompts_behind(35))
+    model.add_adapter("other", siliang.LoraConfig(r=2, alora_invocation_tokens=[7], task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    assert "aLoRA" in str(why_apart(model, 0))
+    model.set_adapter("default")
+    assert why_apart(model, 0) is None
+
+
+def test_merged() -> None:
+    model = with_method(family("llama"), siliang.LoraConfig(r=2))
+    found = alone(model, prompts_behind(35))
+    merged = model.merge_and_unload().eval()
+    assert_shares(merged, prompts_behind(35))
+    assert together(merged, prompts_behind(35))[0] == found
+
+
+def test_nothing_stays_on_the_model() -> None:
+    model = family("llama")
+    before = dict(model.__dict__)
+    with pytest.raises(RuntimeError), beginning_once(model, 3):
+        raise RuntimeError
+    assert model.__dict__ == before
+    why_apart(model, 0)
+    assert model.__dict__.keys() == before.keys() and "prepare_inputs_for_generation" not in model.__dict__
+
+
+# ---- batches ----
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=1, max_size=12), st.integers(1, 5))
+def test_each_prompt_is_in_one_batch(prompts: list[list[int]], size: int) -> None:
+    asked = dict(enumerate(prompts))
+    for longest in (None, 0, 20):
+        batches = prompt_batches(asked, size, longest_shared=longest)
+        assert sorted(i for batch in batches for i in batch.numbers) == list(asked)
+        assert len(batches) == -(-len(prompts) // size)
+        for batch in batches:
+            rows = [asked[i] for i in batch.numbers]
+            assert batch.common < min(map(len, rows)) and batch.common <= common_beginning(rows)
+            if longest is not None and max(map(len, rows)) > longest:
+                assert batch.common == 0
+            inputs = padded_prompts(rows, 9, left=True, common=batch.common)
+            for ids, mask, row in zip(inputs["input_ids"], inputs["attention_mask"].bool(), rows, strict=True):
+                assert ids[mask].tolist() == row and (ids[~mask] == 9).all() and bool(mask[-1])
+
+
+def test_prompts_that_begin_alike_are_together() -> None:
+    """Of two systems, whose rows alternate and are of all lengths; within a batch, of similar length."""
+    first, second = prompts_behind(100, range(1, 9)), [[9, *row] for row in prompts_behind(90, range(1, 9))]
+    asked = dict(enumerate(row for pair in zip(first, second, strict=True) for row in pair))
+    batches = prompt_batches(asked, 4, longest_shared=None)
+    assert sorted(batch.common for batch in batches) == [91, 91, 100, 100]
+    assert sorted(batches[0].numbers) == [8, 10, 12, 14]
+    assert [batch.common for batch in prompt_batches(asked, 4)] == [0] * 4
+
+
+def test_a_tree_of_beginnings() -> None:
+    """Two examples below one system prompt: each batch shares the system prompt and its own example."""
+    rows = prompts_behind(30, (50, 50))
+    asked = dict(enumerate(rows[branch] + [5 + n] * n for n in (1, 2, 3) for branch in (0, 1)))
+    assert [batch.common for batch in prompt_batches(asked, 3, longest_shared=None)] == [80, 80]
+
+
