@@ -19,6 +19,7 @@ from siliang.plan.device import Device
 from siliang.tasks import CAUSAL_LM, TASKS
 from siliang.train.run import train
 from siliang.types import ConfigError, MergeError, TaskType
+from tests.engine.test_prompt_sharing import assert_shares, prompts_behind
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -135,6 +136,13 @@ def test_heads_and_output_layers_keep_their_bits(folders: dict[str, Path]) -> No
     assert isinstance(classifier.bert.encoder.layer[0].attention.self.query, bitsandbytes.nn.Linear4bit)
     model = siliang.get_peft_model(classifier, siliang.LoraConfig(task_type=TaskType.SEQ_CLS))
     model(**batch("bert")).loss.backward()
+
+
+@pytest.mark.parametrize(("bits", "method"), [(4, "lora"), (8, "ia3"), (4, "prefix_tuning")])
+def test_texts_behind_one_beginning(bits: int, method: str, folders: dict[str, Path]) -> None:
+    base = load(folders["llama"], bits=bits, compute_dtype="fp32")
+    config = type(METHODS[method])(**vars(METHODS[method]) | {"task_type": "CAUSAL_LM"})
+    assert_shares(siliang.get_peft_model(base, config).eval(), prompts_behind(35))
 
 
 def test_no_merging_into_four_bits(folders: dict[str, Path]) -> None:

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_methods_everywhere import EVERY, SMALL
 from tiny import VOCABULARY, make
-
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -30,16 +29,22 @@ from transformers import (
 )
 
 import siliang
-from siliang.engine.prompt_sharing import base_of, batches_of, beginning_once, why_apart
+from siliang.engine.prompt_sharing import base_of, batches_of, beginning_once, find_prompt_sharing
 from siliang.engine.prompts import common_beginning, padded_prompts, prompt_batches
+from siliang.memory.track import Tracker
 from siliang.methods import METHODS
 from tests.engine.test_engine import METHODS as COMMON
 from tests.engine.test_engine import SHAPE
-from tests.engine.test_sharing import FAMILIES, OWN_ROWS
+from tests.engine.test_sharing import FAMILIES, OVER_BATCHES, OWN_ROWS
 from tests.engine.test_sharing import family as shared_family
 
 NEW = 4
-FOREIGN: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+FOREIGN: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def family(name: str) -> Any:
@@ -57,14 +62,23 @@ def family(name: str) -> Any:
         case "falcon":
             model = FalconForCausalLM(FalconConfig(**FOREIGN, alibi=True, new_decoder_architecture=False))
         case "mpt":
-            model = MptForCausalLM(MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4))
+            model = MptForCausalLM(MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, use_cache=True))
         case "gpt_neo":
             kinds = [[["global", "local"], 1]]
             model = GPTNeoForCausalLM(
-                GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, attention_types=kinds, window_size=20)
+                GPTNeoConfig(
+                    vocab_size=VOCABULARY,
+                    hidden_size=32,
+                    num_layers=2,
+                    num_heads=4,
+                    attention_types=kinds,
+                    window_size=20,
+                )
             )
         case "mamba":
-            model = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4))
+            model = MambaForCausalLM(
+                MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
+            )
         case "t5":
             model = make("t5")
         case _:
@@ -92,7 +106,11 @@ def alone(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 def together(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> tuple[list[list[int]], int]:
     """What it writes behind all of them, and the tokens of the prompts that it has computed."""
     computed: list[int] = []
-    counting = base_of(model).get_input_embeddings().register_forward_hook(lambda _, __, out: computed.append(out[..., 0].numel()))
+    counting = (
+        base_of(model)
+        .get_input_embeddings()
+        .register_forward_hook(lambda _, __, out: computed.append(out[..., 0].numel()))
+    )
     (batch,) = batches_of(model, dict(enumerate(prompts)), 8, NEW, pad=0)
     computed.clear()  # of the trial
     inputs = padded_prompts([prompts[i] for i in batch.numbers], 0, left=True, common=batch.common)
@@ -109,11 +127,11 @@ def assert_shares(model: Any, prompts: Sequence[Sequence[int]]) -> None:
     assert found == alone(model, prompts)
     common, longest = common_beginning(prompts), max(map(len, prompts))
     assert computed == common + len(prompts) * (longest - common)
-    assert why_apart(model, 0) is None
+    assert find_prompt_sharing(model, 0).why_not is None
 
 
 def with_method(model: Any, config: Any) -> Any:
-    model = siliang.get_peft_model(model, type(config)(**vars(config) | {"task_type": "CAUSAL_LM"}))
+    model = siliang.get_peft_model(model, config)
     for p in model.parameters():
         if p.requires_grad:  # an adapter's start does nothing
             p.data += 0.05 * torch.randn_like(p)
@@ -137,7 +155,7 @@ def test_what_computes_each_prompt(name: str) -> None:
     (batch,) = batches_of(model, dict(enumerate(prompts)), 8, NEW, pad=0)
     assert batch.common == 0
     if name in ("mpt", "mamba", "t5"):
-        assert why_apart(model, 0)
+        assert find_prompt_sharing(model, 0).why_not
     if name != "t5":
         assert together(model, prompts)[1] == 3 * max(map(len, prompts))
 
@@ -145,8 +163,8 @@ def test_what_computes_each_prompt(name: str) -> None:
 def test_a_window_that_is_wide_enough_for_some() -> None:
     """64 tokens, new ones included."""
     model = family("wide mistral")
-    assert_shares(model, prompts_behind(50, (10, 3)))
-    (batch,) = batches_of(model, dict(enumerate(prompts_behind(50, (11, 3)))), 8, NEW, pad=0)
+    assert_shares(model, prompts_behind(50, (10, 3, 5)))
+    (batch,) = batches_of(model, dict(enumerate(prompts_behind(50, (11, 3, 5)))), 8, NEW, pad=0)
     assert batch.common == 0
 
 
@@ -154,7 +172,7 @@ def test_a_window_that_is_wide_enough_for_some() -> None:
 def test_what_reads_the_order_of_tokens(name: str, value: object) -> None:
     model, prompts = family("llama"), prompts_behind(35)
     setattr(model.generation_config, name, value)
-    assert name in str(why_apart(model, 0))
+    assert name in str(find_prompt_sharing(model, 0).why_not)
     found, _ = together(model, prompts)
     assert found == alone(model, prompts)
 
@@ -175,7 +193,9 @@ def test_beams() -> None:
 @pytest.mark.parametrize("name", ["llama", "bloom", "gpt2"])
 @pytest.mark.parametrize("method", [m for m in COMMON if COMMON[m] is not None])
 def test_common_methods(name: str, method: str) -> None:
-    assert_shares(with_method(family(name), COMMON[method]), prompts_behind(35))
+    config = COMMON[method]
+    config = type(config)(**vars(config) | {"task_type": "CAUSAL_LM"})
+    assert_shares(with_method(family(name), config), prompts_behind(35))
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -183,9 +203,9 @@ def test_every_method(method: str) -> None:
     settings = {key: value for key, value in SMALL.get(method, {}).items() if not key.endswith("dropout")}
     config = METHODS[settings.pop("name", method)].config
     assert config is not None
-    model, prompts = with_method(family("llama"), config(**settings)), prompts_behind(35)
-    if method in OWN_ROWS:
-        assert why_apart(model, 0)
+    model, prompts = with_method(family("llama"), config(task_type="CAUSAL_LM", **settings)), prompts_behind(35)
+    if method in (*OWN_ROWS, *OVER_BATCHES):
+        assert find_prompt_sharing(model, 0).why_not
         assert {batch.common for batch in batches_of(model, dict(enumerate(prompts)), 8, NEW, pad=0)} == {0}
         with model.disable_adapter():
             assert_shares(model, prompts)
@@ -194,19 +214,17 @@ def test_every_method(method: str) -> None:
 
 
 def test_the_adapter_is_part_of_what_was_tried() -> None:
-    alora = METHODS["lora"].config
-    assert alora is not None
-    model = with_method(family("llama"), siliang.LoraConfig(r=2))
+    model = with_method(family("llama"), siliang.LoraConfig(r=2, task_type="CAUSAL_LM"))
     assert_shares(model, prompts_behind(35))
     model.add_adapter("other", siliang.LoraConfig(r=2, alora_invocation_tokens=[7], task_type="CAUSAL_LM"))
     model.set_adapter("other")
-    assert "aLoRA" in str(why_apart(model, 0))
+    assert "aLoRA" in str(find_prompt_sharing(model, 0).why_not)
     model.set_adapter("default")
-    assert why_apart(model, 0) is None
+    assert find_prompt_sharing(model, 0).why_not is None
 
 
 def test_merged() -> None:
-    model = with_method(family("llama"), siliang.LoraConfig(r=2))
+    model = with_method(family("llama"), siliang.LoraConfig(r=2, task_type="CAUSAL_LM"))
     found = alone(model, prompts_behind(35))
     merged = model.merge_and_unload().eval()
     assert_shares(merged, prompts_behind(35))
@@ -219,7 +237,7 @@ def test_nothing_stays_on_the_model() -> None:
     with pytest.raises(RuntimeError), beginning_once(model, 3):
         raise RuntimeError
     assert model.__dict__ == before
-    why_apart(model, 0)
+    assert find_prompt_sharing(model, 0).why_not is None
     assert model.__dict__.keys() == before.keys() and "prepare_inputs_for_generation" not in model.__dict__
 
 
@@ -245,11 +263,12 @@ def test_each_prompt_is_in_one_batch(prompts: list[list[int]], size: int) -> Non
 
 def test_prompts_that_begin_alike_are_together() -> None:
     """Of two systems, whose rows alternate and are of all lengths; within a batch, of similar length."""
-    first, second = prompts_behind(100, range(1, 9)), [[9, *row] for row in prompts_behind(90, range(1, 9))]
+    first = prompts_behind(100, range(1, 9))
+    second = [[9, *row] for row in first]
     asked = dict(enumerate(row for pair in zip(first, second, strict=True) for row in pair))
     batches = prompt_batches(asked, 4, longest_shared=None)
-    assert sorted(batch.common for batch in batches) == [91, 91, 100, 100]
-    assert sorted(batches[0].numbers) == [8, 10, 12, 14]
+    assert sorted(batch.common for batch in batches) == [100, 100, 101, 101]
+    assert sorted(batches[0].numbers) == [9, 11, 13, 15]
     assert [batch.common for batch in prompt_batches(asked, 4)] == [0] * 4
 
 
@@ -260,3 +279,19 @@ def test_a_tree_of_beginnings() -> None:
     assert [batch.common for batch in prompt_batches(asked, 3, longest_shared=None)] == [80, 80]
 
 
+# ---- memory ----
+
+
+@pytest.mark.parametrize(("name", "share"), [("llama", 0.5), ("bloom", 1.0)])
+def test_memory_is_less(name: str, share: float) -> None:
+    """Live bytes at the peak: of 8 rows of 68 tokens, of which 60 are shared, with 4 more."""
+    model, prompts, peaks = family(name), prompts_behind(60, range(1, 9)), list[int]()
+    (batch,) = batches_of(model, dict(enumerate(prompts)), 8, NEW, pad=0)
+    assert batch.common == 60
+    for common in (60, 0):
+        inputs = padded_prompts([prompts[i] for i in batch.numbers], 0, left=True, common=common)
+        tracker = Tracker()
+        with tracker, torch.no_grad(), beginning_once(model, common):
+            model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        peaks.append(tracker.peak_bytes)
+    assert peaks[0] < share * peaks[1]

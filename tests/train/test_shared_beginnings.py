@@ -9,19 +9,24 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_same_losses
-from every_task import make_models, rated_rows, rows_of
+from every_task import METHODS, make_models, rated_rows, rows_of
 from ranked import train_on, weights_of
 from tiny import WORDS, write_jsonl
 
 from siliang.config import RunConfig
+from siliang.engine import prompt_sharing
 from siliang.ops.tree_attention import tree_attention
-from siliang.records import Record
+from siliang.records import Answers, Record
 from siliang.run_folder import open_run
 from siliang.train.log import Progress
 from siliang.train.run import train
-from siliang.train.types import Listener
+from siliang.train.types import Listener, Run
 from siliang.types import InterruptedRunError
+from siliang.use.answers import collect
 from siliang.use.evaluate import evaluate
+from siliang.use.generate import as_asked, write_texts
+from siliang.use.predict_file import predict_file
+from siliang.use.sampling import Sampling
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 SYSTEM = " ".join(WORDS[i % 23] for i in range(30))
@@ -78,6 +83,82 @@ def test_a_run_is_that_of_separate_rows(
     again = evaluate(open_run(tmp_path / "True"))
     (loss,) = [line.eval_loss for line in found[0].steps if line.eval_loss is not None]
     assert again["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def counting_beginnings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each beginning of prompts that is computed once, the trial's not."""
+    found: list[int] = []
+    compute = prompt_sharing.FirstPass.compute_beginning
+
+    def counted(self: prompt_sharing.FirstPass, ids: torch.Tensor, kwargs: Any) -> None:
+        if ids.shape[1] > 3:
+            found.append(ids.shape[1])
+        compute(self, ids, kwargs)
+
+    monkeypatch.setattr(prompt_sharing.FirstPass, "compute_beginning", counted)
+    return found
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-2), ("prefix_tuning", 2e-2), ("full", 2e-3)])
+def test_texts_are_those_of_separate_rows(
+    method: str, rate: float, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured in training and by eval, greedy and drawn, and each alone."""
+    beginnings = counting_beginnings(monkeypatch)
+    records, shared = list[Record](), list[int]()
+    for share in (True, False):
+        config = configured(
+            models, "causal_lm", tmp_path, tmp_path / str(share), share_beginnings=share, learning_rate=rate
+        )
+        values = config.model_dump(mode="json") | {
+            "method": METHODS[method],
+            "evaluation": {"measures": ["rouge_l", "chrf"], "max_new_tokens": 5},
+        }
+        records.append(train(RunConfig.build(values)))
+        shared.append(len(beginnings))
+    assert shared[0] >= 1 and shared[1] == shared[0] and min(beginnings) >= 30
+    measures = [{name: record.final[name] for name in ("rouge_l", "chrf")} for record in records]
+    assert measures[0] == pytest.approx(measures[1])
+    opened = open_run(tmp_path / "True")
+    assert evaluate(opened)["chrf"] == records[0].final["chrf"] and len(beginnings) > shared[0]
+    asked = [as_asked(opened, f"{SYSTEM} {row['instruction']}") for row in rows_of("causal_lm")]
+    for how in (
+        Sampling(max_new_tokens=6),
+        Sampling(max_new_tokens=6, temperature=0.9, top_p=0.9, repetition_penalty=1.3, seed=5, stop=("film",)),
+    ):
+        beginnings.clear()
+        found = write_texts(opened, asked, how, batch_size=10)
+        assert len(beginnings) == 3 and len(set(found)) > 1
+        assert found == [write_texts(opened, [one], how, numbers=[i])[0] for i, one in enumerate(asked)]
+        assert len(beginnings) == 3
+    opened.config.train.share_beginnings = False
+    assert found == write_texts(opened, asked, how, batch_size=10) and len(beginnings) == 3
+
+
+def test_answers_to_a_file_and_to_a_comparison(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beginnings, prompts = counting_beginnings(monkeypatch), [f"{SYSTEM} {word}" for word in WORDS[:4]]
+
+    def ask(run: Run) -> None:
+        found = list[Answers]()
+        for share in (True, False):
+            run.config.train.share_beginnings = share
+            found.append(collect(run, prompts, 5))
+            if share:
+                assert len(beginnings) == 2  # of the prompts, and of some held-out rows
+        assert found[0] == found[1] and len(found[0].prompts) == 4 and found[0].rows and len(beginnings) == 2
+
+    train(configured(models, "causal_lm", tmp_path, tmp_path / "run"), Listener(trained=ask))
+    beginnings.clear()
+    outputs = list[str]()
+    for share in (True, False):
+        opened = open_run(tmp_path / "run")
+        opened.config.train.share_beginnings = share
+        source, output = str(tmp_path / "causal_lm.jsonl"), tmp_path / f"{share}.jsonl"
+        predict_file(opened, source, output, sampling=Sampling(max_new_tokens=6))
+        outputs.append((tmp_path / f"{share}.jsonl").read_text())
+    assert outputs[0] == outputs[1] and len(beginnings) == 3
 
 
 def test_stopped_and_resumed(models: dict[str, Path], tmp_path: Path) -> None:

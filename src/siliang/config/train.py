@@ -102,10 +102,10 @@ class TrainConfig(Section):
     share_beginnings: bool = True
     """Compute what rows of a batch have in common at their beginning once: a system prompt, an instruction, the prompt
     of a pair of answers. The results are the same. For causal models that run without padding; with dropout only in
-    evaluations.
+    evaluations. Texts that are generated at once share the beginning of their prompts.
 
     同一批次的样本开头相同时（系统提示、指令、一对回答的提示），相同的部分只计算一次。结果相同。用于不含填充计算的因果
-    模型；有 dropout 时只用于评估。"""
+    模型；有 dropout 时只用于评估。同时生成的文本共用提示的开头。"""
     group_by_length: bool | None = None
     """Give each step rows of similar length, with the steps in random order: less padding, or fewer attention sizes.
     None: on for seq_cls, reranker and question_ans, unless the labels depend on the length, so that a step would have

@@ -74,11 +74,17 @@ def patched(forwards: Iterable[tuple[nn.Module, Callable[..., object]]]) -> Iter
             restore()
 
 
-def register_attention(name: str, function: Callable[..., object]) -> None:
-    """Registers an attention function with transformers, by name."""
-    from transformers import AttentionInterface
+def register_attention(name: str, function: Callable[..., object], *, masks: str | None = None) -> None:
+    """Registers an attention function with transformers, by name.
+
+    Args:
+        masks: The name of another function, whose masks it gets; None: models make no mask for it.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, function)
+    if masks is not None:
+        AttentionMaskInterface.register(name, AttentionMaskInterface()[masks])
 
 
 @contextmanager

@@ -1,30 +1,40 @@
 """Whether the model may compute the beginning of all prompts of a batch once (`prompts.py`), and how it does.
 
 `generate` asks the model for the inputs of its first forward pass. There the beginning is computed in a batch of one
-row, and its keys and values go in front of those of all rows. A trial on the model decides whether the results are the
-same.
+row, and its keys and values go in front of those of all rows. They are kept once. For the first tokens of the rows they
+are copied for each row; for a new token of each row the attention reads them where they are (`ops/shared_keys.py`), in
+models that use transformers' attention interface, or copies them again. A trial on the model decides which of it
+gives the same results as separate rows.
+
+Shapes: B rows, C common tokens, N others, H query heads, G key and value heads, K head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial, update_wrapper
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from siliang.adapters.active_rows import active_rows, looks_ahead
 from siliang.capabilities import why_missing
-from siliang.engine.padding import NotPackableError, dtype_of, trial_error
-from siliang.engine.patches import replace_method
+from siliang.engine.one_answer import one_plain_answer
+from siliang.engine.padding import UNSUPPORTED, NotPackableError, dtype_of, trial_error
+from siliang.engine.patches import attention_implementation, register_attention, replace_method
 from siliang.engine.prompts import PromptBatch, padded_prompts, prompt_batches
+from siliang.engine.splits import mixing
 from siliang.language import Bilingual
-from siliang.models.introspect import cache_in, is_encoder_decoder, sliding_window
+from siliang.models.introspect import cache_in, is_encoder_decoder, layer_number, sliding_window
+from siliang.ops.shared_keys import attention_to_shared
 from siliang.peft_api.model import PeftModel
 
 # What of a generation_config reads the order of a prompt's tokens, with padding between them.
@@ -38,7 +48,24 @@ READS_ORDER = (
 )
 WINDOWS = ("sliding_window", "window_size", "attention_window", "local_attention", "attention_chunk_size")
 
-_reasons = WeakKeyDictionary[nn.Module, dict[object, str | None]]()  # of each model, by what is active in it
+ATTENTION = "siliang_shared_keys"
+
+
+@dataclass(frozen=True)
+class PromptSharing:
+    """What the trial has shown.
+
+    Attributes:
+        why_not: Why the prompts of a batch are computed apart; None if they may share their beginning.
+        in_place: The attention of new tokens reads the shared keys where they are.
+    """
+
+    why_not: str | None = None
+    in_place: bool = False
+
+
+_tried = WeakKeyDictionary[nn.Module, dict[object, PromptSharing]]()  # of each model, by what computes in it
+_cache: ContextVar[DynamicCache | None] = ContextVar("cache", default=None)  # that the attention reads in place
 
 
 def batches_of(
@@ -66,49 +93,53 @@ def batches_of(
     window = smallest_window(base_of(model))
     longest = None if window is None else max(window - new_tokens - _virtual_tokens(model), 0)
     found = apart(longest_shared=longest)
-    return found if not any(batch.common for batch in found) or why_apart(model, pad) is None else apart()
+    shares = any(batch.common for batch in found) and find_prompt_sharing(model, pad).why_not is None
+    return found if shares else apart()
 
 
 @contextmanager
-def beginning_once(model: nn.Module, common: int) -> Iterator[None]:
+def beginning_once(model: nn.Module, common: int, *, in_place: bool | None = None) -> Iterator[None]:
     """Within the block `generate` computes the first columns of a batch once.
 
     Args:
         common: The number of these columns, which are the same in all rows, without padding; 0 for none.
+        in_place: The attention of new tokens reads them where they are. None: if the model can.
     """
     if not common:
         yield
         return
     base = base_of(model)
-    own = base.prepare_inputs_for_generation
-    undo = replace_method(base, "prepare_inputs_for_generation", update_wrapper(partial(_prepare, base, own, common), own))
-    try:
+    with ExitStack() as stack:
+        if in_place is None:
+            in_place = _tried.get(model, {}).get(_state(model), PromptSharing()).in_place
+        first = FirstPass(base, common, stack if in_place else None)
+        prepare = update_wrapper(partial(first.prepare_inputs), first.own)  # generate reads its parameters
+        stack.callback(replace_method(base, "prepare_inputs_for_generation", prepare))
         yield
-    finally:
-        undo()
 
 
 class SharedLayer(DynamicLayer):
-    """A layer's keys and values behind a beginning that all rows share, which is kept once.
-
-    Shapes: B rows, C common tokens, N others, G heads, K head size.
-    """
+    """A layer's keys and values behind a beginning that all rows share, which is kept once."""
 
     is_croppable = False
 
-    def __init__(self, beginning: DynamicLayer) -> None:
+    def __init__(self, beginning: DynamicLayer, *, in_place: bool) -> None:
         """
         Args:
             beginning: The keys and values of the beginning, (1, G, C, K).
+            in_place: A new token's attention reads them by itself.
         """
         super().__init__()
         assert beginning.keys is not None and beginning.values is not None
-        self.beginning = beginning.keys, beginning.values
+        self.beginning, self._in_place = (beginning.keys, beginning.values), in_place
         self.lazy_initialization(*self.beginning)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values to attend to, each (B, G, C + N, K)."""
+        """The keys and values to attend to: each (B, G, C + N, K), or (B, G, N, K) without those that are read in
+        place."""
         k, v = super().update(key_states, value_states, *args, **kwargs)
+        if self._in_place and key_states.shape[2] == 1:
+            return k, v
         return _behind(self.beginning[0], k), _behind(self.beginning[1], v)
 
     def get_seq_length(self) -> int:
@@ -119,24 +150,24 @@ def smallest_window(base: nn.Module) -> int | None:
     """The fewest tokens that an attention of the model looks back at; None if all look at all."""
     config = base.config.get_text_config() if isinstance(base, PreTrainedModel) else None
     windows = [getattr(config, name, None) for name in WINDOWS]
-    windows += [sliding_window(module) for module in base.modules()]
-    return min((w for w in windows if isinstance(w, int) and w > 0), default=None)
+    windows += [sliding_window(m) for m in base.modules() if layer_number(m) is not None]
+    return min((w for w in windows if isinstance(w, int) and not isinstance(w, bool) and w > 0), default=None)
 
 
-def why_apart(model: nn.Module, pad: int) -> str | None:
-    """Why the prompts of a batch are computed apart; None if they may share their beginning.
+def find_prompt_sharing(model: nn.Module, pad: int) -> PromptSharing:
+    """Whether the prompts of a batch may share their beginning. A model is tried once, as long as the same adapters
+    compute in it.
 
     Args:
         model: In eval mode.
         pad: The token of the padding.
     """
     base = base_of(model)
-    state: object = None
-    if isinstance(model, PeftModel):
-        state = (tuple(model.injection.active), model.injection.is_disabled)
-    known = _reasons.setdefault(base, {})
+    if (why := _known_reason(model, base)) is not None:
+        return PromptSharing(why)
+    known, state = _tried.setdefault(model, {}), _state(model)
     if state not in known:
-        known[state] = _why_apart(model, base, pad)
+        known[state] = _try(base, pad)
     return known[state]
 
 
@@ -147,42 +178,62 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _why_apart(model: nn.Module, base: PreTrainedModel, pad: int) -> str | None:
+def _state(model: nn.Module) -> object:
+    """What computes in a model."""
+    if not isinstance(model, PeftModel) or model.injection.is_disabled:
+        return None
+    configs = {name: model.peft_config[name] for name in model.injection.active}
+    return tuple((name, c.peft_type, getattr(c, "num_virtual_tokens", None)) for name, c in configs.items())
+
+
+def _try(base: PreTrainedModel, pad: int) -> PromptSharing:
+    register_attention(ATTENTION, attend, masks="sdpa")
+    reason: str | None = None
+    for in_place in (True, False) if base.config._attn_implementation == "sdpa" else (False,):
+        try:
+            layers = DynamicCache(config=base.config.get_text_config(decoder=True)).layers
+            if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+                no_keys = "it has layers that keep no keys and values of each token"
+                return PromptSharing(Bilingual(no_keys, "其中有些层不保存每个词元的键和值"))
+            off = _trial(base, pad, in_place=in_place)
+        except Exception as error:  # a model may raise any exception
+            reason = trial_error(error, Bilingual("shared beginnings", "共用开头的样本"))
+            continue
+        if off is None:
+            return PromptSharing(in_place=in_place)
+        reason = Bilingual(
+            f"they give other results than separate rows (by {off:.1g} of their spread)",
+            f"与逐条计算的结果不同（相差标准差的 {off:.1g} 倍）",
+        )
+    return PromptSharing(reason)
+
+
+def _known_reason(model: nn.Module, base: PreTrainedModel) -> str | None:
+    """Why the prompts are computed apart, as far as it is known before a trial."""
     if (missing := why_missing("shared beginnings of prompts")) is not None:
         return missing
     if is_encoder_decoder(base):
         return Bilingual("an encoder sees later tokens", "编码器能看到后面的词元")
     if isinstance(model, PeftModel) and not model.injection.is_disabled:
-        if (readers := active_rows(model.injection)):
+        if readers := active_rows(model.injection):
             setting = readers[0].setting
             return Bilingual(f"{setting} computes each row in its own way", f"{setting} 对每条样本的计算各不相同")
         if (why := looks_ahead(model.injection)) is not None:
             return why
+        if mixed := mixing(model):
+            name = mixed[0]
+            return Bilingual(f"{name} takes a mean over the whole padded batch", f"{name} 对整个填充后的批次取平均")
     settings = base.generation_config
-    if (reads := [name for name in READS_ORDER if getattr(settings, name, None)]):
+    if reads := [name for name in READS_ORDER if getattr(settings, name, None)]:
         return Bilingual(
             f"the model's generation_config sets {reads[0]}, which reads the tokens in their order",
             f"模型的 generation_config 设置了 {reads[0]}，它按顺序读取词元",
         )
-    try:
-        layers = DynamicCache(config=base.config.get_text_config(decoder=True)).layers
-        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-            return Bilingual(
-                "it has layers that keep no keys and values of each token", "其中有些层不保存每个词元的键和值"
-            )
-        off = _trial(base, pad)
-    except Exception as error:  # a model may raise any exception
-        return trial_error(error, Bilingual("shared beginnings", "共用开头的样本"))
-    if off is None:
-        return None
-    return Bilingual(
-        f"they give other results than separate rows (by {off:.1g} of their spread)",
-        f"与逐条计算的结果不同（相差标准差的 {off:.1g} 倍）",
-    )
+    return None
 
 
 @torch.no_grad()
-def _trial(base: PreTrainedModel, pad: int) -> float | None:
+def _trial(base: PreTrainedModel, pad: int, *, in_place: bool) -> float | None:
     """How far the logits of three new tokens differ for two prompts, relative to their spread, if they share their
     first three tokens; None if that is rounding."""
     embeddings: Any = base.get_input_embeddings()
@@ -196,7 +247,7 @@ def _trial(base: PreTrainedModel, pad: int) -> float | None:
     def next_token(row: int, ids: Tensor) -> list[int]:
         return [new[(row + len(ids)) % len(new)]]
 
-    options: dict[str, Any] = {
+    options = one_plain_answer(base) | {
         "max_new_tokens": 3,
         "do_sample": False,
         "num_beams": 1,
@@ -210,8 +261,10 @@ def _trial(base: PreTrainedModel, pad: int) -> float | None:
     with torch.autocast(base.device.type, enabled=False):
         for shared in (0, common):
             batch = padded_prompts(prompts, pad, left=True, common=shared)
-            with beginning_once(base, shared):
-                output = base.generate(**{name: x.to(base.device) for name, x in batch.items()}, **options)
+            with beginning_once(base, shared, in_place=in_place):
+                output = cast(Callable[..., Any], base.generate)(
+                    **{name: x.to(base.device) for name, x in batch.items()}, **options
+                )
             found.append(torch.stack(output.logits).float())
     apart, together = found
     limit = 1e-3 if dtype_of(base) == torch.float32 else 0.2
@@ -219,29 +272,69 @@ def _trial(base: PreTrainedModel, pad: int) -> float | None:
     return None if off <= limit else off
 
 
-def _prepare(
-    base: PreTrainedModel,
-    own: Callable[..., dict[str, Any]],
-    common: int,
-    input_ids: Tensor,
-    next_sequence_length: int | None = None,
-    **kwargs: Any,
-) -> dict[str, Any]:
-    """prepare_inputs_for_generation. Before the first forward pass, it computes the beginning and leaves it to that
-    pass to compute the rest."""
-    if kwargs.get("is_first_iteration"):
+class FirstPass:
+    """The model's inputs for `generate`: the beginning is computed before the first forward pass, which computes the
+    rest."""
+
+    def __init__(self, base: PreTrainedModel, common: int, in_place: ExitStack | None) -> None:
+        """
+        Args:
+            in_place: From there on the attention reads the beginning in place, until this is closed; None: never.
+        """
+        self.own = cast(Callable[..., dict[str, Any]], base.prepare_inputs_for_generation)
+        self._base, self._common, self._in_place = base, common, in_place
+
+    def prepare_inputs(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """In place of the model's prepare_inputs_for_generation."""
+        if kwargs.get("is_first_iteration"):
+            self.compute_beginning(input_ids[:1, : self._common], kwargs)
+            next_sequence_length = input_ids.shape[1] - self._common
+        return self.own(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+    def compute_beginning(self, ids_1C: Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Computes the common tokens of all rows into the cache among the arguments."""
         cache = cache_in(kwargs)
         if not isinstance(cache, DynamicCache) or cache.get_seq_length():
             raise NotPackableError(
                 Bilingual("it keeps no keys and values of earlier tokens", "它不保存前面词元的键和值")
             )
-        begin = kwargs | {"attention_mask": torch.ones_like(input_ids[:1, :common])}
+        given = {**kwargs, "attention_mask": torch.ones_like(ids_1C)}
         if (positions := kwargs.get("position_ids")) is not None:
-            begin["position_ids"] = positions[..., :1, :common]
-        base(**own(input_ids[:1, :common], **begin), return_dict=True)
-        cache.layers = [SharedLayer(layer) for layer in cache.layers if isinstance(layer, DynamicLayer)]
-        next_sequence_length = input_ids.shape[1] - common
-    return own(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+            given["position_ids"] = positions[..., :1, : self._common]
+        self._base(**self.own(ids_1C, **given), return_dict=True)
+        in_place = self._in_place is not None
+        layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        cache.layers[:] = [SharedLayer(layer, in_place=in_place) for layer in layers]
+        if self._in_place is not None:
+            self._in_place.enter_context(attention_implementation(self._base.config, ATTENTION))
+            self._in_place.callback(_cache.reset, _cache.set(cache))
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function for transformers' interface: (B, H, N, K) in, (B, N, H, K) out."""
+    if wanted := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
+        raise NotPackableError(
+            Bilingual(f"{type(module).__name__} wants {wanted[0]}", f"{type(module).__name__} 需要 {wanted[0]}")
+        )
+    if query.shape[2] > 1:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    cache, number = _cache.get(), layer_number(module)
+    layer = None if cache is None or number is None else cache.layers[number]
+    if not isinstance(layer, SharedLayer) or key is not layer.keys:
+        name = type(module).__name__
+        raise NotPackableError(Bilingual(f"{name} lost the shared keys on the way", f"{name} 中途丢失了共用的键"))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention_to_shared(query, key, value, *layer.beginning, attention_mask, scaling=scale), None
 
 
 def _behind(beginning_1GCK: Tensor, own_BGNK: Tensor) -> Tensor:

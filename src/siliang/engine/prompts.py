@@ -61,9 +61,7 @@ def prompt_batches(
     return sorted(best, key=lambda batch: -_width(prompts, batch))
 
 
-def padded_prompts(
-    prompts: Sequence[Sequence[int]], pad: int, *, left: bool, common: int = 0
-) -> dict[str, Tensor]:
+def padded_prompts(prompts: Sequence[Sequence[int]], pad: int, *, left: bool, common: int = 0) -> dict[str, Tensor]:
     """The inputs of generate for prompts that are answered at once: input_ids and attention_mask, (B, T).
 
     Args:

@@ -7,13 +7,13 @@ batches, so that a text has the same bits on any number of ranks.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from siliang.config import EvaluationConfig, RunConfig
@@ -24,6 +24,7 @@ from siliang.data.tokens import TokenSet
 from siliang.distributed.ranks import Ranks
 from siliang.distributed.sharding import is_sharded, reshard
 from siliang.engine.batches import in_steps
+from siliang.engine.one_answer import check_beams, one_plain_answer
 from siliang.engine.prompt_sharing import batches_of, beginning_once
 from siliang.engine.prompts import PromptBatch, padded_prompts
 from siliang.engine.whole_step import Context
@@ -31,39 +32,12 @@ from siliang.language import Bilingual, local
 from siliang.models.positions import Positions
 from siliang.models.tokenizer import Tokenizer
 from siliang.peft_api.model import PeftModel
-from siliang.secrets import short_repr
 from siliang.tasks import Task
 from siliang.tasks.measures import score_texts
 from siliang.tasks.task import HeldOutQuestion
 from siliang.types import ConfigError, DataError, ModelError, first_line
 
-MOST_BEAMS = 64
 ALONE = Ranks()
-
-# Options of a base model's generation_config that are overridden: several answers, scores in addition to the text, and
-# search methods that transformers downloads as code from the hub.
-ONE_PLAIN_ANSWER: dict[str, Any] = {
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "output_scores": False,
-    "output_logits": False,
-    "num_beam_groups": None,
-    "diversity_penalty": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "constraints": None,
-    "force_words_ids": None,
-    "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None,
-    # a cache of another kind, which may be of any size, compiled, or need a card
-    "cache_implementation": None,
-    "cache_config": None,
-    "compile_config": None,
-    "disable_compile": True,
-    "prefill_chunk_size": None,
-}
 
 
 @dataclass(frozen=True)
@@ -115,6 +89,7 @@ def measure_texts(
     new_tokens = room(model, task, asked, config)
     sharded = is_sharded(model)
     options = _options(model, tokenizer, config, task) | {"max_new_tokens": new_tokens, "synced_gpus": sharded}
+    assert tokenizer.pad_token_id is not None
     model.eval()
     batches = batches_of(
         model,
@@ -123,7 +98,7 @@ def measure_texts(
         new_tokens,
         pad=tokenizer.pad_token_id,
         share=config.train.share_beginnings and not sharded,  # ranks gather the layers of as many forward passes
-        copies=model.generation_config.num_beams or 1,
+        copies=check_beams(model, config.model),
     )
     own = batches[ranks.rank :: ranks.size]
     if sharded and len(own) < len(batches[:: ranks.size]):
@@ -224,29 +199,6 @@ def positions_of(model: nn.Module, *, base: bool = False) -> Positions:
     virtual = sum(c.num_virtual_tokens or 0 for c in prompts)  # type: ignore[attr-defined]
     prefix = any(c.is_prefix for c in prompts)
     return Positions.of(model.get_base_model(), virtual=virtual, prefix=prefix)
-
-
-def one_plain_answer(model: Any) -> dict[str, Any]:
-    """Settings of generate for a single plain answer; they override the model's generation_config."""
-    return {name: value for name, value in ONE_PLAIN_ANSWER.items() if hasattr(model.generation_config, name)}
-
-
-def check_beams(model: Any, name: str) -> int:
-    """The beams of the model's generation_config.
-
-    Raises:
-        ModelError: They are too many.
-    """
-    beams = model.generation_config.num_beams or 1
-    if not isinstance(beams, int) or beams > MOST_BEAMS:
-        asked = short_repr(beams)
-        raise ModelError(
-            Bilingual(
-                f"{name} sets num_beams = {asked}, which is more than {MOST_BEAMS}.",
-                f"{name} 设置了 num_beams = {asked}：最大为 {MOST_BEAMS}。",
-            )
-        )
-    return beams
 
 
 @contextmanager

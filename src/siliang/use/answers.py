@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
+from siliang.engine.splits import mixing
 from siliang.engine.written import sample
 from siliang.peft_api.model import PeftModel
 from siliang.records import Answer, Answers
@@ -74,8 +76,9 @@ def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
 
 
 def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int, *, base: bool) -> Answers:
-    found, how = Answers(), Sampling(up_to=max_new_tokens)
-    written = write_texts(opened, [as_asked(opened, prompt) for prompt in prompts], how, base=base)
+    found, size = Answers(), 1 if mixing(run.model) else None  # what takes a mean over a batch answers each alone
+    write = partial(write_texts, sampling=Sampling(up_to=max_new_tokens), batch_size=size, base=base)
+    written = write(opened, [as_asked(opened, prompt) for prompt in prompts])
     found.prompts = [Answer(input=prompt, predicted=text) for prompt, text in zip(prompts, written, strict=True)]
     eval_rows = run.examples.eval
     questions = {number: eval_rows[number].prompt(PREFIX) for number in sample(len(eval_rows), WRITTEN_ROWS)}
@@ -84,7 +87,7 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
     for task in {eval_rows[number].task or 0 for number in asked}:
         own = [number for number in asked if (eval_rows[number].task or 0) == task]
         rows = [as_asked(opened, asked[n].instruction, asked[n].input, plain=asked[n].plain) for n in own]
-        texts |= zip(own, write_texts(replace(opened, task_id=task), rows, how, base=base), strict=True)
+        texts |= zip(own, write(replace(opened, task_id=task), rows), strict=True)
     for number, question in asked.items():
         instruction, right, given = question.instruction, question.target, texts[number]
         shown = f"{instruction}\n{question.input}".strip()

@@ -12,9 +12,10 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from siliang.config import RunConfig
 from siliang.data.examples import Text
 from siliang.data.messages import Conversation, Message
+from siliang.engine.one_answer import check_beams, one_plain_answer
 from siliang.engine.prompt_sharing import batches_of, beginning_once
 from siliang.engine.prompts import padded_prompts
-from siliang.engine.written import check_beams, one_plain_answer, positions_of, room_behind, writing
+from siliang.engine.written import positions_of, room_behind, writing
 from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
