@@ -88,14 +88,14 @@ def test_a_run_is_that_of_separate_rows(
 def counting_beginnings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each beginning of prompts that is computed once, the trial's not."""
     found: list[int] = []
-    compute = prompt_sharing.FirstPass.compute_beginning
+    compute = prompt_sharing.PromptInputs.compute_beginning
 
-    def counted(self: prompt_sharing.FirstPass, ids: torch.Tensor, kwargs: Any) -> None:
+    def counted(self: prompt_sharing.PromptInputs, ids: torch.Tensor, kwargs: Any) -> None:
         if ids.shape[1] > 3:
             found.append(ids.shape[1])
         compute(self, ids, kwargs)
 
-    monkeypatch.setattr(prompt_sharing.FirstPass, "compute_beginning", counted)
+    monkeypatch.setattr(prompt_sharing.PromptInputs, "compute_beginning", counted)
     return found
 
 

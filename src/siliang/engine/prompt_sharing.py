@@ -112,7 +112,7 @@ def beginning_once(model: nn.Module, common: int, *, in_place: bool | None = Non
     with ExitStack() as stack:
         if in_place is None:
             in_place = _tried.get(model, {}).get(_state(model), PromptSharing()).in_place
-        first = FirstPass(base, common, stack if in_place else None)
+        first = PromptInputs(base, common, stack if in_place else None)
         prepare = update_wrapper(partial(first.prepare_inputs), first.own)  # generate reads its parameters
         stack.callback(replace_method(base, "prepare_inputs_for_generation", prepare))
         yield
@@ -272,7 +272,7 @@ def _trial(base: PreTrainedModel, pad: int, *, in_place: bool) -> float | None:
     return None if off <= limit else off
 
 
-class FirstPass:
+class PromptInputs:
     """The model's inputs for `generate`: the beginning is computed before the first forward pass, which computes the
     rest."""
 
