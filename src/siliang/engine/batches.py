@@ -166,15 +166,16 @@ class StepCollator:
         for top, row in zip(tops, rows, strict=True):
             longest[top] = max(longest[top], len(row["input_ids"]))
         parts: list[list[dict[str, Any]]] = [[]]
-        there = set[int]()  # spans of the current batch
+        there, tokens = set[int](), 0  # of the current batch: its spans and their tokens
         for i in sorted(range(len(rows)), key=lambda i: (-longest[tops[i]], leaves[i])):
             own = {span for leaf in leaves[i] for span in tree.paths[leaf]}
-            cost = sum(tree.spans[span].length for span in there | own)
+            cost = tokens + sum(tree.spans[span].length for span in own - there)
             too_many = self.tokens_at_once is not None and cost > self.tokens_at_once
             if parts[-1] and (len(parts[-1]) == self.rows_at_once or too_many):
                 parts.append([])
-                there = set()
+                there, tokens = set(), 0
             parts[-1].append(rows[i])
+            tokens += sum(tree.spans[span].length for span in own - there)
             there |= own
         return parts
 

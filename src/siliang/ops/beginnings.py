@@ -13,7 +13,7 @@ Shapes: S sequences, W columns of the padded batch, T tokens of all spans, V vir
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -134,20 +134,18 @@ def find_beginnings(sequences: Sequence[bytes], size: int, least: int = LEAST_SA
     lengths = [len(s) // size for s in ordered]
     tops: list[tuple[int, int, int, int]] = []  # start, length, parent and row of each span
     leaves = [-1] * len(order)
-    waiting = [(0, len(order), 0, -1)]  # neighbours in this order, their tokens in spans above, the last of these
+    waiting = [(_branches(lengths, common), 0, -1)]  # a branch, the tokens in spans above it, the last of these
     while waiting:
-        first, last, depth, parent = waiting.pop()
-        alone = last == first + 1
-        shared = lengths[first] if alone else min(common[first + 1 : last])
-        own = shared - depth
-        if own and (alone or own * (last - first - 1) >= least):
-            tops.append((depth, own, parent, order[first]))
-            parent, depth = len(tops) - 1, shared
-        if alone:
-            leaves[order[first]] = parent
-        else:
-            cuts = [first, *(i for i in range(first + 1, last) if common[i] == shared), last]
-            waiting += [(a, b, depth, parent) for a, b in reversed(list(pairwise(cuts)))]
+        branch, depth, parent = waiting.pop()
+        own, others = branch.depth - depth, branch.last - branch.first - 1
+        if own and (not others or own * others >= least):
+            tops.append((depth, own, parent, order[branch.first]))
+            parent, depth = len(tops) - 1, branch.depth
+        for i in branch.whole:
+            if branch.depth > depth:
+                tops.append((depth, branch.depth - depth, parent, order[i]))
+            leaves[order[i]] = len(tops) - 1 if branch.depth > depth else parent
+        waiting += [(below, depth, parent) for below in reversed(branch.below)]
     ends = list(range(1, len(tops) + 1))
     for i in range(len(tops) - 1, -1, -1):
         if (parent := tops[i][2]) >= 0:
@@ -155,6 +153,50 @@ def find_beginnings(sequences: Sequence[bytes], size: int, least: int = LEAST_SA
     spans = (TreeSpan(*top[:3], end, top[3]) for top, end in zip(tops, ends, strict=True))
     found = Beginnings(tuple(spans), tuple(leaves))
     return found if found.saves(sum(lengths), least) else None
+
+
+@dataclass(slots=True)
+class _Branch:
+    """Neighbours of sorted sequences that begin with the same tokens.
+
+    Attributes:
+        depth: How many tokens these are.
+        first: The first of the sequences.
+        last: The one behind the last.
+        whole: Those that end there.
+        below: Branches of those that continue.
+    """
+
+    depth: int
+    first: int
+    last: int = 0
+    whole: list[int] = field(default_factory=list[int])
+    below: list[_Branch] = field(default_factory=list["_Branch"])
+
+
+def _branches(lengths: Sequence[int], common: Sequence[int]) -> _Branch:
+    """The branch of all sorted sequences, in one pass: the time does not grow with the depth.
+
+    Args:
+        lengths: The tokens of each.
+        common: Those that it has in common with the one before it.
+    """
+    path = [_Branch(0, 0)]  # of the sequence before
+    for i, (length, shared) in enumerate(zip(lengths, common, strict=True)):
+        left = None
+        while path[-1].depth > shared:
+            left = path.pop()
+            left.last = i
+        if left is not None and path[-1].depth < shared:
+            path[-1].below[-1] = _Branch(shared, left.first, below=[left])
+            path.append(path[-1].below[-1])
+        if length > shared:
+            path[-1].below.append(_Branch(length, i))
+            path.append(path[-1].below[-1])
+        path[-1].whole.append(i)
+    for branch in path:
+        branch.last = len(lengths)
+    return path[0]
 
 
 def common_tokens(a: bytes, b: bytes, size: int) -> int:
