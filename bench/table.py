@@ -12,6 +12,12 @@ from bench.record import NAMES, Measurement, Setting
 from bench.workloads import WORKLOADS, Library, Target
 
 ROWS = 1_000  # of the reader's own data
+AGAINST = {
+    "best": "the fastest peer",
+    "padded": "the fastest peer on padded rows",
+    "flat": "the fastest peer on rows laid end to end",
+}
+NO_SEARCH = "None: the settings of the peers were given."
 Key = tuple[str, str]  # (workload, method)
 Entries = dict[tuple[Library, str], list[Measurement]]  # by library and setting, round after round
 
@@ -30,18 +36,19 @@ def render(records: list[Measurement]) -> str:
         *(f"- `{command}`" for command in dict.fromkeys(r.command for r in records)),
         "- tokens/s: without padding, after the warm-up steps; memory: peak above the loaded weights; eta: share of",
         "  the speed at which the matrix products of the usual step alone would run (with shared beginnings fewer are",
-        "  needed, and eta can be above 1); ratio: siliang to this line, median [least, most] over the rounds",
+        "  needed, and eta can be above 1); siliang's speed and memory: divided by those of the line, median",
+        "  [least, most] over the rounds: 2 is twice as fast, or twice the memory",
         f"- {ROWS:,} rows: seconds of a process that trains so many, once: imports, data, model (siliang: also its",
         "  checks and its plan), and what is compiled, from the measured runs, and the steps at their measured speed;",
-        "  outside: the share that is no step. The peers' rows and weights are read by siliang's functions (Unsloth's",
-        "  weights by its own)",
+        "  outside of steps: the share of them that is no step. The peers' rows and weights are read by siliang's",
+        "  functions (Unsloth's weights by its own)",
     ]
     lines += [
         f"- {w}: {note}" for w in dict.fromkeys(r.job.workload for r in records) if (note := WORKLOADS[w].excluded)
     ]
     lines += ["", *_times(records), "", "## Targets", "", *(_targets(records) or ["No timed rounds."])]
-    lines += ["", "## Gate", "", *(line for _, line in gates(records))]
-    lines += ["", "## Settings tried", "", *(_searches(records) or ["None."])]
+    lines += ["", "## Gate", "", *([line for _, line in gates(records)] or ["Not run: no losses were compared."])]
+    lines += ["", "## Settings tried", "", *(_searches(records) or [NO_SEARCH])]
     return "\n".join(lines) + "\n"
 
 
@@ -65,8 +72,8 @@ def gates(records: list[Measurement]) -> list[tuple[bool, str]]:
 
 def _times(records: list[Measurement]) -> list[str]:
     lines = [
-        "| workload | method | library | setting | tokens/s | eta | memory, MB | speed ratio | memory ratio "
-        f"| {ROWS:,} rows, s | outside |",
+        "| workload | method | library | setting | tokens/s | eta | memory, MB | siliang's speed | siliang's memory "
+        f"| {ROWS:,} rows, s | outside of steps |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     timed = {key for key, _ in _by_method(records, "time")}
@@ -114,15 +121,17 @@ def _judge(target: Target, ours: list[Measurement], peers: Entries) -> Iterable[
     """A line for each part of a target."""
     fitting = [r for r in peers.values() if target.against in ("best", r[0].job.setting.layout)]
     if not ours or not fitting:
-        yield f"not judged: no result of {'siliang' if not ours else f'a peer ({target.against})'}"
+        who = "a peer of this kind" if ours else "siliang"
+        yield f"not judged: speed >= {target.speed}x of {AGAINST[target.against]}: no timed run of {who}"
         return
     peer = max(fitting, key=lambda r: median(m.tokens_per_s for m in r))
     name = f"{NAMES[peer[0].job.library]} ({peer[0].job.setting})"
     speed, memory = _ratios(ours, peer)
-    yield _verdict(f"speed of {name}", median(speed) >= target.speed, f">= {target.speed}x", f"{_spread(speed)}x")
+    ok = median(speed) >= target.speed
+    yield _verdict(f"speed relative to {name}", ok, f">= {target.speed}x", f"{_spread(speed)}x")
     if target.memory:
         ok = median(memory) <= target.memory
-        yield _verdict(f"memory of {name}", ok, f"<= {target.memory}x", f"{_spread(memory)}x")
+        yield _verdict(f"memory relative to {name}", ok, f"<= {target.memory}x", f"{_spread(memory)}x")
     shares = [r.tokens_per_s / r.limit_tokens_per_s for r in ours if r.limit_tokens_per_s]
     if target.eta and shares:
         reached = median(shares)

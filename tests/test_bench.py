@@ -90,8 +90,8 @@ def test_a_missed_target_is_told() -> None:
         records.append(measurement("siliang", "time", number, tokens=800, seconds=ours, limit_tokens_per_s=150.0))
         records.append(measurement("peft", "time", number, tokens=800, seconds=15.0, peak_bytes=3_000_000))
     text = render(records)
-    assert "MISSED: speed of PEFT + Trainer (fp32, padded), target >= 3.0x, reached 2.50 [2.14, 3.00]x" in text
-    assert "met: memory of PEFT + Trainer (fp32, padded), target <= 0.4x, reached 0.33 [0.33, 0.33]x" in text
+    assert "MISSED: speed relative to PEFT + Trainer (fp32, padded), target >= 3.0x, reached 2.50 [2.14, 3.00]x" in text
+    assert "met: memory relative to PEFT + Trainer (fp32, padded), target <= 0.4x, reached 0.33 [0.33, 0.33]x" in text
     assert "met: eta, target >= 0.8, reached 0.89" in text
 
 
