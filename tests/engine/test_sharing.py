@@ -12,14 +12,14 @@ from closeness import assert_all_close, assert_close
 from stepping import gradients, padded
 from test_methods_everywhere import EVERY, SMALL
 from tiny import VOCABULARY, without_dropout
+from token_sets import token_set
 from torch import Tensor, nn
 from transformers import Glm4Config, Glm4ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import siliang
 from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
-from siliang.data.small_table import SmallTable
-from siliang.data.tokens import TokenSet
+from siliang.data.row_beginnings import RowBeginnings
 from siliang.engine.batches import EVERYWHERE, SEPARATE, Sharing, StepCollator
 from siliang.engine.order import by_beginnings, evaluation_batches
 from siliang.engine.padding import PaddingFree
@@ -238,30 +238,19 @@ def test_in_bf16() -> None:
 def test_an_evaluation_takes_rows_that_begin_alike_together() -> None:
     rows = [rows_in_a_tree()[i] for i in (0, 4, 3, 1, 5, 2)]
 
-    class Tokens:
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows]).numpy()
-
-        def __len__(self) -> int:
-            return len(rows)
-
-        def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
-            return [rows[i] for i in numbers]
-
-    order: Any = by_beginnings(Tokens())  # type: ignore[arg-type]
+    order = by_beginnings(token_set([row["input_ids"] for row in rows]))
     assert sorted(order) == list(range(6))
     pairs = [{rows[i]["row"], rows[j]["row"]} for i, j in itertools.pairwise(order)]
     assert ({3, 5} in pairs and {0, 1} in pairs) or {0, 2} in pairs
-    rows[:] = [{"input_ids": [i] * 9, "labels": [i] * 9} for i in (5, 3, 4)]
-    Tokens.lengths = Tokens.lengths[:3]
-    assert list(by_beginnings(Tokens())) == [0, 1, 2]  # type: ignore[arg-type]
+    assert list(by_beginnings(token_set([[i] * 40 for i in (5, 3, 4)]))) == [0, 1, 2]
 
 
 def test_every_evaluation_of_a_run_has_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows_in_a_tree()]
-    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
-    tokens = TokenSet(SmallTable(columns, dict.fromkeys(columns, "int64")), CAUSAL_LM.data)
+    rows = [row["input_ids"] for row in rows_in_a_tree()]
+    tokens = token_set(rows)
     collate, calls = StepCollator(PadCollator(0), CAUSAL_LM, 2, shares=BOTH), list[object]()
-    monkeypatch.setattr("siliang.engine.order.by_beginnings", lambda of: calls.append(of) or by_beginnings(of))
+    made = RowBeginnings.of
+    monkeypatch.setattr(RowBeginnings, "of", lambda of: calls.append(of) or made(of))
 
     def entries(**of: int) -> list[tuple[int, ...]]:
         return [batch.entries for batch in evaluation_batches(tokens, collate, **of)]

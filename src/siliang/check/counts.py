@@ -19,7 +19,7 @@ def count(s: CheckInput) -> dict[str, JsonValue]:
         "more_layouts": {n: {**c} for n, c in s.examples.layouts.items() if n != s.examples.layout},
         "template": s.prepared.template,
         "not_used": [*s.examples.unused],
-        "notes": [*s.examples.notes],
+        "notes": [*s.notes],
         "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.skipped)},
         "tokens": tokens,
     }

@@ -29,8 +29,10 @@ from siliang.peft_api.for_tasks import get_peft_model
 from siliang.peft_api.model import PeftModel
 from siliang.tasks import settled, task_of
 from siliang.tasks.adapter_config import adapter_config
-from siliang.tasks.prepare import prepare_data
+from siliang.tasks.prepare import beginnings_note, prepare_data
 from siliang.types import ModelError, first_line
+
+WRITES = ("ForCausalLM", "LMHeadModel")  # the ends of the names of decoders
 
 
 class CheckInput:
@@ -166,6 +168,21 @@ class CheckInput:
         """The places (file and line) of the first of these entries of `train`."""
         numbers = self.train.column("row")
         return self.places(numbers[int(i)] for i, _ in zip(rows, range(6), strict=False))
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What was noticed while the rows were read, and what another order of them would save."""
+        note = beginnings_note(self.config, self.prepared) if self._shares_beginnings else None
+        return [*self.examples.notes, *([] if note is None else [note])]
+
+    @property
+    def _shares_beginnings(self) -> bool:
+        """Whether training would compute shared beginnings once, as far as is seen without the model."""
+        t, kind = self.config.train, (self.model_config.architectures or [""])[0]
+        random = {**self.text_config.to_dict(), **self.config.method.arguments}
+        drops = any("drop" in name and isinstance(p, float) and p > 0 for name, p in random.items())
+        causal = self.task.decoder_only or (kind.endswith(WRITES) and not self.task.has_encoder)
+        return causal and t.packing and t.neftune_alpha is None and not drops
 
     @cached_property
     def fingerprints(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:

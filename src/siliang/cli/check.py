@@ -132,7 +132,7 @@ def _show(subject: CheckInput, findings: list[Finding], counts: dict[str, JsonVa
     lines = [(both("columns", "列"), local(subject.examples.says_columns))]
     if (template := subject.prepared.template_in_words) is not None:
         lines.append((both("template", "模板"), local(template)))
-    lines += [(both("note", "说明"), local(line)) for line in subject.examples.notes]
+    lines += [(both("note", "说明"), local(line)) for line in subject.notes]
     hidden = ("layout", "columns", "more_layouts", "template", "not_used", "notes")
     lines += [(_word(name), _plain(value)) for name, value in counts.items() if name not in hidden]
     for name, text in lines:

@@ -115,6 +115,15 @@ class TrainConfig(Section):
     同一步的样本长度相近，步的顺序随机：填充更少，或注意力的尺寸种类更少。None：在 seq_cls、reranker
     和 question_ans 中开启；但若标签与长度有关，同一步的标签会几乎相同，则不开启，日志会写明。在逐词元计算损失的任务中关
     闭，因为分组会让短样本的词元权重变大。"""
+    group_by_beginnings: bool = False
+    """Give each step rows that begin alike, with the steps in random order, so that share_beginnings computes less: for
+    data of several system prompts, passages with several questions, several answers to one prompt. The rows of a step
+    are then no random sample, which changes what is learned. With group_by_length, those of similar length among
+    them. `siliang check` and `siliang plan` say how much less is computed.
+
+    同一步的样本开头相同，步的顺序随机，这样 share_beginnings 的计算更少：适用于有多种系统提示、一篇文章带多个问题、一个
+    提示有多个回答的数据。这时一步的样本不再是随机抽取的，训练结果会不同。与 group_by_length 同用时，再从中取长度相近
+    的。`siliang check` 和 `siliang plan` 会说明能少算多少。"""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. None: the method's default (`siliang methods`).
 

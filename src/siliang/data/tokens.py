@@ -159,7 +159,8 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         return np.concatenate(parts or [NO_NUMBERS])
 
     def pieces(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A column of lists, piece by piece: its numbers, one list after the other, and how long each list is."""
+        """A column of lists, piece by piece: its numbers, one list after the other, and how long each list is; 0 where
+        there is none."""
         if isinstance(self.table, SmallTable):
             if len(self.table):
                 yield self.table.lists(name)
@@ -167,7 +168,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         import pyarrow.compute as pc
 
         for chunk in _chunks(self.table, name):
-            sizes = pc.call_function("list_value_length", [chunk]).to_numpy(zero_copy_only=False)
+            sizes = pc.call_function("list_value_length", [chunk]).fill_null(0).to_numpy(zero_copy_only=False)
             yield chunk.flatten().to_numpy(zero_copy_only=False), sizes
 
 

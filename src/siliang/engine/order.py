@@ -1,10 +1,9 @@
-"""The order of the rows of an epoch, random or grouped by length, and each rank's share of a step."""
+"""The order of the rows of an epoch, random or with rows that are alike together, and each rank's share of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, pairwise
-from weakref import WeakKeyDictionary
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,49 +13,58 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from siliang.config import RunConfig
 from siliang.data.batch import Batch
+from siliang.data.row_beginnings import RowBeginnings, row_beginnings
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import (
-    COMPARED_AT_ONCE,
-    MOST_COMPARED,
-    StepCollator,
-    in_steps,
-    token_bytes,
-    token_size,
-)
-from siliang.ops.beginnings import LEAST_SAVED, LEAST_SHARE, common_tokens
+from siliang.engine.batches import MOST_COMPARED, StepCollator, in_steps
 from siliang.tasks import TASKS
 
 MOST_EFFECT = 0.5  # above 1, of steps of similar length on their labels
 MOST_SAMPLED = 10_000  # rows by which that is judged
-MOST_READ = 512  # first tokens of a row, by which rows that begin alike are found
-_orders = WeakKeyDictionary[TokenSet, Sequence[int]]()  # of evaluations: a training has many of the same rows
+SPREAD = 0.1  # of a length, by which rows of like length are in another order each epoch
 
 
 class Order(Sampler[int]):
     """Row numbers of an epoch, the same for the same seed and epoch.
 
-    Random order is that of transformers' Trainer with this seed.
+    Random order is that of transformers' Trainer with this seed. Otherwise, each step has rows that are alike, and
+    steps are in random order, except that the heaviest comes first: a lack of memory then shows at once.
 
     Args:
         lengths: Tokens of each row.
         step: Rows of an optimizer step.
         by_length: Give each step rows of similar length: padded batches then have little padding, and packed batches
-            few attention sizes. Steps are in random order, except that the longest comes first: a lack of memory then
-            shows at once.
+            few attention sizes.
+        beginnings: Of the rows: give each step rows that begin alike, if rows have enough in common. With `by_length`,
+            those of similar length among them.
     """
 
-    def __init__(self, lengths: Sequence[int], *, step: int, seed: int, by_length: bool) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        step: int,
+        seed: int,
+        by_length: bool,
+        beginnings: RowBeginnings | None = None,
+    ) -> None:
         self.step = step
-        self._lengths, self._seed, self._by_length = lengths, seed, by_length
+        self._lengths, self._seed, self._by_length = np.asarray(lengths, np.int64), seed, by_length
+        self._beginnings = beginnings if beginnings is not None and beginnings.worth else None
         self._random = SeedableRandomSampler(range(len(lengths)), data_seed=seed)
         self._epoch = 0
 
     @classmethod
-    def of(cls, config: RunConfig, tokens: TokenSet) -> Order:
-        """The order of a run's rows."""
+    def of(cls, config: RunConfig, tokens: TokenSet, *, by_beginnings: bool = True) -> Order:
+        """The order of a run's rows.
+
+        Args:
+            by_beginnings: As the settings say; otherwise, never.
+        """
         t = config.train
         by_length = groups_by_length(config, tokens)
-        return cls(tokens.lengths.tolist(), step=t.rows_per_step, seed=t.seed, by_length=by_length)
+        beginnings = row_beginnings(tokens) if t.group_by_beginnings and by_beginnings else None
+        lengths = tokens.lengths.tolist()
+        return cls(lengths, step=t.rows_per_step, seed=t.seed, by_length=by_length, beginnings=beginnings)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next order."""
@@ -67,15 +75,29 @@ class Order(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        if not self._by_length:
+        if not self._by_length and self._beginnings is None:
             yield from self._random
             return
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        rows = get_length_grouped_indices(self._lengths, self.step, generator=generator)
-        first, *steps = in_steps(rows, self.step)
+        first, *steps = self._alike(generator)
         last = steps.pop() if steps and len(steps[-1]) < self.step else []  # only the last step may be short
         shuffled = (steps[i] for i in torch.randperm(len(steps), generator=generator).tolist())
         yield from chain(first, *shuffled, last)
+
+    def _alike(self, generator: torch.Generator) -> list[Sequence[int]]:
+        """Steps of rows that are alike; the heaviest is the first, and a short one the last."""
+        if self._beginnings is None:
+            rows = get_length_grouped_indices(self._lengths.tolist(), self.step, generator=generator)
+            return in_steps(rows, self.step)
+        salt = int(torch.randint(2**63 - 1, (), generator=generator))
+        behind = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy()
+        if self._by_length:
+            behind = self._lengths / self._lengths.max() * (1 - SPREAD * (1 - behind))
+        steps = in_steps(self._beginnings.shuffled(salt, behind), self.step)
+        whole = steps[: len(self) // self.step] or steps
+        heaviest = int(self._beginnings.computed(whole).argmax())
+        steps[0], steps[heaviest] = steps[heaviest], steps[0]
+        return steps
 
 
 def groups_by_length(config: RunConfig, tokens: TokenSet) -> bool:
@@ -118,19 +140,10 @@ def design_effect(tokens: TokenSet, step: int) -> float:
 def by_beginnings(tokens: TokenSet) -> Sequence[int]:
     """The numbers of all entries: those whose first sequences begin alike follow one another. In order where they share
     little, or are many."""
-    numbers = range(len(tokens))
     if not 2 < len(tokens) <= MOST_COMPARED:
-        return numbers
-    firsts: list[bytes] = []
-    size = 4
-    for part in in_steps(numbers, COMPARED_AT_ONCE):
-        rows = tokens.__getitems__(list(part))
-        size = token_size(rows[0])
-        firsts += [token_bytes(row)[0][: size * MOST_READ] for row in rows]
-    order = sorted(numbers, key=firsts.__getitem__)
-    common = (common_tokens(firsts[a], firsts[b], size) for a, b in pairwise(order))
-    saved = sum(n for n in common if n >= LEAST_SAVED)
-    return order if saved >= LEAST_SHARE * int(tokens.lengths.sum()) else numbers
+        return range(len(tokens))
+    found = row_beginnings(tokens)
+    return found.order.tolist() if found.worth else range(len(tokens))
 
 
 def evaluation_batches(
@@ -150,19 +163,13 @@ def evaluation_batches(
         step: Entries of an optimizer step.
         as_many: Adds dummy batches to those of a step, if every rank needs the same number.
     """
-    order = _evaluation_order(tokens) if collator.shares.evaluation else range(len(tokens))
+    order = by_beginnings(tokens) if collator.shares.evaluation else range(len(tokens))
     if ranks == 1:
         parts: Iterable[Sequence[int]] = in_steps(order, collator.rows_at_once)
     else:
         parts = (of_ranks[rank] for of_ranks in shared_steps(order, tokens.lengths.tolist(), step, ranks))
     for part in parts:
         yield from as_many(collator.numbered(tokens, part))
-
-
-def _evaluation_order(tokens: TokenSet) -> Sequence[int]:
-    if tokens not in _orders:
-        _orders[tokens] = by_beginnings(tokens)
-    return _orders[tokens]
 
 
 def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list[int]]:

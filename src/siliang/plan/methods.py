@@ -26,7 +26,7 @@ from siliang.plan.shapes import model_config
 from siliang.plan.speed import add_times
 from siliang.records import MethodPlan, PlanRecord
 from siliang.tasks import settled, task_of
-from siliang.tasks.prepare import prepare_data
+from siliang.tasks.prepare import beginnings_note, prepare_data
 from siliang.types import ConfigError
 
 
@@ -104,7 +104,9 @@ def plan(
     most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
     collator = StepCollator(PadCollator(0), task, config.train.batch_size, most)
     known = with_data and not config.data.streaming  # a stream may hold any row of max_length
-    step = heaviest_step(config, data.train, collator, ranks) if known else synthetic_rows(config, ranks)
+    step = heaviest_step(config, data.train, collator, ranks, timed=timed) if known else synthetic_rows(config, ranks)
+    if known and len(names) == 1 and not training_only:
+        step.note = beginnings_note(config, data)
     step.windows = with_data and data.in_windows
     plan_one = partial(
         plan_method,

@@ -128,6 +128,12 @@ def _plan_config(
         generate_bytes=_bytes_of(measured, "generate", overhead),
         merge_bytes=_bytes_of(measured, "merge", overhead),
     )
+    if fake_run.shares.training:
+        if step.computed_share is not None:  # the heaviest step may share less than others
+            computed = max(sum(batch.distinct_tokens for batch in batches), 1)
+            planned.flops_per_token = measured.flops / computed * step.computed_share
+        if step.note is not None:
+            planned.notes.append(step.note)
     if fake_run.learning_bytes:  # before the first step, as loading is
         learning = planned.loaded_bytes + fake_run.learning_bytes
         planned.loading_bytes = max(planned.loading_bytes, device.process_bytes + learning)

@@ -10,13 +10,24 @@ from typing import Any
 import numpy as np
 
 from siliang.config import RunConfig
+from siliang.data.row_beginnings import row_beginnings
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import Sharing, StepCollator, distinct_tokens, in_steps, lengths_of, sequences_of
+from siliang.engine.batches import (
+    MOST_COMPARED,
+    Sharing,
+    StepCollator,
+    distinct_tokens,
+    in_steps,
+    lengths_of,
+    sequences_of,
+)
 from siliang.engine.order import Order, shares
+from siliang.language import Bilingual
 from siliang.tasks import task_of
 
 MOST_STEPS = 20_000  # steps to search, which takes seconds; later steps consist of the same rows
-MOST_READ = 200  # steps of which the tokens are read, the longest: a millisecond each
+MOST_READ = 200  # steps of which the tokens are read, the heaviest by an estimate: a millisecond each
+MEAN_OF = 40  # steps, by which the share of an epoch is known
 
 
 @dataclass
@@ -30,6 +41,8 @@ class StepRows:
         lengths: Tokens of each row of the data, or of each sequence if a row has several; None without data.
         cached_tokens: Tokens of all different rows if the run has several epochs: it may cache the outputs of its
             frozen layers.
+        computed_share: Of the tokens of an epoch, where shared beginnings are computed once; None: it is not needed.
+        note: What another order of the rows would save there; None where that is little, or was not looked for.
         windows: Long texts become windows; a shorter max_length makes more of them.
     """
 
@@ -39,6 +52,8 @@ class StepRows:
     cached_tokens: int = 0
     windows: bool = False
     sharing: list[dict[str, Any]] | None = None
+    computed_share: float | None = None
+    note: Bilingual | None = None
 
     @property
     def longest(self) -> int | None:
@@ -50,11 +65,14 @@ class StepRows:
         return 0 if self.lengths is None else int((self.lengths > max_length).sum())
 
 
-def heaviest_step(config: RunConfig, tokens: TokenSet, collator: StepCollator, ranks: int = 1) -> StepRows:
+def heaviest_step(
+    config: RunConfig, tokens: TokenSet, collator: StepCollator, ranks: int = 1, *, timed: bool = False
+) -> StepRows:
     """The run's step with the largest batch. With several ranks: the share of the rank that has this batch.
 
     Args:
         collator: Splits a step's rows into batches, as in the run.
+        timed: Find `computed_share`, too.
     """
     t, lengths = config.train, tokens.lengths
     heaviest, highest_cost = list(range(min(len(tokens), t.batch_size))), -1
@@ -67,29 +85,46 @@ def heaviest_step(config: RunConfig, tokens: TokenSet, collator: StepCollator, r
                 highest_cost, heaviest = cost, rows
     again = t.keep_frozen and ranks == 1 and t.steps(len(tokens)) > t.steps_per_epoch(len(tokens))
     cached = distinct_tokens(tokens) if again else 0
-    sharing = _heaviest_sharing(tokens, lengths, collator, steps) if t.share_beginnings else None
-    return StepRows(tokens.__getitems__(heaviest), int(lengths.sum()), tokens.sequence_lengths, cached, sharing=sharing)
+    found = StepRows(tokens.__getitems__(heaviest), int(lengths.sum()), tokens.sequence_lengths, cached)
+    if t.share_beginnings:
+        collator = replace(collator, shares=Sharing(training=True))
+        found.sharing = _heaviest_sharing(tokens, collator, steps)
+        found.computed_share = _computed_share(tokens, collator, steps) if timed else None
+    return found
 
 
-def _heaviest_sharing(
-    tokens: TokenSet, lengths: np.ndarray, collator: StepCollator, steps: list[list[int]]
-) -> list[dict[str, Any]] | None:
+def _heaviest_sharing(tokens: TokenSet, collator: StepCollator, steps: list[list[int]]) -> list[dict[str, Any]] | None:
     """The rows with the largest batch, where shared beginnings are computed once; None without steps.
 
     Args:
+        collator: Shares them.
         steps: The rows of a rank in each step.
     """
-    collator = replace(collator, shares=Sharing(training=True))
+
+    def largest(step: int) -> int:
+        return max(map(collator.cost, collator(tokens.__getitems__(steps[step]))["batches"]))
+
+    if not steps:
+        return None
+    lengths = tokens.lengths
     most = [sum(heapq.nlargest(collator.rows_at_once, lengths[rows].tolist())) for rows in steps]  # of any batch
-    heaviest, highest_cost = None, -1
-    for i in sorted(range(len(steps)), key=lambda i: -most[i])[:MOST_READ]:
-        if most[i] <= highest_cost:
-            break
-        own = tokens.__getitems__(steps[i])
-        batches = collator([dict(row) for row in own])["batches"]
-        if (cost := max(map(collator.cost, batches))) > highest_cost:
-            heaviest, highest_cost = own, cost
-    return heaviest
+    heaviest = max(range(len(steps)), key=most.__getitem__)
+    highest_cost = largest(heaviest)
+    if highest_cost < most[heaviest]:
+        about = most
+        if len(tokens) <= MOST_COMPARED:
+            about = np.minimum(most, row_beginnings(tokens).computed(steps)).tolist()
+        for i in heapq.nlargest(MOST_READ, range(len(steps)), key=about.__getitem__):
+            if most[i] > highest_cost and (cost := largest(i)) > highest_cost:
+                heaviest, highest_cost = i, cost
+    return tokens.__getitems__(steps[heaviest])
+
+
+def _computed_share(tokens: TokenSet, collator: StepCollator, steps: list[list[int]]) -> float:
+    """The share of the tokens of some steps that is computed where shared beginnings are computed once."""
+    some = [rows for rows in steps[:: -(-len(steps) // MEAN_OF) or 1] if rows]
+    batches = [batch for rows in some for batch in collator(tokens.__getitems__(rows))["batches"]]
+    return sum(map(collator.cost, batches)) / max(sum(batch.tokens for batch in batches), 1)
 
 
 def order(config: RunConfig, tokens: TokenSet) -> Iterator[list[int]]:

@@ -151,7 +151,8 @@ def step_loss(settings: EmbeddingConfig, layout: str) -> StepLoss:
         own = layout or ("text-label" if len(values[0]) == 1 else "anchor-positive")
         return of_dimensions(entries, LOSSES[loss_name(settings, own)], settings)
 
-    return StepLoss(partial(labelled_vectors, settings), loss)
+    alone = settings.loss in ("triplet", "cosine")
+    return StepLoss(partial(labelled_vectors, settings), loss, compares=not alone)
 
 
 def loss_name(settings: EmbeddingConfig, layout: str) -> str:

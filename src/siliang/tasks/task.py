@@ -75,12 +75,15 @@ class StepLoss:
             the data set, and from those of the reference model. No value may depend on another batch.
         reference: The loss also takes the values that the model gives without its adapter; they have no gradient.
         separable: The loss of each entry depends on no other entry, so that each batch is run once.
+        compares: An entry is compared with the others of its step, such as its negatives, so that it matters which
+            they are.
     """
 
     values: Callable[[Any, Batch], Tensor]
     loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
     reference: bool = False
     separable: bool = False
+    compares: bool = False
 
 
 @dataclass(frozen=True)
@@ -378,18 +381,16 @@ class Task:
         if train.label_smoothing and not smooths:
             raise ConfigError(
                 Bilingual(
-                    f"train.label_smoothing = {train.label_smoothing:g}: {self.title} does not smooth its "
-                    "labels; leave it "
-                    "at 0.",
+                    f"train.label_smoothing = {train.label_smoothing:g}: {self.title} does not smooth its labels; "
+                    "leave it at 0.",
                     f"train.label_smoothing = {train.label_smoothing:g}：{self.title} 不做标签平滑；请保持 0。",
                 )
             )
         if train.neftune_alpha is not None and self.has_encoder:
             raise ConfigError(
                 Bilingual(
-                    f"train.neftune_alpha = {train.neftune_alpha:g}: not for {self.title}, whose model embeds "
-                    "two texts; "
-                    "leave it out.",
+                    f"train.neftune_alpha = {train.neftune_alpha:g}: not for {self.title}, whose model embeds two "
+                    "texts; leave it out.",
                     f"train.neftune_alpha = {train.neftune_alpha:g}：{self.title} 的模型要嵌入两段文本，"
                     "不能使用；请去掉。",
                 )

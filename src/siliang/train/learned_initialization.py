@@ -61,8 +61,8 @@ class TrainingRows:
             yield _Rows(self, [row], learned=False)
 
     def order(self) -> list[int]:
-        """The numbers of the rows."""
-        return list(Order.of(self.config, self.data.train))
+        """The numbers of the rows. Those that begin alike are not together: the first ones stand for all."""
+        return list(Order.of(self.config, self.data.train, by_beginnings=False))
 
     def batches_of(self, rows: list[int]) -> list[Batch]:
         """Rows, padded."""

@@ -10,11 +10,12 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from siliang.data.collate import PadCollator
+from siliang.data.row_beginnings import row_beginnings
 from siliang.distributed import deepspeed
 from siliang.distributed.sharding import ignore_frozen_in_ddp, is_sharded
 from siliang.engine.batches import EVERYWHERE, SEPARATE, StepCollator, distinct_tokens, most_tokens
 from siliang.engine.step import Engine
-from siliang.language import local
+from siliang.language import Bilingual, local
 from siliang.train.optimizer import OPTIMIZERS
 from siliang.train.types import Run
 
@@ -46,8 +47,25 @@ def make_engine(run: Run) -> Engine:
     )
     for note in engine.notes:
         run.listener.say(f"           {local(note)}")
+    if t.group_by_beginnings and (note := _without_effect(run, engine)) is not None:
+        run.listener.say(f"           {local(note)}")
     run.model.config.use_cache = False  # keys and values of earlier tokens are of no use in training
     return engine
+
+
+def _without_effect(run: Run, engine: Engine) -> Bilingual | None:
+    """Why grouping by beginnings saves nothing; None if it does."""
+    if not engine.shares.training:
+        return Bilingual(
+            "train.group_by_beginnings saves nothing: training computes each row by itself",
+            "train.group_by_beginnings 不会减少计算：训练时每条样本各自计算",
+        )
+    if run.stream is None and not row_beginnings(run.train_set).worth:
+        return Bilingual(
+            "train.group_by_beginnings has no effect: the rows have too little in common at their beginning",
+            "train.group_by_beginnings 不起作用：样本开头相同的部分太少",
+        )
+    return None
 
 
 def make_collator(run: Run, engine: Engine) -> StepCollator:
