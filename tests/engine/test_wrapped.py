@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from siliang import BOFTConfig, LoraConfig, OFTConfig, TaskType, get_peft_model
+from siliang import BOFTConfig, LoraConfig, OFTConfig, TaskType, TrainableTokensConfig, get_peft_model
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import average_gradients
 from siliang.engine.batches import StepCollator
@@ -119,5 +119,21 @@ def test_under_torchs_first_fsdp_adapters_compute_too(config: Any) -> None:
         expected = model(x)
         with model.disable_adapter():
             assert not torch.allclose(model(x), expected)
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        assert torch.equal(wrapped(x), expected)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:FSDP")
+def test_under_torchs_first_fsdp_trained_rows_of_a_table() -> None:
+    torch.manual_seed(0)
+    table = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 4))
+    model: Any = get_peft_model(table, TrainableTokensConfig(target_modules=["0"], token_indices=[1, 3])).eval()
+    x = torch.tensor([[0, 1, 2, 3]])
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+        expected = model(x)
         wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
         assert torch.equal(wrapped(x), expected)

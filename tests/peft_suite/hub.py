@@ -54,7 +54,7 @@ MAMBA = {"vocab_size": 1024, "hidden_size": 16, "num_hidden_layers": 2, "state_s
 NEMOTRON = GROUPED | {"layer_types": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 8}
 NEMOTRON |= {"ssm_state_size": 8, "n_groups": 1}
 WHISPER = BOTH_SIDES | {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "pad_token_id": 0, "decoder_start_token_id": 1}
-RESNET = {"embedding_size": 10, "hidden_sizes": [10, 20, 30, 40], "depths": [1, 1, 2, 1]}
+RESNET = {"embedding_size": 10, "hidden_sizes": [10, 20, 30, 40], "depths": [1, 1, 2, 1], "num_labels": 3}
 LLAVA = {
     "text_config": GROUPED | {"model_type": "llama", "vocab_size": 32064},
     "vision_config": VISION | {"model_type": "clip_vision_model", "image_size": 30, "patch_size": 6},
