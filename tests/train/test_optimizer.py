@@ -78,7 +78,8 @@ def test_the_learning_rates_are_the_trainers(name: str, warmup: float, tmp_path:
     trainer.create_optimizer_and_scheduler(steps)
     assert trainer.lr_scheduler is not None and trainer.optimizer is not None
     optimizer = our_optimizer(model)
-    schedule = make_schedule(optimizer, name, warmup_fraction=warmup, steps=steps)
+    peak = float(optimizer.defaults["lr"])
+    schedule = make_schedule(optimizer, name, peak=peak, warmup_fraction=warmup, steps=steps)
     for _ in range(steps):
         assert schedule.get_last_lr()[0] == trainer.lr_scheduler.get_last_lr()[0]
         for o, s in ((optimizer, schedule), (trainer.optimizer, trainer.lr_scheduler)):

@@ -166,7 +166,9 @@ class Training:
                 self.model, self.optimizer = accelerator.prepare(run.model, optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(run.model, optimizer)
-        self.schedule = make_schedule(self.optimizer, t.schedule, warmup_fraction=t.warmup_fraction, steps=run.steps)
+        self.schedule = make_schedule(
+            self.optimizer, t.schedule, peak=rate, warmup_fraction=t.warmup_fraction, steps=run.steps
+        )
 
     # ---- the steps ----
 

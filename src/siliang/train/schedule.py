@@ -100,13 +100,13 @@ SCHEDULES: dict[str, Callable[[ScheduleSpan, int], float]] = {
 }
 
 
-def make_schedule(optimizer: Optimizer, name: str, *, warmup_fraction: float, steps: int) -> LRScheduler:
+def make_schedule(optimizer: Optimizer, name: str, *, peak: float, warmup_fraction: float, steps: int) -> LRScheduler:
     """The learning rate rises from zero over the first steps, then falls as `name` says.
 
     Args:
+        peak: The highest rate; DeepSpeed's optimizers do not say it.
         warmup_fraction: Share of `steps` in which it rises.
     """
-    peak = float(optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
     span = ScheduleSpan(math.ceil(steps * warmup_fraction), steps, peak)
     return LambdaLR(optimizer, partial(_factor, SCHEDULES[name], span))
 
