@@ -148,6 +148,29 @@ def test_labels_that_may_be_one_number_or_three(tmp_path: Path) -> None:
     assert named.code in (0, None) and "label_separator is set" in " ".join(f"{named.out} {named.err}".split())
 
 
+def test_labels_that_depend_on_the_length_are_trained_in_random_order(tmp_path: Path) -> None:
+    """The run says why; with the setting, and with other labels, it has nothing to say."""
+    models = make_models(tmp_path)
+    texts = [" ".join([WORDS[i % 20]] * (2 + (5 * i) % 17)) for i in range(160)]
+
+    def said(name: str, labels: list[str], *more: str) -> str:
+        rows = [
+            {"text": f"{text} {i}", "label": label} for i, (text, label) in enumerate(zip(texts, labels, strict=True))
+        ]
+        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        words = ("--model", models["seq_cls"], "--data", data, "--task", "seq_cls", "--output", tmp_path / name)
+        ended = run("train", *words, "--set", "train.max_steps=1", "--set", "train.batch_size=4", *more)
+        assert ended.code in (0, None), ended
+        return " ".join(ended.out.split())
+
+    by_length = ["long" if len(text.split()) > 9 else "short" for text in texts]
+    assert re.search(
+        r"order random: with rows of similar length .* labels would vary [34]\.\d times", said("a", by_length)
+    )
+    assert "order random" not in said("b", by_length, "--set", "train.group_by_length=true")
+    assert "order random" not in said("c", [f"{(i // 3) % 2}" for i in range(160)])
+
+
 # ---- losses ----
 
 torch.manual_seed(0)

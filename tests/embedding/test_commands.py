@@ -70,6 +70,55 @@ def test_every_command(case: str, models: dict[str, Path], tmp_path: Path) -> No
     assert isinstance(pair["similarity" if task == "embedding" else "score"], float)
 
 
+def as_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of columns as ms-swift 4 writes it."""
+
+    def turns(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    first, second = (row.get(a, row.get(b)) for a, b in (("sentence1", "query"), ("sentence2", "pos")))
+    positives = [second] if isinstance(second, str) else second
+    found: dict[str, Any] = {
+        "messages": turns(str(first)),
+        "positive_messages": [turns(text) for text in positives or []],
+    }
+    found |= {"negative_messages": [turns(text) for text in row["neg"]]} if "neg" in row else {}
+    return found | ({"label": row["score"]} if "score" in row else {})
+
+
+@pytest.mark.parametrize(
+    ("case", "task"), [("reranked", "embedding"), ("scored", "embedding"), ("reranked", "reranker")]
+)
+def test_messages_are_learned_as_columns_are(case: str, task: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """The same bits, metrics and predictions."""
+    plain = rows(case, 16)
+    for name, own in (("columns", plain), ("messages", [as_messages(row) for row in plain])):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", own)
+        words = ["--model", models["seq_cls"], "--data", data, "--task", task, "--output", tmp_path / name]
+        values = ("data.max_length=24", "data.test_size=0.25", "train.max_steps=2", "train.batch_size=4")
+        done("train", *words, *(word for value in values for word in ("--set", value)))
+        if "score" not in plain[0]:
+            done("predict", tmp_path / name, "--data", data, "--output", tmp_path / f"{name}-found.jsonl")
+    runs = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("columns", "messages")]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert Record.read(tmp_path / "columns").final == Record.read(tmp_path / "messages").final
+    if "score" not in plain[0]:
+        found = [(tmp_path / f"{name}-found.jsonl").read_text().splitlines() for name in ("columns", "messages")]
+        of = [[{k: v for k, v in json.loads(line).items() if k.startswith("predicted")} for line in f] for f in found]
+        assert of[0] == of[1] and len(of[0]) == 16
+
+
+def test_a_prompt_of_each_row_is_not_lost_without_a_word(models: dict[str, Path], tmp_path: Path) -> None:
+    """FlagEmbedding's column `prompt`, also where it is the same in all rows."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [row | {"prompt": "find the film :"} for row in rows("reranked", 16)])
+    for task, words in (
+        ("embedding", "is embedding.query_prompt; where it differs"),
+        ("reranker", "write it in front of"),
+    ):
+        said = done("check", "--model", models["seq_cls"], "--data", data, "--task", task)
+        assert "SL036" in said and words in " ".join(said.split()), said
+
+
 def test_a_comparison(models: dict[str, Path], tmp_path: Path) -> None:
     """Its table and page have the metric of the rows."""
     given = settings("scored", models, tmp_path, "train.max_steps=2")
