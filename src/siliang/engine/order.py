@@ -18,7 +18,7 @@ from siliang.data.tokens import TokenSet
 from siliang.engine.batches import MOST_COMPARED, StepCollator, in_steps
 from siliang.tasks import TASKS
 
-MOST_EFFECT = 0.5  # above 1, of steps of similar length on their labels
+MOST_EFFECT = 1.5  # above 1, of steps of similar length on their labels
 MOST_SAMPLED = 10_000  # rows by which that is judged
 SPREAD = 0.1  # of a length, by which rows of like length are in another order each epoch
 
