@@ -17,6 +17,8 @@ from bench.workloads import Library
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".venv-peers"
+# oneDNN's defaults: siliang, whose functions read the peers' rows and weights, would bound them for its own runs
+KERNEL_CACHES = {"LRU_CACHE_CAPACITY": "1024", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
 
 
 @dataclass(frozen=True)

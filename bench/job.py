@@ -25,8 +25,10 @@ def run_job(path: Path, scratch: Path, started: float) -> None:
     import torch
 
     from bench.record import Measurement
+    from siliang.environment import bound_kernel_caches
 
     found = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
+    bound_kernel_caches()  # as the command does; peers have their own number in the environment
     if found.job.smoke:
         torch.set_num_threads(1)  # work so small is only held up by threads that wait for each other
         gc.freeze()  # and by looking through all that was imported, each time that garbage is collected

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.environments import ENVIRONMENTS, ROOT, python_of, variables, versions_in
+from bench.environments import ENVIRONMENTS, KERNEL_CACHES, ROOT, python_of, variables, versions_in
 from bench.folders import make_ready
 from bench.record import NAMES, Job, Measurement, Setting, code_sha256, instructions, read_records
 from bench.settings import DEFAULT, Tried, chosen, search, trains
@@ -221,6 +221,8 @@ class Bench:
         first = environment.first if environment else ()
         # a first run each time: siliang keeps plans and tokens
         variables_of_job = variables() | {"SILIANG_CACHE": str(self.scratch / f"{job.name}-cache")}
+        if job.library != "siliang":
+            variables_of_job |= KERNEL_CACHES
         if job.library == "unsloth":
             from bench.unsloth_settings import variables_of
 

@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 from siliang.data.example import Example
 from siliang.data.json_stream import half_a_character
+from siliang.environment import bound_kernel_caches
 from siliang.language import Bilingual, local
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, DataError
@@ -18,10 +19,12 @@ R = TypeVar("R")
 
 
 def quietly(function: Callable[P, R]) -> Callable[P, R]:
-    """The function without transformers' progress bars and notices, which are as they were when it ends."""
+    """The function as the command runs it: with oneDNN's caches of kernels bounded, and without transformers' progress
+    bars and notices, which are as they were when it ends."""
 
     @wraps(function)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound_kernel_caches()
         from transformers.utils import logging
 
         bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
