@@ -10,11 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported; it would retry for minutes
 
 from forking import stand_in
 from tiny import SHARED, WORDS, make, word_tokenizer, write_jsonl
+
+# the same examples in every run, so that a failure is the change's; --hypothesis-profile=random looks for new ones
+settings.register_profile("random", derandomize=False)
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)
