@@ -60,7 +60,7 @@ class RowBeginnings:
             seen[whole] += 1
             first, *others = (_hashes(ids) for ids in row)
             blocks.append(first)
-            saved.append(BLOCK * sum(_alike(first, other) for other in others))
+            saved.append(BLOCK * sum(common_tokens(first.tobytes(), x.tobytes(), HASH.itemsize) for x in others))
         keys = [part.astype(HASH).tobytes() for part in blocks]
         order = sorted(range(len(keys)), key=keys.__getitem__)
         common = np.zeros(len(keys), np.int64)
@@ -194,10 +194,3 @@ def _hashes(ids: np.ndarray) -> np.ndarray:
     """The hash of each whole block."""
     blocks = len(ids) // BLOCK
     return ids[: blocks * BLOCK].reshape(blocks, BLOCK) @ FACTORS
-
-
-def _alike(one: np.ndarray, other: np.ndarray) -> int:
-    """The blocks with which both begin."""
-    n = min(len(one), len(other))
-    differing = np.flatnonzero(one[:n] != other[:n])
-    return int(differing[0]) if len(differing) else n

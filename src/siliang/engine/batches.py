@@ -73,8 +73,8 @@ class StepCollator:
     Attributes:
         rows_at_once: The maximum number of rows of a batch. The sequences of a row stay together.
         tokens_at_once: The maximum number of tokens of a batch, padding included; None for no limit. A longer row is
-            a separate batch. A batch of rows that share their beginnings may have about 3% more: its own tree
-            leaves out spans that save too little without the rows of other batches.
+            a separate batch. A batch of rows that share their beginnings may have about a ninth more: without the
+            rows of other batches its own tree may save too little.
         packed: The batches are run without padding.
         shares: Whether shared beginnings are computed once.
     """

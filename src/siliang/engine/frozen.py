@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 
 from siliang.data.cache import cache_folder
 from siliang.engine.budget import MemoryBudget
-from siliang.engine.graph import leaves_of
 from siliang.engine.patches import Undo, replace_forward
 from siliang.engine.randomness import draws_on_fake, find_randomness
 from siliang.language import Bilingual, local
 from siliang.models.introspect import backbone, named_arguments, parameters_of
+from siliang.ops.graph import leaves_of
 from siliang.ops.layout import Layout
 
 DISK_SHARE = 0.25  # share of the free disk space

@@ -25,10 +25,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from siliang.engine.graph import leaves_of
 from siliang.engine.patches import patched
 from siliang.methods.batch_rows import BatchRows
 from siliang.models.introspect import is_linear, unwrapped
+from siliang.ops.graph import leaves_of
 from siliang.ops.layout import Layout
 from siliang.ops.read_attention import AtAttentionError, FirstLayout, FirstPass, ReadLayout
 

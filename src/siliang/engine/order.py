@@ -107,14 +107,17 @@ def groups_by_length(config: RunConfig, tokens: TokenSet) -> bool:
     A mean over tokens would weigh the tokens of short rows more. Where the labels depend on the length, the rows of a
     step would have nearly the same labels, and less would be learned.
     """
-    t = config.train
-    if t.group_by_length is not None:
-        return t.group_by_length
-    if not TASKS[config.task].counts_rows:
-        return False
-    steps = max(min(len(tokens), MOST_SAMPLED) // t.rows_per_step, 1)
+    if (wanted := config.train.group_by_length) is not None:
+        return wanted
+    return TASKS[config.task].counts_rows and harmful_effect(tokens, config.train.rows_per_step) is None
+
+
+def harmful_effect(tokens: TokenSet, step: int) -> float | None:
+    """The design effect of steps of similar length where that is too much; None where it is not."""
+    steps = max(min(len(tokens), MOST_SAMPLED) // step, 1)
     by_chance = 3 * (2 / steps) ** 0.5  # three standard deviations of the effect where there is none
-    return design_effect(tokens, t.rows_per_step) <= 1 + max(MOST_EFFECT, by_chance)
+    effect = design_effect(tokens, step)
+    return effect if effect > 1 + max(MOST_EFFECT, by_chance) else None
 
 
 def design_effect(tokens: TokenSet, step: int) -> float:

@@ -72,12 +72,8 @@ def move_experts(model: nn.Module, config: LoraConfig) -> None:
     try:
         _retarget(model, config, chosen, rest)
     except ConfigError as error:
-        raise ConfigError(
-            Bilingual(
-                f"target_modules: {_place(chosen[0])}. {error}",
-                f"target_modules 中，{_place(chosen[0]).zh}。{local(message_of(error), 'zh')}",
-            )
-        ) from None
+        reason = _why_not(chosen[0], error)
+        raise ConfigError(Bilingual(f"target_modules: {reason}", f"target_modules 中，{reason.zh}")) from None
 
 
 # ---- a file ----
@@ -117,12 +113,8 @@ def by_present_names(
     try:
         _retarget(model, config, chosen, rest)
     except ConfigError as error:
-        raise AdapterError(
-            Bilingual(
-                f"{source}: {_place(chosen[0])}. {error}",
-                f"{source}：{_place(chosen[0]).zh}。{local(message_of(error), 'zh')}",
-            )
-        ) from None
+        reason = _why_not(chosen[0], error)
+        raise AdapterError(Bilingual(f"{source}: {reason}", f"{source}：{reason.zh}")) from None
     return config, _as_parameters(tensors, chosen, source)
 
 
@@ -163,10 +155,11 @@ def _end(layer: FormerLayer) -> str:
     return ".".join(layer.path.split(".")[-3:])
 
 
-def _place(layer: FormerLayer) -> Bilingual:
+def _why_not(layer: FormerLayer, error: ConfigError) -> Bilingual:
+    """Why an adapter cannot be on the parameter that has a layer now."""
     return Bilingual(
-        f"{_end(layer)} is a part of {layer.parameter} in this model",
-        f"{_end(layer)} 在这个模型中属于参数 {layer.parameter}",
+        f"{_end(layer)} is a part of {layer.parameter} in this model. {error}",
+        f"{_end(layer)} 在这个模型中属于参数 {layer.parameter}。{local(message_of(error), 'zh')}",
     )
 
 

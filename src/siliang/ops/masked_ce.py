@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from siliang.ops.context import Context, DtypeContext
+from siliang.ops.graph import leaves_of
 from siliang.ops.place import kind_of
 from siliang.ops.stored import plain
 
@@ -270,18 +271,8 @@ def _try_head(head: nn.Module, hidden_ND: Tensor, own: list[nn.Parameter]) -> tu
         out = head(hidden_ND[:1].detach())
     if any(isinstance(p, DTensor) for p in own):  # FSDP puts gathered tensors in their place: they are not other ones
         return out.shape[-1], list(own)
-    known, others = {id(p) for p in own}, list[Tensor]()
-    nodes, seen = [out.grad_fn], set[object]()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            known.add(id(leaf))
-            others.append(leaf)
-        nodes += [following for following, _ in node.next_functions]
+    known = {id(p) for p in own}
+    others = [leaf for leaf in leaves_of(out) if id(leaf) not in known]
     return out.shape[-1], [*own, *others]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from siliang.config import RunConfig
 from siliang.data.prepared import PreparedData
 from siliang.data.tokens import TokenSet
-from siliang.engine.order import design_effect, groups_by_length
+from siliang.engine.order import harmful_effect
 from siliang.hardware import Choice
 from siliang.language import both, local
 from siliang.methods import Method
@@ -50,9 +50,9 @@ def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
 
 def say_order(config: RunConfig, tokens: TokenSet, say: Callable[[str], None]) -> None:
     """Why rows of similar length are not trained together, where that is usual."""
-    usual = task_of(config).counts_rows and config.train.group_by_length is None
-    if usual and not groups_by_length(config, tokens):
-        n = design_effect(tokens, config.train.rows_per_step)
+    if not task_of(config).counts_rows or config.train.group_by_length is not None:
+        return
+    if (n := harmful_effect(tokens, config.train.rows_per_step)) is not None:
         say(
             both(
                 f"order      random: with rows of similar length in a step, labels would vary {n:.1f} times as much, "
