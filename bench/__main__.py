@@ -49,9 +49,7 @@ def main() -> int:
     if not options.smoke and not SHARED.is_dir():
         print(f"bench: the data of the workloads is not at {SHARED}. --smoke needs none.", file=sys.stderr)
         return 2
-    peers: list[Library] = options.peers or (
-        ["peft", "trl"] if options.smoke or options.gpu else ["peft", "trl", "unsloth"]
-    )
+    peers: list[Library] = options.peers or (["peft", "trl"] if options.smoke else ["peft", "trl", "unsloth"])
     for peer in peers:
         if reason := why_missing(peer):
             print(f"bench: {peer} is left out: {reason}")
@@ -143,9 +141,7 @@ def _options() -> argparse.Namespace:
         help=f"of {', '.join(WORKLOADS)}; default: all of the device",
     )
     parser.add_argument("--methods", nargs="+", metavar="M", help="only these of the workloads' methods")
-    parser.add_argument(
-        "--peers", nargs="+", choices=("peft", "trl", *OWN), help="default: peft trl unsloth; on CUDA peft trl"
-    )
+    parser.add_argument("--peers", nargs="+", choices=("peft", "trl", *OWN), help="default: peft trl unsloth")
     parser.add_argument(
         "--pin", action="append", type=_pin, default=[], metavar="PEER: SETTING", help="no search for this peer"
     )

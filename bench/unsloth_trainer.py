@@ -17,6 +17,8 @@ from bench.workloads import Method
 from siliang.config import RunConfig
 from siliang.data.prepared import PreparedData
 
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a block of Llama
+
 
 def unsloth_trainer(config: RunConfig, method: Method, job: Job, data: PreparedData, folder: Path) -> Trainer:
     """Its SFTTrainer, without gradient checkpointing: the peer is the fastest setting.
@@ -39,8 +41,8 @@ def unsloth_trainer(config: RunConfig, method: Method, job: Job, data: PreparedD
         use_gradient_checkpointing=False,
     )
     values = dict(method.arguments)
-    if values["target_modules"] == "all-linear":
-        values["target_modules"] = None  # its default: the seven of a block
+    if values["target_modules"] == "all-linear":  # which Unsloth's models for text do not know on every device
+        values["target_modules"] = LINEAR_LAYERS
     model = kind.get_peft_model(model, **values, use_gradient_checkpointing=False)
     return sft_trainer(model, config, job, data, folder)
 

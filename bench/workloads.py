@@ -117,7 +117,7 @@ _NOT_FLAT = (
     "2.13 for CPUs"
 )
 _PAIRS: Layouts = {"trl": ("padded", "grouped")}
-_GPU: Layouts = {"peft": ("padded", "grouped", "flat"), "trl": ("padded", "flat")}
+_GPU: Layouts = {"peft": ("padded", "grouped", "flat"), "trl": ("padded", "flat"), "unsloth": ("padded", "flat")}
 _PROMPT = {"num_virtual_tokens": VIRTUAL_TOKENS}
 _ON_GPU = (_lora("lora", 16, "all-linear"), _lora("qlora", 16, "all-linear", quantized=True))
 _GPU_TARGETS = (Target(2.0, 0.4, against="flat"), Target(4.0, against="padded"))
@@ -223,7 +223,6 @@ WORKLOADS: dict[str, Workload] = {
                 _GPU,
                 rows=3072,
                 batch=48,  # of 87 tokens each: 4k a step
-                excluded="Unsloth is not measured",
             )
             for size, shape in (("1b", "Llama-3.2-1B"), ("3b", "Llama-3.2-3B"), ("7b", "Llama-2-7B"))
         ),

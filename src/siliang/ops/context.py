@@ -26,10 +26,11 @@ class ScaledContext(Context, Protocol):
 
 
 class LoraContext(ScaledContext, Protocol):
-    """Of `lora_linear`: also the probability of dropout, and the dtype of the bias."""
+    """Of `lora_linear`: also the probability of dropout, and the dtypes of the bias and of A and B."""
 
     p: float
     bias: torch.dtype | None
+    factors: tuple[torch.dtype, torch.dtype]
 
 
 class DtypeContext(Context, Protocol):

@@ -27,7 +27,7 @@ def sdpa(
 ) -> Tensor:
     """torch's own; the mask is as that of `scaled_dot_product_attention`."""
     on_cuda, grouped = q.device.type == "cuda", q.shape[1] != k.shape[1]
-    if grouped and not on_cuda:
+    if grouped and not (mask is None and _has_flash(q)):  # the only kernel that takes fewer keys than queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         grouped = False
     with sdpa_kernel(SDPA_ON_CUDA) if on_cuda else nullcontext():
@@ -76,13 +76,16 @@ def products(
     return torch.bmm(p.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (S, H))
 
 
+def _has_flash(q: Tensor) -> bool:
+    """Whether CUDA's flash attention takes `q`."""
+    on_cuda, half = q.device.type == "cuda", q.dtype in (torch.float16, torch.bfloat16)
+    return on_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
 def has_varlen(q: Tensor) -> bool:
     """Whether flash attention of unlike lengths takes `q`: on CUDA, or on fake tensors of a plan for CUDA."""
-    if kind_of(q) != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return False
-    return (q.device.type == "cuda" or isinstance(q, FakeTensor)) and why_missing(VARLEN) is None
+    planned = isinstance(q, FakeTensor) and kind_of(q) == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
+    return (planned or _has_flash(q)) and why_missing(VARLEN) is None
 
 
 def varlen(

@@ -2,8 +2,8 @@
 
     y' = y + s (m * x) A^T B^T + s b        m: dropout's mask, 1/(1-p) or 0
 
-Saved are x (which q, k and v share when they read the same), A x^T, and one byte for each element of a mask. The
-products of which one side is the rank are laid out for the device: see `_thin`.
+Saved are x (which q, k and v share when they read the same), A x^T, A and B in the format of the products, and one byte
+for each element of a mask. The products of which one side is the rank are laid out for the device: see `_thin`.
 
 Shapes: T tokens (any leading dimensions), I features in, O features out, R rank.
 """
@@ -99,8 +99,9 @@ class _LoraLinear(torch.autograd.Function):
                 y = torch.addmm(y, Ax_RT.T, B_RO, alpha=s)
             else:
                 y = torch.add(y, torch.addmm(bias_O.to(dtype), Ax_RT.T, B_RO), alpha=s)
-        ctx.save_for_backward(x_TI, Ax_RT, mask_TI, A_RI, B_OR)
+        ctx.save_for_backward(x_TI, Ax_RT, mask_TI, A, B)
         ctx.s, ctx.p, ctx.bias = s, dropout_p, None if bias_O is None else bias_O.dtype
+        ctx.factors = A_RI.dtype, B_OR.dtype
         return y.view_as(y_TO)
 
     @staticmethod
@@ -111,13 +112,13 @@ class _LoraLinear(torch.autograd.Function):
         dx = dA = dB = db = None
         with torch.autocast(dy_TO.device.type, enabled=False):
             dy, x = dy_TO.reshape(-1, dy_TO.shape[-1]), x_TI.reshape(-1, x_TI.shape[-1])
-            Bdy_RT = _thin(B_OR.to(dtype).T, dy).mul_(s)
+            Bdy_RT = _thin(B_OR.T, dy).mul_(s)
             if needs[1]:
-                dx = _masked(Bdy_RT.T @ A_RI.to(dtype), mask_TI, ctx.p).to(x_TI.dtype).view_as(x_TI)
+                dx = _masked(Bdy_RT.T @ A_RI, mask_TI, ctx.p).to(x_TI.dtype).view_as(x_TI)
             if needs[2]:
-                dA = (Bdy_RT @ _masked(x.to(dtype), mask_TI, ctx.p)).to(A_RI.dtype)
+                dA = _product(Bdy_RT, _masked(x.to(dtype), mask_TI, ctx.p), ctx.factors[0])
             if needs[3]:
-                dB = (Ax_RT @ dy).mul_(s).T.to(B_OR.dtype)
+                dB = _thin_gradient(Ax_RT, dy, ctx.factors[1]).mul_(s)
             if needs[4]:
                 db = (s * dy.sum(0, dtype=torch.float32)).to(ctx.bias)
         return dy_TO, dx, dA, dB, db, None, None
@@ -127,6 +128,19 @@ def _thin(A_RI: Tensor, x_TI: Tensor) -> Tensor:
     """A x^T, (R, T). On a CPU it has R rows in memory, where that is up to twice as fast as so few columns; elsewhere T
     rows, because those of T elements would begin at odd addresses, which the fast kernels of CUDA refuse."""
     return A_RI @ x_TI.T if kind_of(x_TI) == "cpu" else (x_TI @ A_RI.T).T
+
+
+def _thin_gradient(Ax_RT: Tensor, dy_TO: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy^T (A x^T)^T, (O, R), each factor as `_thin` has laid it out."""
+    return (Ax_RT @ dy_TO).T.to(dtype) if kind_of(dy_TO) == "cpu" else _product(dy_TO.T, Ax_RT.T, dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in this format. CUDA's products of half precision add up in fp32, and can be had before they are rounded."""
+    half = a.dtype in (torch.bfloat16, torch.float16)
+    if a.device.type == "cuda" and torch.version.hip is None and half and dtype is torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def _masked(x_TI: Tensor, mask_TI: Tensor | None, dropout_p: float) -> Tensor:
