@@ -13,9 +13,10 @@ import torch
 from commands import refused, run
 from every_task import configured, make_models
 from tiny import write_jsonl
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from siliang.data.messages import Conversation, Message
+from siliang.engine.one_answer import without_padding
 from siliang.run_folder import OpenedRun, open_run
 from siliang.train.run import train
 from siliang.types import ConfigError, DataError, InterruptedRunError
@@ -23,7 +24,7 @@ from siliang.use import predict_file as module
 from siliang.use.asked_rows import read_asked
 from siliang.use.generate import generate, write_texts
 from siliang.use.predict_file import predict_file
-from siliang.use.sampling import RepetitionPenalty, Sampling
+from siliang.use.sampling import Sampling
 
 TASKS = ("causal_lm", "seq_2_seq_lm")
 QUESTIONS = ["one", "two three", "one two three", "no", "is it good", "one two"]
@@ -108,8 +109,27 @@ def test_greedy_is_generates_own(opened: dict[str, OpenedRun]) -> None:
     ids = torch.tensor([[5, 6, 7]])
     common: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
     wanted = own.model.generate(input_ids=ids, repetition_penalty=1.4, **common)
-    ours = LogitsProcessorList([RepetitionPenalty(1.4, torch.ones_like(ids))])
-    assert own.model.generate(input_ids=ids, logits_processor=ours, **common).tolist() == wanted.tolist()
+    ours = without_padding(own.model, torch.ones_like(ids), 1.4)
+    assert own.model.generate(input_ids=ids, **ours, **common).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("own", [{"repetition_penalty": 1.5}, {"use_cache": False}], ids=str)
+def test_the_models_own_settings(opened: dict[str, OpenedRun], task: str, own: dict[str, Any]) -> None:
+    """Its penalty leaves the padding out, and a text is the same alone and in any batch; a cache is kept anyhow."""
+    run, same_start = opened[task], asked(*(f"{'one two three ' * 8}{word}" for word in ("one", "two three", "four")))
+    settings = run.model.generation_config
+    before = {name: getattr(settings, name) for name in own}
+    for name, value in own.items():
+        setattr(settings, name, value)
+    try:
+        found = [write_texts(run, same_start, Sampling(8), batch_size=size) for size in (1, 2, 3)]
+        assert found[0] == found[1] == found[2]
+        if "repetition_penalty" in own and task == "causal_lm":
+            assert found[0] == write_texts(run, same_start, Sampling(8, repetition_penalty=1.5), batch_size=3)
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
 
 
 def test_a_text_ends_exactly_in_front_of_a_stop_word(opened: dict[str, OpenedRun]) -> None:

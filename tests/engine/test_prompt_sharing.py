@@ -18,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -26,10 +28,12 @@ from transformers import (
     MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 import siliang
-from siliang.engine.prompt_sharing import base_of, batches_of, beginning_once, find_prompt_sharing
+from siliang.engine.prompt_sharing import base_of, batches_of, beginning_once, find_prompt_sharing, with_common
 from siliang.engine.prompts import common_beginning, padded_prompts, prompt_batches
 from siliang.memory.track import Tracker
 from siliang.methods import METHODS
@@ -79,6 +83,9 @@ def family(name: str) -> Any:
             model = MambaForCausalLM(
                 MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
             )
+        case "phi3":
+            sizes = SHAPE | {"max_position_embeddings": 4096}
+            model = Phi3ForCausalLM(Phi3Config(**sizes, pad_token_id=0, original_max_position_embeddings=4096))
         case "t5":
             model = make("t5")
         case _:
@@ -141,10 +148,12 @@ def with_method(model: Any, config: Any) -> Any:
 # ---- models ----
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "wide mistral", "wide gemma2", "opt", "falcon"])
+# the window of mistral is shorter than the prompts
+SHARING = [*(name for name in FAMILIES if name != "mistral"), "wide mistral", "wide gemma2", "opt", "falcon", "phi3"]
+
+
+@pytest.mark.parametrize("name", SHARING)
 def test_families(name: str) -> None:
-    if name == "mistral":  # its window is shorter than the prompts
-        return
     assert_shares(family(name), prompts_behind(35))
 
 
@@ -166,6 +175,49 @@ def test_a_window_that_is_wide_enough_for_some() -> None:
     assert_shares(model, prompts_behind(50, (10, 3, 5)))
     (batch,) = batches_of(model, dict(enumerate(prompts_behind(50, (11, 3, 5)))), 8, NEW, pad=0)
     assert batch.common == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+        ("phi3", {}),
+    ],
+)
+@pytest.mark.parametrize("lengths", [(5, 3, 1), (6, 3, 1), (30, 3, 1)])
+def test_rotations_that_depend_on_the_length(name: str, settings: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    """Beyond 44 tokens, new ones included; in between the cache of Phi-3 is dropped."""
+    torch.manual_seed(0)
+    if name == "llama":
+        model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE | {"max_position_embeddings": 44}, **settings)).eval()
+        model.generation_config.eos_token_id = None
+    else:
+        model = family("phi3")
+        model.config.original_max_position_embeddings = 44
+    prompts = prompts_behind(35, lengths)
+    (batch,) = batches_of(model, dict(enumerate(prompts)), 8, NEW, pad=0)
+    assert batch.common == (35 if 35 + lengths[0] + NEW <= 44 else 0)
+    if batch.common or name == "llama":  # Phi-3 counts the padding, with or without a shared beginning
+        assert together(model, prompts[:1])[0] == alone(model, prompts[:1])
+    if batch.common:
+        assert_shares(model, prompts)
+
+
+def test_a_model_that_loses_the_shared_keys_writes_separate_rows() -> None:
+    """Its trial was too short to show it."""
+    model, prompts = family("phi3"), prompts_behind(35)
+    (batch,) = batches_of(model, dict(enumerate(prompts)), 8, NEW, pad=0)
+    model.config.original_max_position_embeddings = 20
+    written: list[int] = []
+
+    def write(common: int) -> list[str]:
+        written.append(common)
+        inputs = padded_prompts([prompts[i] for i in batch.numbers], 0, left=True, common=common)
+        with torch.no_grad(), beginning_once(model, common):
+            found = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        return [str(ids) for ids in found[:, -NEW:].tolist()]
+
+    assert len(with_common(write, batch.common)) == 3 and written == [35, 0]
 
 
 @pytest.mark.parametrize(("name", "value"), [("no_repeat_ngram_size", 2), ("bad_words_ids", [[7, 8]])])

@@ -1,8 +1,13 @@
-"""What a model's own generation_config may ask of `generate`: one plain answer, with a limited search."""
+"""What a model's own generation_config may ask of `generate`: one plain answer, with a limited search, that does not
+depend on the padding."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from siliang.language import Bilingual
 from siliang.secrets import short_repr
@@ -57,3 +62,39 @@ def check_beams(model: Any, name: str) -> int:
             )
         )
     return beams
+
+
+class RepetitionPenalty(LogitsProcessor):
+    """Lowers the scores of the tokens that each text has already, without its padding (arXiv:1909.05858)."""
+
+    def __init__(self, penalty: float, real: Tensor) -> None:
+        """
+        Args:
+            real: The attention mask of the prompts, (B, T); empty for an encoder's.
+        """
+        self._penalty, self._real = penalty, real
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen = torch.zeros_like(scores, dtype=torch.bool)
+        beams, prompt = len(input_ids) // len(self._real), self._real.shape[1]
+        for i, ids in enumerate(input_ids):
+            seen[i, torch.cat([ids[:prompt][self._real[i // beams].bool()], ids[prompt:]])] = True
+        lowered = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
+        return torch.where(seen, lowered, scores)
+
+
+def without_padding(model: Any, mask_BT: Tensor, penalty: float | None = None) -> dict[str, Any]:
+    """Settings of generate in which a repetition penalty leaves the padding out. transformers' own lowers the token
+    that pads, which is often the one that ends a text.
+
+    Args:
+        mask_BT: The attention mask of a decoder's prompts; (B, 0) for an encoder-decoder.
+        penalty: None for the model's own.
+    """
+    penalty = penalty if penalty is not None else model.generation_config.repetition_penalty
+    if penalty is None or penalty == 1.0:
+        return {}
+    return {
+        "repetition_penalty": 1.0,
+        "logits_processor": LogitsProcessorList([RepetitionPenalty(float(penalty), mask_BT)]),
+    }

@@ -34,6 +34,7 @@ from siliang.engine.prompts import PromptBatch, padded_prompts, prompt_batches
 from siliang.engine.splits import mixing
 from siliang.language import Bilingual
 from siliang.models.introspect import cache_in, is_encoder_decoder, layer_number, sliding_window
+from siliang.models.positions import longest_alike
 from siliang.ops.shared_keys import attention_to_shared
 from siliang.peft_api.model import PeftModel
 
@@ -85,16 +86,27 @@ def batches_of(
         new_tokens: The most tokens of an answer.
         pad: The token of the padding.
         share: Beginnings may be shared.
-        copies: So many times the model computes each prompt, as beams do.
+        copies: The beams of the search: each prompt is computed once for each.
     """
     apart = partial(prompt_batches, prompts, size, copies=copies)
     if not share:
         return apart()
-    window = smallest_window(base_of(model))
-    longest = None if window is None else max(window - new_tokens - _virtual_tokens(model), 0)
+    most = most_columns(base_of(model))
+    longest = None if most is None else max(most - new_tokens - _virtual_tokens(model), 0)
     found = apart(longest_shared=longest)
     shares = any(batch.common for batch in found) and find_prompt_sharing(model, pad).why_not is None
     return found if shares else apart()
+
+
+def with_common(write: Callable[[int], list[str]], common: int) -> list[str]:
+    """What `write` gives for a batch with these first columns computed once, or, if the model turns out to lose them,
+    with none."""
+    if common:
+        try:
+            return write(common)
+        except NotPackableError:  # the trial's texts were too short to show it
+            pass
+    return write(0)
 
 
 @contextmanager
@@ -146,12 +158,14 @@ class SharedLayer(DynamicLayer):
         return self.beginning[0].shape[2] + super().get_seq_length()
 
 
-def smallest_window(base: nn.Module) -> int | None:
-    """The fewest tokens that an attention of the model looks back at; None if all look at all."""
-    config = base.config.get_text_config() if isinstance(base, PreTrainedModel) else None
-    windows = [getattr(config, name, None) for name in WINDOWS]
-    windows += [sliding_window(m) for m in base.modules() if layer_number(m) is not None]
-    return min((w for w in windows if isinstance(w, int) and not isinstance(w, bool) and w > 0), default=None)
+def most_columns(base: PreTrainedModel) -> int | None:
+    """The most columns of a batch, answers included, that may have a shared beginning: so many tokens each attention
+    looks back at, and rotates as in a shorter text. None for any number."""
+    config = base.config.get_text_config()
+    limits = [getattr(config, name, None) for name in WINDOWS]
+    limits += [sliding_window(m) for m in base.modules() if layer_number(m) is not None]
+    limits.append(longest_alike(config))
+    return min((n for n in limits if isinstance(n, int) and not isinstance(n, bool) and n > 0), default=None)
 
 
 def find_prompt_sharing(model: nn.Module, pad: int) -> PromptSharing:
@@ -180,10 +194,12 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 def _state(model: nn.Module) -> object:
     """What computes in a model."""
+    base = base_of(model)
+    how = base.config._attn_implementation, dtype_of(base)
     if not isinstance(model, PeftModel) or model.injection.is_disabled:
-        return None
+        return how
     configs = {name: model.peft_config[name] for name in model.injection.active}
-    return tuple((name, c.peft_type, getattr(c, "num_virtual_tokens", None)) for name, c in configs.items())
+    return *how, *((name, id(c), getattr(c, "num_virtual_tokens", None)) for name, c in configs.items())
 
 
 def _try(base: PreTrainedModel, pad: int) -> PromptSharing:
@@ -196,6 +212,8 @@ def _try(base: PreTrainedModel, pad: int) -> PromptSharing:
                 no_keys = "it has layers that keep no keys and values of each token"
                 return PromptSharing(Bilingual(no_keys, "其中有些层不保存每个词元的键和值"))
             off = _trial(base, pad, in_place=in_place)
+        except torch.OutOfMemoryError:  # says nothing of the model
+            raise
         except Exception as error:  # a model may raise any exception
             reason = trial_error(error, Bilingual("shared beginnings", "共用开头的样本"))
             continue
@@ -295,15 +313,16 @@ class PromptInputs:
 
     def compute_beginning(self, ids_1C: Tensor, kwargs: Mapping[str, Any]) -> None:
         """Computes the common tokens of all rows into the cache among the arguments."""
+        lost = NotPackableError(Bilingual("it keeps no keys and values of earlier tokens", "它不保存前面词元的键和值"))
         cache = cache_in(kwargs)
         if not isinstance(cache, DynamicCache) or cache.get_seq_length():
-            raise NotPackableError(
-                Bilingual("it keeps no keys and values of earlier tokens", "它不保存前面词元的键和值")
-            )
+            raise lost
         given = {**kwargs, "attention_mask": torch.ones_like(ids_1C)}
         if (positions := kwargs.get("position_ids")) is not None:
             given["position_ids"] = positions[..., :1, : self._common]
         self._base(**self.own(ids_1C, **given), return_dict=True)
+        if cache.get_seq_length() < self._common:  # virtual tokens may be in front of them
+            raise lost
         in_place = self._in_place is not None
         layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
         cache.layers[:] = [SharedLayer(layer, in_place=in_place) for layer in layers]

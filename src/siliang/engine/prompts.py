@@ -49,7 +49,7 @@ def prompt_batches(
         prompts: The tokens of each, by its number.
         size: The most prompts of a batch.
         longest_shared: The most columns of a batch that shares its beginning; None for no limit, 0 for none.
-        copies: So many times the model computes each prompt, as beams do.
+        copies: The beams of the search: each prompt is computed once for each.
     """
     by_length = sorted(prompts, key=lambda i: -len(prompts[i]))
     orders = [by_length]
@@ -66,7 +66,7 @@ def padded_prompts(prompts: Sequence[Sequence[int]], pad: int, *, left: bool, co
 
     Args:
         left: Put the padding in front: a decoder writes on from the last column.
-        common: So many tokens, with which all begin, are in front of the padding.
+        common: The number of shared first tokens; they stand before the padding.
     """
     width = max(map(len, prompts))
     ids, mask = torch.full((len(prompts), width), pad), torch.zeros(len(prompts), width, dtype=torch.long)

@@ -7,9 +7,10 @@ batches, so that a text has the same bits on any number of ranks.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from siliang.data.tokens import TokenSet
 from siliang.distributed.ranks import Ranks
 from siliang.distributed.sharding import is_sharded, reshard
 from siliang.engine.batches import in_steps
-from siliang.engine.one_answer import check_beams, one_plain_answer
-from siliang.engine.prompt_sharing import batches_of, beginning_once
+from siliang.engine.one_answer import check_beams, one_plain_answer, without_padding
+from siliang.engine.prompt_sharing import batches_of, beginning_once, with_common
 from siliang.engine.prompts import PromptBatch, padded_prompts
 from siliang.engine.whole_step import Context
 from siliang.language import Bilingual, local
@@ -91,7 +92,7 @@ def measure_texts(
     options = _options(model, tokenizer, config, task) | {"max_new_tokens": new_tokens, "synced_gpus": sharded}
     assert tokenizer.pad_token_id is not None
     model.eval()
-    batches = batches_of(
+    found = batches_of(
         model,
         {i: question.prompt for i, question in asked.items()},
         batch_size or config.train.batch_size,
@@ -100,13 +101,15 @@ def measure_texts(
         share=config.train.share_beginnings and not sharded,  # ranks gather the layers of as many forward passes
         copies=check_beams(model, config.model),
     )
+    batches = ranks.from_main(lambda: found)  # the trials of two ranks may differ
     own = batches[ranks.rank :: ranks.size]
     if sharded and len(own) < len(batches[:: ranks.size]):
         own = [*own, PromptBatch(batches[0].numbers[:1])]  # whose layers the other ranks gather
     written: dict[int, str] = {}
     with torch.no_grad(), autocast(), writing(config.model), _gathered(model) if sharded else nullcontext():
         for some in own:
-            texts = _write(model, tokenizer, task, rows.tokens, asked, some, options)
+            write = partial(_write, model, tokenizer, task, rows.tokens, asked, some.numbers, options)
+            texts = with_common(write, some.common)
             written |= dict(zip(some.numbers, texts, strict=True))
     merged = {entry: text for part in ranks.gather(written) for entry, text in part.items()}
     numbers = sorted(merged)
@@ -242,20 +245,27 @@ def _write(
     task: Task,
     tokens: TokenSet,
     asked: Mapping[int, HeldOutQuestion],
-    some: PromptBatch,
+    entries: Sequence[int],
     options: Mapping[str, Any],
+    common: int,
 ) -> list[str]:
-    """The texts for some entries, which are written at once."""
-    entries = some.numbers
+    """The texts for some entries, which are written at once.
+
+    Args:
+        common: The first tokens of their prompts that are computed once.
+    """
     prompts = [asked[i].prompt for i in entries]
-    batch = padded_prompts(prompts, tokenizer.pad_token_id, left=task.decoder_only, common=some.common)
+    batch = padded_prompts(prompts, tokenizer.pad_token_id, left=task.decoder_only, common=common)
     width = batch["input_ids"].shape[1]
     rows = tokens.__getitems__(list(entries))
     if TASK_IDS in rows[0] and isinstance(model, PeftModel):
         batch[TASK_IDS] = torch.tensor([row[TASK_IDS] for row in rows])
     device = model.device
-    with beginning_once(model, some.common):
-        found = model.generate(**{name: x.to(device) for name, x in batch.items()}, **options)
+    settings = dict(options) | without_padding(
+        model, batch["attention_mask"][:, : width * task.decoder_only].to(device)
+    )
+    with beginning_once(model, common):
+        found = model.generate(**{name: x.to(device) for name, x in batch.items()}, **settings)
     return tokenizer.batch_decode(found[:, width:] if task.decoder_only else found, skip_special_tokens=True)
 
 

@@ -1,17 +1,22 @@
 """The length limit of models with a table of positions: positions beyond the table do not exist.
 
-Models with rotary or relative positions have no table, and no such limit.
+Models with rotary or relative positions have no table, and no such limit. Some rotate all tokens of a text in
+another way once it is longer than those of the pretraining.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from siliang.language import Bilingual
 from siliang.models.introspect import decoder, encoder, is_encoder_decoder
 
+BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on the length of the text
 TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding", "positions_embed", "pos_encoding")
 
 
@@ -68,6 +73,19 @@ def table_of_positions(model: nn.Module) -> int | None:
             if isinstance(values, Tensor) and values.dim() == 2:  # the tables of GPT-J and CTRL, which are not trained
                 found.append(values.shape[0])
     return min(found, default=None)
+
+
+def longest_alike(config: PreTrainedConfig) -> int | None:
+    """The longest text, in tokens, whose tokens are rotated as those of any shorter one; None for any length."""
+    own: Any = getattr(config, "original_max_position_embeddings", None)  # where Phi-3 also drops its cache
+    rotations: Any = getattr(config, "rope_parameters", None) or {}
+    kinds = [rotations] if "rope_type" in rotations else list(rotations.values())  # of all layers, or by their kind
+    limits = [
+        kind.get("original_max_position_embeddings") or own or getattr(config, "max_position_embeddings", None)
+        for kind in kinds
+        if isinstance(kind, Mapping) and kind.get("rope_type") in BY_LENGTH
+    ]
+    return min((limit for limit in (own, *limits) if isinstance(limit, int)), default=None)
 
 
 def _less(limit: int | None, taken: int) -> int | None:

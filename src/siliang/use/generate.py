@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from siliang.config import RunConfig
 from siliang.data.examples import Text
 from siliang.data.messages import Conversation, Message
-from siliang.engine.one_answer import check_beams, one_plain_answer
-from siliang.engine.prompt_sharing import batches_of, beginning_once
+from siliang.engine.one_answer import check_beams, one_plain_answer, without_padding
+from siliang.engine.prompt_sharing import batches_of, beginning_once, with_common
 from siliang.engine.prompts import padded_prompts
 from siliang.engine.written import positions_of, room_behind, writing
 from siliang.language import Bilingual
@@ -21,7 +22,7 @@ from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import OpenedRun
 from siliang.types import ConfigError, ModelError
-from siliang.use.sampling import Drawn, RepetitionPenalty, Sampling, StopWords
+from siliang.use.sampling import Drawn, Sampling, StopWords
 
 NEW_TOKENS = 128  # the default length of an answer
 
@@ -165,7 +166,8 @@ def write_texts(
                 copies=beams,
             )
             for some in batches:
-                texts = _write(run, [prompts[i] for i in some.numbers], some.common, sampling, beams, on_text)
+                own = [prompts[i] for i in some.numbers]
+                texts = with_common(partial(_write, run, own, sampling, beams, on_text), some.common)
                 written |= dict(zip(some.numbers, texts, strict=True))
     return [written[i] for i in range(len(prompts))]
 
@@ -182,10 +184,10 @@ class Asked(NamedTuple):
 def _write(
     run: OpenedRun,
     prompts: Sequence[Asked],
-    common: int,
     sampling: Sampling,
     beams: int,
     on_text: Callable[[str], None] | None,
+    common: int,
 ) -> list[str]:
     """The texts behind some prompts, which are written at once.
 
@@ -201,18 +203,14 @@ def _write(
         "max_new_tokens": prompts[0].new,
         "do_sample": False,
         "num_beams": beams,
+        "use_cache": True,
         "pad_token_id": pad,
         "eos_token_id": list(prompts[0].stop),
     }
-    processors = LogitsProcessorList()
-    if sampling.repetition_penalty is not None:
-        prompt_mask = attention if left else attention[:, :0]
-        processors.append(RepetitionPenalty(sampling.repetition_penalty, prompt_mask))
-        settings["repetition_penalty"] = 1.0
+    settings |= without_padding(run.model, attention if left else attention[:, :0], sampling.repetition_penalty)
     if sampling.temperature > 0:
-        processors.append(Drawn(sampling, [p.number for p in prompts]))
-    if processors:
-        settings["logits_processor"] = processors
+        drawn = Drawn(sampling, [p.number for p in prompts])
+        settings["logits_processor"] = LogitsProcessorList([*settings.get("logits_processor", ()), drawn])
     start = width if left else 1
     if sampling.stop:
         settings["stopping_criteria"] = StoppingCriteriaList([StopWords(sampling.stop, tokenizer, start)])

@@ -74,25 +74,6 @@ class Sampling:
         return text[: min((at for word in self.stop if (at := text.find(word)) >= 0), default=len(text))]
 
 
-class RepetitionPenalty(LogitsProcessor):
-    """Lowers the scores of the tokens that each text has already, without its padding (arXiv:1909.05858)."""
-
-    def __init__(self, penalty: float, real: torch.Tensor) -> None:
-        """
-        Args:
-            real: The attention mask of the prompts, (B, T); empty for an encoder's.
-        """
-        self._penalty, self._real = penalty, real
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        seen = torch.zeros_like(scores, dtype=torch.bool)
-        for i, ids in enumerate(input_ids):
-            prompt = self._real.shape[1]
-            seen[i, torch.cat([ids[:prompt][self._real[i].bool()], ids[prompt:]])] = True
-        lowered = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
-        return torch.where(seen, lowered, scores)
-
-
 class Drawn(LogitsProcessor):
     """Draws each text's next token with its own random generator: the largest score is that of the drawn token."""
 
