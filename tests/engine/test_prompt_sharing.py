@@ -169,6 +169,12 @@ def test_what_computes_each_prompt(name: str) -> None:
         assert together(model, prompts)[1] == 3 * max(map(len, prompts))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_hides_no_bias_that_counts_columns(dtype: torch.dtype) -> None:
+    assert "other results" in str(find_prompt_sharing(family("mpt").to(dtype), 0).why_not)
+    assert find_prompt_sharing(family("gpt2").to(dtype), 0).why_not is None
+
+
 def test_a_window_that_is_wide_enough_for_some() -> None:
     """64 tokens, new ones included."""
     model = family("wide mistral")

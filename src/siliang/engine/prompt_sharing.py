@@ -253,14 +253,15 @@ def _known_reason(model: nn.Module, base: PreTrainedModel) -> str | None:
 @torch.no_grad()
 def _trial(base: PreTrainedModel, pad: int, *, in_place: bool) -> float | None:
     """How far the logits of three new tokens differ for two prompts, relative to their spread, if they share their
-    first three tokens; None if that is rounding."""
+    first three tokens; None if that is rounding. The second prompt is padded with 35 columns: a bias that counts them
+    then exceeds the roundings of half precision."""
     embeddings: Any = base.get_input_embeddings()
     ends: Any = base.generation_config.eos_token_id
     ends = {pad, *(ends if isinstance(ends, list) else [ends])}
     vocabulary = int(embeddings.weight.shape[0])
     letters = [i for n in range(64) if (i := (5 + 7 * n) % vocabulary) not in ends][:9]
     a, b, c, d, e, f, *new = letters
-    prompts, common = [[a, b, c, d, e, f], [a, b, c, e]], 3
+    prompts, common = [[a, b, c, *[d, e, f] * 12], [a, b, c, e]], 3
 
     def next_token(row: int, ids: Tensor) -> list[int]:
         return [new[(row + len(ids)) % len(new)]]
