@@ -113,6 +113,14 @@ def test_greedy_is_generates_own(opened: dict[str, OpenedRun]) -> None:
     assert own.model.generate(input_ids=ids, **ours, **common).tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize(("name", "value"), [("prompt_name", "query"), ("top", 2), ("min_confidence", 0.5)])
+def test_options_of_predictions_are_not_for_texts(
+    opened: dict[str, OpenedRun], tmp_path: Path, name: str, value: object
+) -> None:
+    with pytest.raises(ConfigError, match=name.replace("_", ".")):
+        predict_file(replace(opened["causal_lm"], **{name: value}), "no.jsonl", tmp_path / "out.csv")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("own", [{"repetition_penalty": 1.5}, {"use_cache": False}], ids=str)
 def test_the_models_own_settings(opened: dict[str, OpenedRun], task: str, own: dict[str, Any]) -> None:

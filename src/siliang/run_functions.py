@@ -117,11 +117,11 @@ def predict(
     """
     from siliang.use.predict import predict as predictions
 
-    opened = _with_wishes(_opened(run), top, min_confidence, prompt_name)
+    opened = _with_options(_opened(run), top, min_confidence, prompt_name)
     return list(predictions(opened, as_inputs(inputs), batch_size=batch_size))
 
 
-def _with_wishes(
+def _with_options(
     run: OpenedRun,
     top: int | None,
     min_confidence: float | None,
@@ -175,7 +175,7 @@ def predict_file(
     target = Path(as_path(output, "output", Bilingual("a new file", "新的文件")))
     check_output(target)
     return write(
-        _with_wishes(_opened(run), top, min_confidence, prompt_name),
+        _with_options(_opened(run), top, min_confidence, prompt_name),
         as_path(data, "data", FILE),
         target,
         sampling=sampling,

@@ -3,6 +3,7 @@ scores as `siliang predict`."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from tiny import write_jsonl
 
 from siliang.config import EmbeddingConfig, RunConfig
 from siliang.run_folder import open_run
+from siliang.tasks.embeddings.tokens import encoded_with
 from siliang.tasks.prepare import prepare_data
 from siliang.train.run import train
-from siliang.train.start_adapter import filled_in
+from siliang.train.start_adapter import OUTPUTS, filled_in
 from siliang.types import ConfigError
 from siliang.use.merge import merge
 from siliang.use.predict import predict
@@ -158,7 +160,22 @@ def test_an_adapter_that_is_trained_further_keeps_its_vectors(models: dict[str, 
     values |= {"output": "more"}
     more = RunConfig.build(filled_in(values | {"embedding": {"scale": 30.0}}))
     assert more.embedding is not None and more.embedding.pooling == "cls" and more.embedding.scale == 30.0
-    assert more.embedding.query_prompt == PROMPTS["query_prompt"]
+    assert more.embedding.query_prompt == PROMPTS["query_prompt"] and more.embedding.prompt_name == "document"
+
+
+def test_what_an_adapter_was_trained_with_belongs_to_it() -> None:
+    """All settings on which the tokens depend, but the number of negatives that a training reads."""
+    assert set(json.loads(encoded_with(EmbeddingConfig()))) - {"ends", "negatives"} <= set(OUTPUTS["embedding"])
+
+
+def test_a_record_without_a_name_of_the_prompt(models: dict[str, Path], tmp_path: Path) -> None:
+    """It matters only where there are prompts."""
+    config = configured("embedding", models, tmp_path)
+    settings = EmbeddingConfig(pooling="cls", query_prompt="", document_prompt="")
+    assert len(prepare_data(config.model_copy(update={"embedding": settings})).train)
+    settings.query_prompt = "we : "
+    with pytest.raises(ConfigError, match=r"embedding.prompt_name is left"):
+        _ = prepare_data(config.model_copy(update={"embedding": settings})).train
 
 
 @pytest.mark.parametrize("kind", ["seq_cls", "causal_lm"])

@@ -248,6 +248,19 @@ def test_settings_that_parameters_do_not_have(settings: dict[str, Any], message:
         opened(siliang, tmp_path, case)
 
 
+def test_patterns_of_a_new_adapter_have_former_names() -> None:
+    """They give the tensors the ranks of all their former layers; a name that means nothing is an error."""
+    targets, same = ["v_proj", "w1", "w2", "w3"], {"w1": 2, "w2": 3, "w3": 2}
+    config = siliang.LoraConfig(target_modules=targets, rank_pattern=same | {"v_proj": 5}, alpha_pattern=dict(same))
+    model = siliang.get_peft_model(make_mixture("mixtral"), config)
+    ranks = {name.rpartition("lora_A")[0]: len(p) for name, p in model.named_parameters() if "lora_A" in name}
+    assert {len(ranks), *ranks.values()} == {6, 5, 4 * 4, 4 * 3}  # two layers of each, with four experts
+    assert set(model.peft_config["default"].rank_pattern) == {"v_proj", r".*\.gate_up_proj", r".*\.down_proj"}
+    config = siliang.LoraConfig(target_modules=targets, rank_pattern=same | {"w7": 5})
+    with pytest.raises(TargetError, match="'w7' matches none"):
+        siliang.get_peft_model(make_mixture("mixtral"), config)
+
+
 def test_files_that_lack_a_part_or_are_of_another_model(tmp_path: Path) -> None:
     case = CASES["mixtral"]
     written(tmp_path, case)

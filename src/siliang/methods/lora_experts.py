@@ -106,7 +106,8 @@ def by_present_names(
     config = copy.deepcopy(config)
     if config.inference_mode:
         config.lora_dropout = 0.0
-    layers = [path for path in modules if path in in_file - {layer.path for layer in chosen}]
+    others = in_file - {layer.path for layer in chosen}
+    layers = [path for path in modules if path in others]
     rest: list[str] | str = names_of(layers, modules, ())
     if isinstance(config.target_modules, list):
         rest = [name for name in config.target_modules if any(ends_with(path, name) for path in layers)]
@@ -178,9 +179,22 @@ def _retarget(model: nn.Module, config: LoraConfig, chosen: Sequence[FormerLayer
     alphas = {path: alpha for path, (_, alpha) in found.items()}
     config.target_modules = targets
     config.target_parameters = sorted({*(config.target_parameters or ()), *endings.values()})
-    config.rank_pattern = _with_values("rank_pattern", config.rank_pattern, ranks, config.r, endings)
-    config.alpha_pattern = _with_values("alpha_pattern", config.alpha_pattern, alphas, config.lora_alpha, endings)
+    gone = [layer.path for layer in chosen]
+    there = [path for path, _ in (*plain_modules(model), *parameter_paths(model))]
+    rank_pattern = _of_present("rank_pattern", config.rank_pattern, gone, there)
+    alpha_pattern = _of_present("alpha_pattern", config.alpha_pattern, gone, there)
+    config.rank_pattern = _with_values("rank_pattern", rank_pattern, ranks, config.r, endings)
+    config.alpha_pattern = _with_values("alpha_pattern", alpha_pattern, alphas, config.lora_alpha, endings)
     config.__post_init__()  # parameters do not go with every setting
+
+
+def _of_present(field: str, patterns: Mapping[str, N], gone: Sequence[str], there: Sequence[str]) -> dict[str, N]:
+    """The patterns without those that only match layers that are gone; what matches nothing stays, and is an error."""
+
+    def matches(key: str, paths: Sequence[str]) -> bool:
+        return bool(LayerPatterns(field, {key: patterns[key]}, paths).values)
+
+    return {key: value for key, value in patterns.items() if not matches(key, gone) or matches(key, there)}
 
 
 def _ranks_and_alphas(config: LoraConfig, chosen: Sequence[FormerLayer]) -> dict[str, tuple[int, float]]:

@@ -27,7 +27,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "siliang_training.s
 # Settings of sections that say what the model's outputs are, and so belong to the adapter.
 OUTPUTS = {
     "classification": ("problem", "label_separator", "min_confidence", "threshold"),
-    "embedding": ("pooling", "normalize", "query_prompt", "document_prompt"),
+    "embedding": ("pooling", "normalize", "query_prompt", "document_prompt", "prompt_name"),
     "preference": ("loss",),
     "reranker": ("loss",),
 }

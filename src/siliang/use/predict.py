@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from siliang.config.embedding import PromptName
 from siliang.data.cells import BadRow, as_text, given
 from siliang.data.example import Example
 from siliang.data.examples import Text
@@ -27,7 +28,7 @@ from siliang.types import ConfigError, DataError, message_of
 from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
 
-PROMPTS = ("query", "document", "none")
+PROMPTS = tuple(name for name in get_args(PromptName) if name != "auto")
 MOST_TOKENS = 16_384  # of a batch where the device sets no limit
 Input = str | tuple[str, str] | tuple[str, ...] | Example  # a text, a pair of texts, words, or an example
 
@@ -80,6 +81,21 @@ def check_predicts(run: OpenedRun) -> None:
     Raises:
         ConfigError: The run writes text, or an option is not for it.
     """
+    check_options(run)
+    if run.task.predict is None:
+        raise ConfigError(
+            Bilingual(
+                f"{run.folder} was trained to write text: use `siliang generate`, or --data FILE --output FILE.",
+                f"{run.folder} 是生成文本的运行：请用 `siliang generate`，或 --data FILE --output FILE。",
+            )
+        )
+
+
+def check_options(run: OpenedRun) -> None:
+    """
+    Raises:
+        ConfigError: An option of predictions is not for this run.
+    """
     hooks = run.task.labels
     if run.top < 1:
         raise ConfigError(Bilingual(f"top = {run.top}: must be 1 or more.", f"top = {run.top}：至少为 1。"))
@@ -112,13 +128,6 @@ def check_predicts(run: OpenedRun) -> None:
             Bilingual(
                 f"prompt_name = {run.prompt_name!r}: must be {', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}.",
                 f"prompt_name = {run.prompt_name!r}：应为 {'、'.join(PROMPTS)} 之一。",
-            )
-        )
-    if run.task.predict is None:
-        raise ConfigError(
-            Bilingual(
-                f"{run.folder} was trained to write text: use `siliang generate`, or --data FILE --output FILE.",
-                f"{run.folder} 是生成文本的运行：请用 `siliang generate`，或 --data FILE --output FILE。",
             )
         )
 

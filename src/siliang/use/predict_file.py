@@ -26,7 +26,7 @@ from siliang.run_folder import OpenedRun
 from siliang.types import ConfigError, InterruptedRunError, OutputError, first_line
 from siliang.use.asked_rows import AskedRow, read_asked
 from siliang.use.generate import write_texts
-from siliang.use.predict import InputRow, check_predicts, predict, predict_tasks, read_rows
+from siliang.use.predict import InputRow, check_options, check_predicts, predict, predict_tasks, read_rows
 from siliang.use.sampling import Sampling
 
 ROWS = 2048  # that are read, predicted and written at once
@@ -68,8 +68,7 @@ def predict_file(
     partial = output.with_name(f"{output.name}.partial")
     task, how = run.task, sampling or Sampling()
     writes = task.prompt is not None
-    if not writes:
-        check_predicts(run)
+    (check_options if writes else check_predicts)(run)
     with translate_disk_errors(output.parent):
         more = {"sampling": json.dumps(how.values()), "system": system} if writes else {}
         header = f"{json.dumps(_identity(run, source) | more)}\n".encode()

@@ -33,7 +33,8 @@ def check_settled(settings: EmbeddingConfig) -> None:
     Raises:
         ConfigError: They leave something to the base model, whose files may have changed since.
     """
-    left = {name: getattr(settings, name) == "auto" for name in ("pooling", "prompt_name")}
+    left = {"pooling": settings.pooling == "auto"}
+    left |= {"prompt_name": settings.prompt_name == "auto" and bool(settings.query_prompt or settings.document_prompt)}
     left |= {name: getattr(settings, name) is None for name in ("query_prompt", "document_prompt")}
     for name in (name for name, is_left in left.items() if is_left):
         raise ConfigError(

@@ -67,7 +67,8 @@ def encode(
 
 def prompts_of(settings: EmbeddingConfig) -> dict[str, str]:
     """What is put in front of a text, by the name of the prompt."""
-    return {"query": settings.query_prompt or "", "document": settings.document_prompt or "", "none": ""}
+    named = {"query": settings.query_prompt or "", "document": settings.document_prompt or "", "none": ""}
+    return named | ({} if any(named.values()) else {"auto": ""})  # with no prompts it does not matter which
 
 
 def texts_of(example: Example, settings: EmbeddingConfig) -> list[tuple[str, ...]]:
