@@ -20,6 +20,7 @@ from torch import Tensor
 
 import siliang
 from siliang.models.former_layers import former_layers
+from siliang.peft_api.hotswap import hotswap_adapter
 from siliang.types import AdapterError, ConfigError, TargetError
 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
@@ -259,6 +260,15 @@ def test_patterns_of_a_new_adapter_have_former_names() -> None:
     config = siliang.LoraConfig(target_modules=targets, rank_pattern=same | {"w7": 5})
     with pytest.raises(TargetError, match="'w7' matches none"):
         siliang.get_peft_model(make_mixture("mixtral"), config)
+
+
+def test_hot_swapping_is_refused(tmp_path: Path) -> None:
+    """It is for layers; the message says what takes experts."""
+    case = CASES["mixtral"]
+    model = siliang.get_peft_model(make_mixture("mixtral"), siliang.LoraConfig(target_modules=case.targets))
+    written(tmp_path, case)
+    with pytest.raises(ConfigError, match="is not plain LoRA .*: use load_adapter"):
+        hotswap_adapter(model, tmp_path, "default")
 
 
 def test_files_that_lack_a_part_or_are_of_another_model(tmp_path: Path) -> None:

@@ -51,11 +51,24 @@ class FormerLayer:
         return self.parameter.rpartition(".")[0]
 
 
+MOST_KNOWN = 4
+_known = dict[object, list[FormerLayer]]()  # 9 s of work for 78 layers of 256 experts; a plan attaches many adapters
+
+
 def former_layers(model: nn.Module) -> list[FormerLayer]:
     """Those of a base model without adapters, by parameter, expert and row. None in a model without such parameters."""
     shapes = dict(_shapes(model))
     if not isinstance(model, PreTrainedModel) or not shapes or why_missing("adapters of transformers 4"):
         return []
+    kind = type(model), tuple(shapes.items())
+    if kind not in _known:
+        while len(_known) >= MOST_KNOWN:
+            _known.pop(next(iter(_known)))
+        _known[kind] = _find(model, shapes)
+    return list(_known[kind])
+
+
+def _find(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> list[FormerLayer]:
     alike = copy.copy(model)
     alike.__dict__.pop("_weight_conversions", None)  # those of the files that it was loaded from, which may be new ones
     with unset_fake_temporarily():
@@ -114,5 +127,5 @@ def _located(saved: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> I
         n = bisect(starts, first) - 1
         shape = shapes[paths[n]]
         expert, start = divmod(first - starts[n], shape[-2])
-        if start + rows <= shape[-2] and numbers.flatten().tolist() == list(range(first, first + rows)):
+        if start + rows <= shape[-2] and torch.equal(numbers.flatten(), torch.arange(first, first + rows)):
             yield FormerLayer(key.removesuffix(".weight"), paths[n], expert if len(shape) == 3 else None, start, rows)

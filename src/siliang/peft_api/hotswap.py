@@ -61,6 +61,7 @@ def hotswap_adapter(
         )
     check_known(adapter_name, peft_model.peft_config)
     saved = SavedAdapter.read(model_name_or_path, is_trainable=False, with_training=False, **for_hub(kwargs))
+    saved = saved.on(peft_model.injection)
     check_hotswap_configs_compatible(peft_model.peft_config[adapter_name], saved.config)
     assert isinstance(saved.config, LoraConfig)
     state = {_with_name(key, adapter_name): t for key, t in saved.tensors.items()}
