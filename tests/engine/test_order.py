@@ -17,11 +17,12 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from siliang.config import RunConfig
+from siliang.data.design_effect import design_effect
 from siliang.data.row_beginnings import RowBeginnings
 from siliang.data.small_table import SmallTable
 from siliang.data.spec import LABEL, TokenColumn
 from siliang.data.tokens import TokenSet
-from siliang.engine.order import Order, design_effect, groups_by_length
+from siliang.engine.order import Order, groups_by_length
 from siliang.tasks import SEQ_CLS
 
 

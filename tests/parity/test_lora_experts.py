@@ -267,7 +267,7 @@ def test_hot_swapping_is_refused(tmp_path: Path) -> None:
     case = CASES["mixtral"]
     model = siliang.get_peft_model(make_mixture("mixtral"), siliang.LoraConfig(target_modules=case.targets))
     written(tmp_path, case)
-    with pytest.raises(ConfigError, match="is not plain LoRA .*: use load_adapter"):
+    with pytest.raises(ConfigError, match=r"is not plain LoRA .*: use load_adapter"):
         hotswap_adapter(model, tmp_path, "default")
 
 

@@ -18,6 +18,7 @@ import siliang
 from siliang.config import RunConfig
 from siliang.engine.order import Order
 from siliang.records import Record
+from siliang.tasks.prepare import beginnings_note, prepare_data
 from siliang.train.log import Progress
 from siliang.train.run import train
 from siliang.train.types import Listener
@@ -60,7 +61,7 @@ def losses_of(record: Record) -> list[float]:
     return [line.loss for line in record.steps if line.loss is not None]
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "preference", "kto", "reward", "seq_cls"])
+@pytest.mark.parametrize("task", ["causal_lm", "preference", "reward", "seq_cls"])
 def test_a_run_is_a_plain_one_in_the_same_order(
     task: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +134,29 @@ def test_what_it_would_save_is_said(models: dict[str, Path], tmp_path: Path) -> 
         values["train"] = config.train.model_dump(mode="json") | changed
         assert siliang.check(values).counts["notes"] == []
         assert not any("fewer" in note for note in siliang.plan(values, memory="8GB").methods[0].notes)
+
+
+def test_where_labels_depend_on_the_beginning(models: dict[str, Path], tmp_path: Path) -> None:
+    """It is not proposed, and a run with it says what it does."""
+    beginnings = [" ".join(WORDS[i : i + 20]) for i in (0, 20)]
+    rows = [{"text": f"{beginnings[i % 2]} {WORDS[i % 40]} {WORDS[i % 37]}", "label": i % 2} for i in range(400)]
+    values: dict[str, Any] = configured(models, "seq_cls", tmp_path, "labels").model_dump(mode="json")
+    values["data"] |= {"train": str(write_jsonl(tmp_path / "labels.jsonl", rows)), "eval": None, "max_length": 64}
+    values["train"] |= {"batch_size": 8, "max_steps": 1, "group_by_beginnings": False}
+    for proposed in (True, False):  # with labels that do not depend on the beginning, and with these
+        own = [row | {"label": i // 2 % 2} if proposed else row for i, row in enumerate(rows)]
+        write_jsonl(tmp_path / "labels.jsonl", own)
+        config = RunConfig.build(values)
+        assert (beginnings_note(config, prepare_data(config)) is not None) == proposed
+    values["train"]["group_by_beginnings"] = True
+    said: list[str] = []
+    train(RunConfig.build(values), Listener(say=said.append))
+    assert any("with rows that begin alike in a step, labels vary" in line for line in said), said
+
+
+def test_kto_compares_the_rows_of_a_step(models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compares the rows of a step with each other"):
+        train(configured(models, "kto", tmp_path, "kto"))
 
 
 def test_where_it_saves_nothing_a_line_says_so(models: dict[str, Path], tmp_path: Path) -> None:

@@ -13,21 +13,21 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from siliang.config import RunConfig
 from siliang.data.batch import Batch
+from siliang.data.design_effect import harmful_effect
 from siliang.data.row_beginnings import RowBeginnings, row_beginnings
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import MOST_COMPARED, StepCollator, in_steps
 from siliang.tasks import TASKS
 
-MOST_EFFECT = 1.5  # above 1, of steps of similar length on their labels
-MOST_SAMPLED = 10_000  # rows by which that is judged
-SPREAD = 0.1  # of a length, by which rows of like length are in another order each epoch
+SPREAD = 0.1  # lengths are changed at random by up to this share: rows of like length change places from epoch to epoch
 
 
 class Order(Sampler[int]):
     """Row numbers of an epoch, the same for the same seed and epoch.
 
     Random order is that of transformers' Trainer with this seed. Otherwise, each step has rows that are alike, and
-    steps are in random order, except that the heaviest comes first: a lack of memory then shows at once.
+    steps are in random order, except that the heaviest comes first: a lack of memory then shows at once. Of rows that
+    begin alike it is the heaviest if common beginnings are computed once.
 
     Args:
         lengths: Tokens of each row.
@@ -110,34 +110,6 @@ def groups_by_length(config: RunConfig, tokens: TokenSet) -> bool:
     if (wanted := config.train.group_by_length) is not None:
         return wanted
     return TASKS[config.task].counts_rows and harmful_effect(tokens, config.train.rows_per_step) is None
-
-
-def harmful_effect(tokens: TokenSet, step: int) -> float | None:
-    """The design effect of steps of similar length where that is too much; None where it is not."""
-    steps = max(min(len(tokens), MOST_SAMPLED) // step, 1)
-    by_chance = 3 * (2 / steps) ** 0.5  # three standard deviations of the effect where there is none
-    effect = design_effect(tokens, step)
-    return effect if effect > 1 + max(MOST_EFFECT, by_chance) else None
-
-
-def design_effect(tokens: TokenSet, step: int) -> float:
-    """How many times as much the labels of a step vary from step to step if its rows are of similar length, and not
-    random: step * Var(mean label of a step) / Var(label), both summed over the labels (Kish 1965).
-
-    1 where labels do not depend on the length, `step` where they follow from it; 1 also for entries without a label of
-    their own.
-    """
-    rows = np.random.default_rng(0).permutation(len(tokens))[:MOST_SAMPLED]  # those of one length in random order
-    rows = rows[np.argsort(tokens.lengths[rows], kind="stable")][: len(rows) // step * step]
-    if tokens.spec.targets != ("labels",) or tokens.spec.label_per_token or step == 1 or len(rows) < 2 * step:
-        return 1.0
-    labels = np.array(tokens.table.select_columns(["labels"])[rows.tolist()]["labels"])
-    if tokens.spec.columns["labels"].kind == "int32":  # a class becomes 0 or 1 for each class
-        names, numbers = np.unique(labels, return_inverse=True)
-        labels = np.eye(len(names), dtype=np.float32)[numbers]
-    labels = labels.reshape(len(rows), -1)
-    variance = float(labels.var(0).sum())
-    return step * float(labels.reshape(-1, step, labels.shape[1]).mean(1).var(0).sum()) / variance if variance else 1.0
 
 
 def by_beginnings(tokens: TokenSet) -> Sequence[int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def leaves_of(result: Tensor) -> Iterator[Tensor]:
-    """The tensors that ask for a gradient and that `result` is a function of, those near it first."""
+    """The tensors that ask for a gradient and that `result` is a function of, in no certain order."""
     nodes, seen = [result.grad_fn], set[object]()
     while nodes:
         node = nodes.pop()

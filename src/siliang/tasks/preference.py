@@ -48,7 +48,8 @@ def step_loss(settings: PreferenceConfig) -> StepLoss:
         found = row.loss(pairs, settings).sum()
         return found + len(values) * settings.nll_weight * likelihood(pairs) if settings.nll_weight else found
 
-    return StepLoss(log_probabilities, loss, reference=settings.compares, separable=not settings.nll_weight)
+    separable, reference = not settings.nll_weight, settings.compares
+    return StepLoss(log_probabilities, loss, reference=reference, separable=separable, compares=False)
 
 
 def with_settings(task: Task, config: RunConfig, learned: Classification | None) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from siliang.config import RunConfig
+from siliang.data.design_effect import harmful_effect
 from siliang.data.prepared import PreparedData
 from siliang.data.row_beginnings import row_beginnings
 from siliang.data.stream import check_streams
@@ -56,14 +57,16 @@ def beginnings_note(config: RunConfig, data: PreparedData) -> Bilingual | None:
     if _compares(task_of(config)):
         return None
     found = row_beginnings(data.train)
+    if harmful_effect(data.train, t.rows_per_step, found.order) is not None:  # less would be learned
+        return None
     if not found.worth or (gain := found.gain(t.rows_per_step, t.batch_size)) < WORTH_SAYING:
         return None
     share, less = f"{100 * found.share:.0f}%", f"{100 * gain:.0f}%"
     return Bilingual(
         f"{share} of the tokens are beginnings that several rows have: with train.group_by_beginnings=true, which "
-        f"changes the order of the rows, training computes {less} fewer",
+        f"changes the order of the rows, training computes about {less} fewer",
         f"{share} 的词元属于多条样本共有的开头：设 train.group_by_beginnings=true（样本的顺序会改变），"
-        f"训练计算的词元减少 {less}",
+        f"训练计算的词元约减少 {less}",
     )
 
 

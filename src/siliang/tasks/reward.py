@@ -161,7 +161,7 @@ REWARD = Task(
     ),
     show=show,
     synthetic_row=synthetic_row,
-    step_loss=StepLoss(rewards, loss, separable=True),
+    step_loss=StepLoss(rewards, loss, separable=True, compares=False),
     metrics=(ACCURACY, MARGIN),
     measure=measure,
     quality=ACCURACY,

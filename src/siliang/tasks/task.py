@@ -76,14 +76,14 @@ class StepLoss:
         reference: The loss also takes the values that the model gives without its adapter; they have no gradient.
         separable: The loss of each entry depends on no other entry, so that each batch is run once.
         compares: An entry is compared with the others of its step, such as its negatives, so that it matters which
-            they are.
+            they are. False only where the loss would be the same with any others.
     """
 
     values: Callable[[Any, Batch], Tensor]
     loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
     reference: bool = False
     separable: bool = False
-    compares: bool = False
+    compares: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from siliang.config import RunConfig
+from siliang.data.design_effect import harmful_effect
 from siliang.data.prepared import PreparedData
+from siliang.data.row_beginnings import row_beginnings
 from siliang.data.tokens import TokenSet
-from siliang.engine.order import harmful_effect
 from siliang.hardware import Choice
 from siliang.language import both, local
 from siliang.methods import Method
@@ -49,7 +50,18 @@ def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
 
 
 def say_order(config: RunConfig, tokens: TokenSet, say: Callable[[str], None]) -> None:
-    """Why rows of similar length are not trained together, where that is usual."""
+    """Why rows of similar length are not trained together, where that is usual, and what rows that begin alike do."""
+    if config.train.group_by_beginnings and config.train.rows_per_step > 1:
+        order = row_beginnings(tokens).order
+        if (n := harmful_effect(tokens, config.train.rows_per_step, order)) is not None:
+            say(
+                both(
+                    f"warning    with rows that begin alike in a step, labels vary {n:.1f} times as much from step to "
+                    "step, since they depend on the beginning; less may be learned (train.group_by_beginnings)",
+                    f"警告       标签与样本的开头有关：同一步的样本开头相同时，各步标签的方差是 {n:.1f} 倍，"
+                    "学到的可能更少（train.group_by_beginnings）",
+                )
+            )
     if not task_of(config).counts_rows or config.train.group_by_length is not None:
         return
     if (n := harmful_effect(tokens, config.train.rows_per_step)) is not None:
