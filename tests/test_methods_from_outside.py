@@ -28,7 +28,7 @@ from siliang.methods.layer import BaseForward, Layer, LayerAdapter
 from siliang.methods.method import Adapter, Method, Parts, SharedSpec
 from siliang.methods.targets import DefaultTargets, queries_and_values
 from siliang.models.introspect import features, is_linear
-from siliang.train.checks import check_terms
+from siliang.train.checks import check_prefix, check_terms
 from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError
 
@@ -261,6 +261,11 @@ def test_a_term_of_the_loss_is_refused_where_its_backward_would_be_wrong() -> No
     check_terms(Ranked(), ranked, sharded=True)
     check_terms(Shared(), shared, sharded=False)
     check_terms(METHODS["full"], None, sharded=True)
+    check_prefix(siliang.PrefixTuningConfig(), 2)
+    check_prefix(siliang.LoraConfig(), 3)
+    check_prefix(None, 3)
+    with pytest.raises(ConfigError, match="prefix tuning does not work with ZeRO-3"):
+        check_prefix(siliang.PrefixTuningConfig(), 3)
     with pytest.raises(ConfigError, match=r"shared adds a term to the loss.*strategy=ddp"):
         check_terms(Shared(), shared, sharded=True)
 

@@ -19,8 +19,9 @@ R = TypeVar("R")
 
 
 def quietly(function: Callable[P, R]) -> Callable[P, R]:
-    """The function as the command runs it: with oneDNN's caches of kernels bounded, and without transformers' progress
-    bars and notices, which are as they were when it ends."""
+    """The function as the command runs it: without transformers' progress bars and notices, which are as they were when
+    it ends, and with oneDNN's caches of kernels bounded. These stay bounded in the process, if it has computed no
+    product before, and in those that it starts."""
 
     @wraps(function)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> R:

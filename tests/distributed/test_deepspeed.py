@@ -50,6 +50,9 @@ def test_as_one(method: str, stage: int, still_place: Place, tmp_path: Path) -> 
     config = configured(still_place, tmp_path / "one", method, tokens_at_once=16)
     assert run(config).code == 0
     endings = train_on(under_zero(config, tmp_path / "two", stage), 2)
+    if method == "prefix_tuning" and stage == 3:  # it would wait forever
+        assert 0 not in [e.code for e in endings] and "does not work with ZeRO-3" in endings[0].output
+        return
     assert [e.code for e in endings] == [0, 0], endings[0].output + endings[1].output
     assert_same(tmp_path / "one", tmp_path / "two")
     assert not list((tmp_path / "two").rglob("*.p[tk]*")) + list((tmp_path / "two").rglob("*.bin"))  # nothing pickled

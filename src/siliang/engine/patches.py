@@ -53,9 +53,10 @@ def replace_forward(module: nn.Module, forward: Callable[..., object]) -> Undo:
 
 
 def replace_method(owner: object, name: str, function: Callable[..., object]) -> Undo:
-    """Replaces a method of one object. The returned function restores that of its class."""
+    """Replaces a method of one object. The returned function restores the previous one, of the object or its class."""
+    own = owner.__dict__.get(name)
     setattr(owner, name, function)
-    return partial(owner.__dict__.pop, name, None)
+    return partial(owner.__dict__.pop, name, None) if own is None else partial(setattr, owner, name, own)
 
 
 def has_own_forward(module: nn.Module) -> bool:

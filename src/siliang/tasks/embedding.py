@@ -26,7 +26,7 @@ from siliang.tasks.embeddings.end_token import with_end
 from siliang.tasks.embeddings.ranking import NDCG, RANKING
 from siliang.tasks.embeddings.tokens import TextEncoder, adapt, encoded_with, parts_of, show, synthetic_row
 from siliang.tasks.metrics import ACCURACY, SPEARMAN
-from siliang.tasks.related_texts import AS_COLUMNS, in_one_line, only_pair, rows_of, two_texts
+from siliang.tasks.related_texts import AS_COLUMNS, as_columns, in_one_line, only_pair, two_texts
 from siliang.tasks.task import EntryValues, Reply, StepLoss, Task, Trained
 from siliang.types import ConfigError, DataError, TaskType
 
@@ -228,7 +228,7 @@ def with_layout(settings: EmbeddingConfig, task: Task, layout: str) -> Task:
     """The task for rows of a layout."""
     if layout not in LAYOUTS:
         return task
-    layout = rows_of(layout)
+    layout = as_columns(layout)
     check_taken(settings, loss_name(settings, layout))
     metrics = {"scored-pair": (SPEARMAN,), "text-label": (ACCURACY,)}.get(layout, RANKING)
     return replace(task, step_loss=step_loss(settings, layout), metrics=metrics, quality=metrics[0])

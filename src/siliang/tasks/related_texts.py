@@ -13,8 +13,8 @@ from siliang.types import DataError
 AS_COLUMNS = {"scored-messages": "scored-pair", "positive-messages": "anchor-positive"}
 
 
-def rows_of(layout: str) -> str:
-    """What rows a layout has, whether their texts are cells or messages: a name of the layouts of cells."""
+def as_columns(layout: str) -> str:
+    """The layout with the same content in plain columns."""
     return AS_COLUMNS.get(layout, layout)
 
 

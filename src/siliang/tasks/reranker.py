@@ -28,7 +28,7 @@ from siliang.records import Classification
 from siliang.tasks.embeddings.ranking import NDCG, RANKING, ranking
 from siliang.tasks.losses import WithLogits
 from siliang.tasks.metrics import ACCURACY, SPEARMAN, classification, spearman
-from siliang.tasks.related_texts import AS_COLUMNS, in_one_line, only_pair, rows_of, two_texts
+from siliang.tasks.related_texts import AS_COLUMNS, as_columns, in_one_line, only_pair, two_texts
 from siliang.tasks.task import Reply, Shown, Task, Trained
 from siliang.types import TASK_HEADS, ConfigError, DataError, TaskType
 
@@ -177,7 +177,7 @@ def with_layout(settings: RerankerConfig, task: Task, layout: str) -> Task:
     Raises:
         ConfigError: A setting has no effect on such rows.
     """
-    rows = rows_of(layout)
+    rows = as_columns(layout)
     if rows == "scored-pair" and settings.negatives is not None:
         raise ConfigError(
             Bilingual(

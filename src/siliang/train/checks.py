@@ -117,6 +117,24 @@ def check_terms(method: AnyMethod, config: PeftConfig | None, *, sharded: bool) 
         )
 
 
+def check_prefix(config: PeftConfig | None, stage: int) -> None:
+    """Raises ConfigError for a prefix under ZeRO-3: with DeepSpeed 0.19.8 a run waits forever behind its third step.
+
+    Args:
+        config: The adapter's; None for full fine-tuning.
+        stage: Of ZeRO.
+    """
+    if stage == 3 and config is not None and config.is_prefix:
+        raise ConfigError(
+            Bilingual(
+                "distributed.zero_stage = 3: prefix tuning does not work with ZeRO-3. Use a lower zero_stage, or "
+                "distributed.strategy=fsdp.",
+                "distributed.zero_stage = 3：前缀微调不能与 ZeRO-3 一起使用。请用较低的 zero_stage，或 "
+                "distributed.strategy=fsdp。",
+            )
+        )
+
+
 def check_ranks(config: PeftConfig | None, ranks: int) -> None:
     """Raises ConfigError where each rank would keep something of its own first batch: a checkpoint has one rank's.
 

@@ -41,6 +41,7 @@ from siliang.train.checks import (
     check_held_out,
     check_layerwise,
     check_loraplus,
+    check_prefix,
     check_quantization,
     check_ranks,
     check_space,
@@ -105,6 +106,7 @@ def prepare(
     own = None if method.config is None else method.config(**config.method.arguments)
     own = own if start is None else PeftConfig.from_pretrained(start)
     check_terms(method, own, sharded=mesh is not None or zero_stage(config, ranks) > 0)
+    check_prefix(own, zero_stage(config, ranks))
     check_ranks(own, ranks.size)
     check_whole(config, method, sharded=mesh is not None)
     if resumed is not None and resumed.record is not None and resumed.record.classification is not None:

@@ -28,16 +28,15 @@ def write_embedding(settings: EmbeddingConfig, max_length: int, folder: Path, wi
     """
     save_tokenizer(folder, tokenizer)
     modules = ["Transformer", "Pooling", *(["Normalize"] if settings.normalize else [])]
-    prompts = prompts_of(settings)
-    del prompts["none"]
-    alone = settings.prompt_name if prompts.get(settings.prompt_name) else None
+    prompts = {name: text for name, text in prompts_of(settings).items() if name in ("query", "document")}
+    of_single_texts = settings.prompt_name if prompts.get(settings.prompt_name) else None
     pooling = {"word_embedding_dimension": width} | {flag: mode == settings.pooling for mode, flag in FLAGS.items()}
     _write(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": True})
     own = {
         "__version__": {},
         "model_type": "SentenceTransformer",
         "prompts": prompts,
-        "default_prompt_name": alone,  # as for `siliang predict`
+        "default_prompt_name": of_single_texts,  # as for `siliang predict`
         "similarity_fn_name": "cosine",
     }
     _write(folder / "config_sentence_transformers.json", own)
