@@ -20,6 +20,7 @@ from transformers import (
     GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -33,6 +34,7 @@ from transformers import (
 )
 
 import siliang
+from siliang.engine.patches import attention_implementation
 from siliang.engine.prompt_sharing import base_of, batches_of, beginning_once, find_prompt_sharing, with_common
 from siliang.engine.prompts import common_beginning, padded_prompts, prompt_batches
 from siliang.memory.track import Tracker
@@ -155,6 +157,43 @@ SHARING = [*(name for name in FAMILIES if name != "mistral"), "wide mistral", "w
 @pytest.mark.parametrize("name", SHARING)
 def test_families(name: str) -> None:
     assert_shares(family(name), prompts_behind(35))
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_prompts_of_one_length(name: str) -> None:
+    """No padding, so that models make no mask, and several tokens behind the beginning."""
+    assert_shares(family(name), prompts_behind(35, (5, 5, 5)))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_half_precision_is_as_near_as_separate_rows(name: str, autocast: bool) -> None:
+    """To the logits in fp32, with attentions of large scores."""
+    model, prompts = family(name), prompts_behind(35)
+    for path, weight in model.named_parameters():
+        if "q_proj.weight" in path or "query_key_value.weight" in path:
+            weight.data *= 30
+
+    def logits(common: int) -> torch.Tensor:
+        inputs = padded_prompts(prompts, 0, left=True, common=common)
+        with torch.no_grad(), beginning_once(model, common):
+            output = model.generate(
+                **inputs,
+                max_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=0,
+                prefix_allowed_tokens_fn=lambda row, ids: [5 + row + len(ids) % 7],
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return torch.stack(output.logits).float()
+
+    exact = logits(0)
+    half = model if autocast else model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert find_prompt_sharing(half, 0).why_not is None
+        apart, shared = (float((logits(common) - exact).square().mean().sqrt()) for common in (0, 35))
+    assert 0 < shared <= 1.5 * apart
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_neo", "mpt", "mamba", "t5"])
@@ -281,6 +320,19 @@ def test_the_adapter_is_part_of_what_was_tried() -> None:
     assert find_prompt_sharing(model, 0).why_not is None
 
 
+def test_a_new_adapter_is_tried_where_one_was_deleted() -> None:
+    """The new one's config may have the memory of the old one's."""
+    model, trials = with_method(family("llama"), siliang.LoraConfig(r=2, task_type="CAUSAL_LM")), list[int]()
+    base_of(model).get_input_embeddings().register_forward_hook(lambda *_: trials.append(1))
+    for _ in range(4):
+        model.add_adapter("other", siliang.LoraConfig(r=2, task_type="CAUSAL_LM"))
+        model.set_adapter("other")
+        trials.clear()
+        assert find_prompt_sharing(model.eval(), 0).why_not is None and trials
+        model.set_adapter("default")
+        model.delete_adapter("other")
+
+
 def test_merged() -> None:
     model = with_method(family("llama"), siliang.LoraConfig(r=2, task_type="CAUSAL_LM"))
     found = alone(model, prompts_behind(35))
@@ -297,6 +349,15 @@ def test_nothing_stays_on_the_model() -> None:
     assert model.__dict__ == before
     assert find_prompt_sharing(model, 0).why_not is None
     assert model.__dict__.keys() == before.keys() and "prepare_inputs_for_generation" not in model.__dict__
+
+
+def test_the_parts_of_a_config_have_their_attention_again() -> None:
+    config = LlavaConfig(text_config=LlamaConfig(**SHAPE))
+    config.text_config._attn_implementation, config.vision_config._attn_implementation = "eager", "sdpa"
+    with attention_implementation(config, "other"):
+        assert config.text_config._attn_implementation == config.vision_config._attn_implementation == "other"
+    assert config.text_config._attn_implementation == "eager"
+    assert config.vision_config._attn_implementation == "sdpa"
 
 
 # ---- batches ----

@@ -11,10 +11,13 @@ from siliang.ops.shared_keys import attention_to_shared
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float64, False), (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+)
 @pytest.mark.parametrize("scaling", [0.3, 30.0])
 def test_parts_are_the_plain_attention(
-    heads: int, groups: int, padded: bool, dtype: torch.dtype, scaling: float
+    heads: int, groups: int, padded: bool, dtype: torch.dtype, scaling: float, autocast: bool
 ) -> None:
     """Also of large scores, which bf16 would round by up to a half."""
     g = torch.Generator().manual_seed(0)
@@ -29,7 +32,8 @@ def test_parts_are_the_plain_attention(
     for row in range(B if padded else 0):
         mask[row, ..., C : C + row] = False
     options = {"mask": mask if padded else None, "scaling": scaling}
-    found = attention_to_shared(q, k, v, *shared, **options)  # type: ignore[arg-type]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attention_to_shared(q, k, v, *shared, **options)  # type: ignore[arg-type]
     exact = [x.double() for x in (q, k, v, *shared)]
     expected = attention_to_shared(*exact, **options, impl="reference")  # type: ignore[arg-type]
     assert found.shape == (B, 1, heads, K) and found.dtype == dtype

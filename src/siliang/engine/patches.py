@@ -90,13 +90,16 @@ def register_attention(name: str, function: Callable[..., object], *, masks: str
 
 @contextmanager
 def attention_implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Within the block, the model's attentions call the function of this name; each call reads it from the config."""
-    before = config._attn_implementation
+    """Within the block, the model's attentions call the function of this name; each call reads it from the config, in
+    every thread."""
+    configs = list(_with_parts(config))
+    before = [each._attn_implementation for each in configs]
     config._attn_implementation = name
     try:
         yield
     finally:
-        config._attn_implementation = before
+        for each, own in zip(configs, before, strict=True):  # a whole before its parts, which it sets, too
+            each._attn_implementation = own
 
 
 def pack_bloom(attention: BloomAttention) -> Undo:
@@ -120,6 +123,14 @@ def checkpoint_layers(model: PreTrainedModel) -> Undo:
                 module._forward_hooks.pop(hook, None)
 
     return undo
+
+
+def _with_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those of its parts, such as text and vision."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            yield from _with_parts(part)
 
 
 def _bloom_attention(

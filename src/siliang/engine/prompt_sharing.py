@@ -33,6 +33,7 @@ from siliang.engine.patches import attention_implementation, register_attention,
 from siliang.engine.prompts import PromptBatch, padded_prompts, prompt_batches
 from siliang.engine.splits import mixing
 from siliang.language import Bilingual
+from siliang.methods.config import PeftConfig
 from siliang.models.introspect import cache_in, is_encoder_decoder, layer_number, sliding_window
 from siliang.models.positions import longest_alike
 from siliang.ops.shared_keys import attention_to_shared
@@ -65,7 +66,30 @@ class PromptSharing:
     in_place: bool = False
 
 
-_tried = WeakKeyDictionary[nn.Module, dict[object, PromptSharing]]()  # of each model, by what computes in it
+@dataclass(frozen=True)
+class Computing:
+    """What computes in a model; equal to another with the same objects.
+
+    Attributes:
+        attention: The attention implementation.
+        configs: Of the active adapters. They are kept, so that no later one is taken for them.
+    """
+
+    attention: str | None
+    dtype: torch.dtype
+    configs: tuple[PeftConfig, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Computing) and self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash(self._parts())
+
+    def _parts(self) -> tuple[object, ...]:
+        return self.attention, self.dtype, *map(id, self.configs)
+
+
+_tried = WeakKeyDictionary[nn.Module, dict[Computing, PromptSharing]]()  # of each model
 _cache: ContextVar[DynamicCache | None] = ContextVar("cache", default=None)  # that the attention reads in place
 
 
@@ -111,7 +135,8 @@ def with_common(write: Callable[[int], list[str]], common: int) -> list[str]:
 
 @contextmanager
 def beginning_once(model: nn.Module, common: int, *, in_place: bool | None = None) -> Iterator[None]:
-    """Within the block `generate` computes the first columns of a batch once.
+    """Within the block `generate` computes the first columns of a batch once. The model's `generate` is changed for all
+    threads: only one may use the model.
 
     Args:
         common: The number of these columns, which are the same in all rows, without padding; 0 for none.
@@ -192,14 +217,11 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _state(model: nn.Module) -> object:
-    """What computes in a model."""
-    base = base_of(model)
-    how = base.config._attn_implementation, dtype_of(base)
-    if not isinstance(model, PeftModel) or model.injection.is_disabled:
-        return how
-    configs = {name: model.peft_config[name] for name in model.injection.active}
-    return *how, *((name, id(c), getattr(c, "num_virtual_tokens", None)) for name, c in configs.items())
+def _state(model: nn.Module) -> Computing:
+    base, configs = base_of(model), tuple[PeftConfig, ...]()
+    if isinstance(model, PeftModel) and not model.injection.is_disabled:
+        configs = tuple(model.peft_config[name] for name in model.injection.active)
+    return Computing(base.config._attn_implementation, dtype_of(base), configs)
 
 
 def _try(base: PreTrainedModel, pad: int) -> PromptSharing:

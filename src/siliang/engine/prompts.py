@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from siliang.engine.batches import in_steps
-from siliang.ops.beginnings import LEAST_SAVED, LEAST_SHARE
+from siliang.ops.beginnings import LEAST_SAVED, LEAST_SHARE, common_tokens
 
 LEAST_IN_BATCH = 64  # tokens that a batch has to save: it computes one row more (docs/log.md)
 
@@ -85,7 +86,8 @@ def common_beginning(prompts: Iterable[Sequence[int]]) -> int:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """The tokens with which both begin."""
+    return common_tokens(*(np.array(x, np.int64).tobytes() for x in (a, b)), size=8)
 
 
 def _in_groups(prompts: Mapping[int, Sequence[int]], alike: Sequence[int]) -> list[int]:

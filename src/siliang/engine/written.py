@@ -112,6 +112,7 @@ def measure_texts(
             texts = with_common(write, some.common)
             written |= dict(zip(some.numbers, texts, strict=True))
     merged = {entry: text for part in ranks.gather(written) for entry, text in part.items()}
+    assert merged.keys() == asked.keys()
     numbers = sorted(merged)
     scores = score_texts(
         task.measures, [merged[i] for i in numbers], [asked[i].reference for i in numbers], settings.bleu_tokenizer

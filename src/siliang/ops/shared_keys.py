@@ -40,12 +40,11 @@ def attention_to_shared(
         scores = scaling * q_BH1K @ k.mT
         scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
         return (scores.softmax(-1) @ v).transpose(1, 2)
-    exact = torch.promote_types(
-        q_BH1K.dtype, torch.float32
-    )  # of the scores: a rounded 100 is off by up to 0.25 in bf16
-    q_BGRK = (q_BH1K.to(exact) * scaling).reshape(B, G, H // G, K)
-    shared_BGRC = _by_row(_by_head(q_BGRK) @ k_1GCK[0].to(exact).mT, B)
-    own_BGRN = q_BGRK @ k_BGNK.to(exact).mT
+    exact = torch.promote_types(q_BH1K.dtype, torch.float32)  # of the scores: 100 is off by up to 0.25 in bf16
+    with torch.autocast(q_BH1K.device.type, enabled=False):  # which would compute these products in bf16
+        q_BGRK = (q_BH1K.to(exact) * scaling).reshape(B, G, H // G, K)
+        shared_BGRC = _by_row(_by_head(q_BGRK) @ k_1GCK[0].to(exact).mT, B)
+        own_BGRN = q_BGRK @ k_BGNK.to(exact).mT
     if mask is not None:
         own_BGRN = own_BGRN.masked_fill(~mask[..., C:], float("-inf"))
     p = torch.cat([shared_BGRC, own_BGRN], -1).softmax(-1).to(v_BGNK.dtype)
