@@ -14,7 +14,7 @@ from ranked import train_on, weights_of
 from tiny import WORDS, write_jsonl
 
 from siliang.config import RunConfig
-from siliang.engine import prompt_sharing
+from siliang.engine.shared_cache import PromptInputs
 from siliang.ops.tree_attention import tree_attention
 from siliang.records import Answers, Record
 from siliang.run_folder import open_run
@@ -88,14 +88,14 @@ def test_a_run_is_that_of_separate_rows(
 def counting_beginnings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each beginning of prompts that is computed once, the trial's not."""
     found: list[int] = []
-    compute = prompt_sharing.PromptInputs.compute_beginning
+    compute = PromptInputs.compute_beginning
 
-    def counted(self: prompt_sharing.PromptInputs, ids: torch.Tensor, kwargs: Any) -> None:
+    def counted(self: PromptInputs, ids: torch.Tensor, kwargs: Any) -> None:
         if ids.shape[1] > 3:
             found.append(ids.shape[1])
         compute(self, ids, kwargs)
 
-    monkeypatch.setattr(prompt_sharing.PromptInputs, "compute_beginning", counted)
+    monkeypatch.setattr(PromptInputs, "compute_beginning", counted)
     return found
 
 
