@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 from closeness import assert_same_losses
 from every_task import METHODS, make_models, rated_rows, rows_of
-from ranked import train_on, weights_of
+from ranked import start, train_on, weights_of
 from tiny import WORDS, write_jsonl
 
 from siliang.config import RunConfig
+from siliang.engine import prompt_sharing
+from siliang.engine.prompt_sharing import PromptSharing
 from siliang.engine.shared_cache import PromptInputs
 from siliang.ops.tree_attention import tree_attention
 from siliang.records import Answers, Record
@@ -97,6 +100,32 @@ def counting_beginnings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(PromptInputs, "compute_beginning", counted)
     return found
+
+
+def refused_on_the_second() -> None:
+    """Its trial of shared prompts fails."""
+    if os.environ["RANK"] == "1":
+        prompt_sharing.find_prompt_sharing = lambda model, pad: PromptSharing("it is of another kind")
+
+
+def test_ranks_whose_trials_differ_write_the_same_texts(models: dict[str, Path], tmp_path: Path) -> None:
+    """Without a shared beginning the batches are others, of which each rank would take its share."""
+    systems = (SYSTEM, " ".join(reversed(SYSTEM.split())))
+    rows = [row | {"instruction": f"{each} {row['instruction']}"} for row in rows_of("causal_lm") for each in systems]
+    data = str(write_jsonl(tmp_path / "two.jsonl", rows))
+    found: list[dict[str, float]] = []
+    for size in (1, 2):
+        config = configured(models, "causal_lm", tmp_path, tmp_path / str(size), max_steps=1, learning_rate=1e-5)
+        values = config.model_dump(mode="json")
+        values["data"]["train"] = data
+        values["train"]["batch_size"] = 4
+        values["evaluation"] = {"measures": ["rouge_l", "chrf"], "max_new_tokens": 5}
+        children = start(RunConfig.build(values), size, before=refused_on_the_second)
+        endings = [child.end() for child in children]
+        assert [e.code for e in endings] == [0] * size, endings[-1].output
+        final = Record.read(tmp_path / str(size)).final
+        found.append({name: final[name] for name in ("rouge_l", "chrf")})
+    assert found[0] == found[1] and found[0]["chrf"] > 0
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 2e-2), ("prefix_tuning", 2e-2), ("full", 2e-3)])
