@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -19,7 +20,7 @@ from siliang.data.messages import Conversation, Message
 from siliang.engine.one_answer import without_padding
 from siliang.run_folder import OpenedRun, open_run
 from siliang.train.run import train
-from siliang.types import ConfigError, DataError, InterruptedRunError
+from siliang.types import ConfigError, DataError, InterruptedRunError, ModelError
 from siliang.use import predict_file as module
 from siliang.use.asked_rows import read_asked
 from siliang.use.generate import generate, write_texts
@@ -109,7 +110,8 @@ def test_greedy_is_generates_own(opened: dict[str, OpenedRun]) -> None:
     ids = torch.tensor([[5, 6, 7]])
     common: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
     wanted = own.model.generate(input_ids=ids, repetition_penalty=1.4, **common)
-    ours = without_padding(own.model, torch.ones_like(ids), 1.4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ours = without_padding(own.model, inputs, [2], decoder_only=True, penalty=1.4)
     assert own.model.generate(input_ids=ids, **ours, **common).tolist() == wanted.tolist()
 
 
@@ -122,7 +124,9 @@ def test_options_of_predictions_are_not_for_texts(
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("own", [{"repetition_penalty": 1.5}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "own", [{"repetition_penalty": 1.5}, {"encoder_repetition_penalty": 5.0}, {"use_cache": False}], ids=str
+)
 def test_the_models_own_settings(opened: dict[str, OpenedRun], task: str, own: dict[str, Any]) -> None:
     """Its penalty leaves the padding out, and a text is the same alone and in any batch; a cache is kept anyhow."""
     run, same_start = opened[task], asked(*(f"{'one two three ' * 8}{word}" for word in ("one", "two three", "four")))
@@ -135,9 +139,42 @@ def test_the_models_own_settings(opened: dict[str, OpenedRun], task: str, own: d
         assert found[0] == found[1] == found[2]
         if "repetition_penalty" in own and task == "causal_lm":
             assert found[0] == write_texts(run, same_start, Sampling(8, repetition_penalty=1.5), batch_size=3)
+        if "repetition_penalty" in own:
+            settings.repetition_penalty = 5.0
+            off = write_texts(run, same_start, Sampling(8, repetition_penalty=1.0), batch_size=3)
+            settings.repetition_penalty = None
+            assert off == write_texts(run, same_start, Sampling(8), batch_size=3)
     finally:
         for name, value in before.items():
             setattr(settings, name, value)
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "encoder_repetition_penalty"])
+@pytest.mark.parametrize("value", [0, -1.0, "2"])
+def test_a_penalty_that_is_none(opened: dict[str, OpenedRun], monkeypatch: Any, name: str, value: object) -> None:
+    run = opened["causal_lm"]
+    monkeypatch.setattr(run.model.generation_config, name, value)
+    with pytest.raises(ModelError, match=f"cannot write: {name} = {value!r} must be above 0"):
+        write_texts(run, asked("one"), Sampling(2))
+
+
+def test_penalties_and_lengths_leave_the_padding_out(opened: dict[str, OpenedRun]) -> None:
+    """Of two prompts, with three columns of padding in front of the second; 2 pads, and ends texts."""
+    model: Any = opened["causal_lm"].model
+    ids, mask = torch.tensor([[5, 6, 7, 8], [2, 2, 2, 9]]), torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])
+    inputs, scores = {"input_ids": ids, "attention_mask": mask}, torch.full((2, 10), 4.0)
+    own = SimpleNamespace(repetition_penalty=None, encoder_repetition_penalty=2.0, min_length=5)
+    settings = without_padding(SimpleNamespace(generation_config=own), inputs, [2], decoder_only=True)
+    found = settings["logits_processor"](torch.cat([ids, torch.tensor([[3], [3]])], 1), scores)
+    expected = torch.full((2, 10), 4.0)
+    expected[0, 5:9], expected[1, 9], expected[1, 2] = 8.0, 8.0, -torch.inf  # 5 tokens and 2
+    assert found.tolist() == expected.tolist()
+    prompts = {"inputs": ids[:1], "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    ours = {"input_ids": ids[:1], "attention_mask": mask[:1]}
+    for name, value in (("encoder_repetition_penalty", 5.0), ("min_length", 6)):
+        changed = SimpleNamespace(**vars(own) | {"encoder_repetition_penalty": None, "min_length": None, name: value})
+        settings = without_padding(SimpleNamespace(generation_config=changed), ours, [2], decoder_only=True)
+        assert model.generate(**prompts, **settings).tolist() == model.generate(**prompts, **{name: value}).tolist()
 
 
 def test_a_text_ends_exactly_in_front_of_a_stop_word(opened: dict[str, OpenedRun]) -> None:

@@ -265,7 +265,9 @@ def test_a_model_that_loses_the_shared_keys_writes_separate_rows() -> None:
     assert len(with_common(write, batch.common)) == 3 and written == [35, 0]
 
 
-@pytest.mark.parametrize(("name", "value"), [("no_repeat_ngram_size", 2), ("bad_words_ids", [[7, 8]])])
+@pytest.mark.parametrize(
+    ("name", "value"), [("no_repeat_ngram_size", 2), ("encoder_no_repeat_ngram_size", 2), ("bad_words_ids", [[7, 8]])]
+)
 def test_what_reads_the_order_of_tokens(name: str, value: object) -> None:
     model, prompts = family("llama"), prompts_behind(35)
     setattr(model.generation_config, name, value)

@@ -3,6 +3,7 @@ depend on the padding."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,22 +80,77 @@ class RepetitionPenalty(LogitsProcessor):
         beams, prompt = len(input_ids) // len(self._real), self._real.shape[1]
         for i, ids in enumerate(input_ids):
             seen[i, torch.cat([ids[:prompt][self._real[i // beams].bool()], ids[prompt:]])] = True
-        lowered = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
-        return torch.where(seen, lowered, scores)
+        return _penalized(scores, seen, self._penalty)
 
 
-def without_padding(model: Any, mask_BT: Tensor, penalty: float | None = None) -> dict[str, Any]:
-    """Settings of generate in which a repetition penalty leaves the padding out. transformers' own lowers the token
-    that pads, which is often the one that ends a text.
+class PromptReward(LogitsProcessor):
+    """Raises the scores of the tokens of each prompt, without its padding: the encoder_repetition_penalty."""
+
+    def __init__(self, reward: float, ids_BT: Tensor, mask_BT: Tensor) -> None:
+        self._reward, self._prompts = reward, [ids[real.bool()] for ids, real in zip(ids_BT, mask_BT, strict=True)]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen = torch.zeros_like(scores, dtype=torch.bool)
+        beams = len(input_ids) // len(self._prompts)
+        for i in range(len(input_ids)):
+            seen[i, self._prompts[i // beams]] = True
+        return _penalized(scores, seen, 1 / self._reward)
+
+
+class LeastLength(LogitsProcessor):
+    """A text does not end before it has so many tokens, with those of its prompt and without padding."""
+
+    def __init__(self, least: int, ends: Sequence[int], mask_BT: Tensor) -> None:
+        """
+        Args:
+            ends: The tokens that end a text.
+        """
+        self._least, self._ends, self._padding_B = least, list(ends), (1 - mask_BT.long()).sum(1)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        beams = len(input_ids) // len(self._padding_B)
+        short = input_ids.shape[1] - self._padding_B.repeat_interleave(beams) < self._least
+        ends = torch.zeros_like(scores[:1], dtype=torch.bool)
+        ends[:, self._ends] = True
+        return scores.masked_fill(short[:, None] & ends, -torch.inf)
+
+
+def without_padding(
+    model: Any, batch: Mapping[str, Tensor], ends: Sequence[int], *, decoder_only: bool, penalty: float | None = None
+) -> dict[str, Any]:
+    """Settings of generate with which padding has no effect on a text. transformers' own count it: penalties take the
+    token that pads, which is often the one that ends a text, for one of the text.
 
     Args:
-        mask_BT: The attention mask of a decoder's prompts; (B, 0) for an encoder-decoder.
-        penalty: None for the model's own.
+        batch: The input_ids and attention_mask of the prompts.
+        ends: The tokens that end a text.
+        penalty: The repetition penalty; None for the model's own.
+
+    Raises:
+        ValueError: A penalty is not above 0.
     """
-    penalty = penalty if penalty is not None else model.generation_config.repetition_penalty
-    if penalty is None or penalty == 1.0:
-        return {}
-    return {
-        "repetition_penalty": 1.0,
-        "logits_processor": LogitsProcessorList([RepetitionPenalty(float(penalty), mask_BT)]),
-    }
+    own, mask_BT, processors = model.generation_config, batch["attention_mask"], list[LogitsProcessor]()
+    penalty = penalty if penalty is not None else own.repetition_penalty
+    if penalty is not None and penalty != 1.0:
+        above_0 = _above_0("repetition_penalty", penalty)
+        processors.append(RepetitionPenalty(above_0, mask_BT if decoder_only else mask_BT[:, :0]))
+    if (reward := own.encoder_repetition_penalty) is not None and reward != 1.0:
+        above_0 = _above_0("encoder_repetition_penalty", reward)
+        processors.append(PromptReward(above_0, batch["input_ids"], mask_BT))
+    settings: dict[str, Any] = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0}
+    if decoder_only and own.min_length:
+        processors.append(LeastLength(int(own.min_length), ends, mask_BT))
+        settings["min_length"] = 0
+    return settings | ({"logits_processor": LogitsProcessorList(processors)} if processors else {})
+
+
+def _above_0(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or not value > 0:
+        shown = short_repr(value)
+        raise ValueError(Bilingual(f"{name} = {shown} must be above 0", f"{name} = {shown}：应大于 0"))
+    return float(value)
+
+
+def _penalized(scores_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    lowered = torch.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
+    return torch.where(seen_BV, lowered, scores_BV)

@@ -35,6 +35,7 @@ from siliang.peft_api.model import PeftModel
 # What of a generation_config reads the order of a prompt's tokens, with padding between them.
 READS_ORDER = (
     "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
     "bad_words_ids",
     "sequence_bias",
     "watermarking_config",

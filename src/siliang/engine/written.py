@@ -262,11 +262,11 @@ def _write(
     if TASK_IDS in rows[0] and isinstance(model, PeftModel):
         batch[TASK_IDS] = torch.tensor([row[TASK_IDS] for row in rows])
     device = model.device
-    settings = dict(options) | without_padding(
-        model, batch["attention_mask"][:, : width * task.decoder_only].to(device)
-    )
+    batch = {name: x.to(device) for name, x in batch.items()}
+    ends = options.get("eos_token_id", ())
+    settings = dict(options) | without_padding(model, batch, ends, decoder_only=task.decoder_only)
     with beginning_once(model, common):
-        found = model.generate(**{name: x.to(device) for name, x in batch.items()}, **settings)
+        found = model.generate(**batch, **settings)
     return tokenizer.batch_decode(found[:, width:] if task.decoder_only else found, skip_special_tokens=True)
 
 

@@ -198,7 +198,7 @@ def _write(
     left = run.task.decoder_only
     padded = padded_prompts([p.ids for p in prompts], pad, left=left, common=common)
     batch = {name: x.to(run.model.device) for name, x in padded.items()}
-    width, attention = batch["input_ids"].shape[1], batch["attention_mask"]
+    width = batch["input_ids"].shape[1]
     settings: dict[str, Any] = {
         "max_new_tokens": prompts[0].new,
         "do_sample": False,
@@ -207,7 +207,8 @@ def _write(
         "pad_token_id": pad,
         "eos_token_id": list(prompts[0].stop),
     }
-    settings |= without_padding(run.model, attention if left else attention[:, :0], sampling.repetition_penalty)
+    ends, penalty = prompts[0].stop, sampling.repetition_penalty
+    settings |= without_padding(run.model, batch, ends, decoder_only=left, penalty=penalty)
     if sampling.temperature > 0:
         drawn = Drawn(sampling, [p.number for p in prompts])
         settings["logits_processor"] = LogitsProcessorList([*settings.get("logits_processor", ()), drawn])
