@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from siliang import PrefixTuningConfig, get_peft_model
 from siliang.distributed.sharding import fake_mesh, ignore_frozen_in_ddp
 from siliang.engine.fused import fused_form
-from siliang.engine.padding import NotPackableError, PaddingFree
 from siliang.engine.patches import attention_implementation, checkpoint_layers, register_attention
+from siliang.engine.step import Engine
 from siliang.memory.track import on_storage_resize
 from siliang.models import introspect, weights
 from siliang.models.base_config import load_config
@@ -29,7 +29,8 @@ from siliang.models.invented import invented_modules
 from siliang.models.load import load_model
 from siliang.models.quantized import empty_quantized, float_weight, is_quantized, keep_as_stored
 from siliang.plan.fake import fake_mode
-from siliang.tasks import CAUSAL_LM, SEQ_CLS
+from siliang.tasks import CAUSAL_LM, SEQ_CLS, TASKS
+from siliang.types import TaskType
 
 DECODERS = ("llama", "bloom", "gpt2", "qwen2")
 ENCODERS = ("bert", "roberta", "deberta", "deberta_v2")
@@ -127,12 +128,9 @@ def test_attention_goes_through_the_registered_function() -> None:
 def test_packed_rows(name: str) -> None:
     """As padded ones, in BLOOM with an attention of our own."""
     model = make(name)
-    try:
-        why = PaddingFree(model).why_not(model, 100)
-    except NotPackableError as error:
-        why = str(error)
-    if why is not None:
-        changed("transformers", f"packing is off for {name}: {why}")
+    engine = Engine(model, TASKS[TaskType(TASK[name])])
+    if engine.padding is None:
+        changed("transformers", f"{name}: {engine.notes[0]}")
 
 
 def test_what_bloom_attention_holds() -> None:

@@ -14,10 +14,11 @@ import siliang
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
 from siliang.engine.budget import AUTO_SHARE, MemoryBudget
-from siliang.engine.frozen import StateStore, disk_folder, find_frozen_layers
+from siliang.engine.frozen import FrozenLayers, StateStore, disk_folder, find_frozen_layers
 from siliang.engine.step import Engine
+from siliang.engine.trial import Trial
 from siliang.models.introspect import layer_stack
-from siliang.tasks import SEQ_CLS, TASKS, Task
+from siliang.tasks import CAUSAL_LM, SEQ_CLS, TASKS, Task
 from siliang.types import TaskType
 
 
@@ -25,6 +26,10 @@ def model_and_task(name: str) -> tuple[Any, Task]:
     task = TASKS[TaskType(TASK[name])]
     config = siliang.LoraConfig(task_type=task.adapter_type, layers_to_transform=[1], init_lora_weights=False)
     return siliang.get_peft_model(make(name), config).train(), task
+
+
+def frozen_layers(model: Any, layers: list[Any], *, comparing: bool = True) -> FrozenLayers:
+    return find_frozen_layers(Trial(model, model, CAUSAL_LM, comparing=comparing), layers)
 
 
 def epochs(model: Any, task: Task, *, keep: bool, store: StateStore | None = None) -> tuple[list[float], Engine]:
@@ -93,7 +98,7 @@ def test_what_is_trained_before_the_layers_turns_it_off(name: str, module: str) 
     model = siliang.get_peft_model(make(name), config).train()
     without_dropout(model)  # a plan's answer is the same
     base = model.get_base_model()
-    assert not find_frozen_layers(base, layer_stack(base), comparing=False).count
+    assert not frozen_layers(base, layer_stack(base), comparing=False).count
 
 
 def test_a_gradient_of_the_embeddings_output_is_no_training() -> None:
@@ -102,7 +107,7 @@ def test_a_gradient_of_the_embeddings_output_is_no_training() -> None:
     base = model.get_base_model()
     base.enable_input_require_grads()
     for comparing in (True, False):
-        assert find_frozen_layers(base, layer_stack(base), comparing=comparing).count == 1
+        assert frozen_layers(base, layer_stack(base), comparing=comparing).count == 1
 
 
 def test_no_room_no_harm() -> None:
@@ -141,7 +146,7 @@ def test_jitter_under_whatever_name_turns_it_off() -> None:
     model, task = model_and_task("llama")  # above the cut it does no harm
     layer_stack(model.get_base_model())[1].register_forward_pre_hook(noisy)
     torch.set_rng_state(before)
-    found = find_frozen_layers(model.get_base_model(), layer_stack(model.get_base_model()))
+    found = frozen_layers(model.get_base_model(), layer_stack(model.get_base_model()))
     assert found.count == 1 and torch.equal(torch.get_rng_state(), before)
 
 
@@ -158,7 +163,7 @@ def test_layers_that_are_skipped_at_random_turn_it_off() -> None:
         max_position_embeddings=64,
     )
     model = OPTForCausalLM(config).requires_grad_(False)
-    found = find_frozen_layers(model, layer_stack(model))
+    found = frozen_layers(model, layer_stack(model))
     assert found.count == 0 and "something random" in (found.why_not or "")
 
 
@@ -183,12 +188,12 @@ def test_the_rows_go_to_a_disk_and_not_to_memory(monkeypatch: pytest.MonkeyPatch
 def test_where_the_cut_is() -> None:
     model: Any = make("llama").requires_grad_(False)
     layers = layer_stack(model)
-    assert find_frozen_layers(model, layers).count == 1  # the last layer is always computed
+    assert frozen_layers(model, layers).count == 1  # the last layer is always computed
     layers[0].mlp.up_proj.requires_grad_(True)  # type: ignore[union-attr]
-    assert find_frozen_layers(model, layers).count == 0
+    assert frozen_layers(model, layers).count == 0
     layers[0].requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
-    assert find_frozen_layers(model, layers).why_not == "model.embed_tokens.weight is trained, below layer 1"
+    assert frozen_layers(model, layers).why_not == "model.embed_tokens.weight is trained, below layer 1"
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])

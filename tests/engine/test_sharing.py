@@ -25,6 +25,8 @@ from siliang.engine.order import by_beginnings, evaluation_batches
 from siliang.engine.padding import PaddingFree
 from siliang.engine.sharing import find_shares
 from siliang.engine.step import Engine
+from siliang.engine.trial import Output, Trial, Way
+from siliang.engine.trial_batch import of_tokens
 from siliang.methods import METHODS
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.tasks import CAUSAL_LM, SEQ_CLS
@@ -193,7 +195,15 @@ def test_a_layer_that_looks_ahead_is_found() -> None:
 
     padding = PaddingFree(model)
     model.model.layers[0].mlp.register_forward_hook(mix)
-    shares, (note,) = find_shares(model, padding, VOCABULARY)
+
+    def run(batch: Batch, way: Way) -> Output:
+        inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+        with padding.packed(batch.lengths, batch.width, tree=way.tree):
+            return Output([of_tokens(model(**inputs).logits, batch)])
+
+    trial = Trial(model, model, CAUSAL_LM, run)
+    with trial.running():
+        shares, (note,) = find_shares(trial, padding)
     assert shares == SEPARATE and "other results than separate rows" in note
 
 
@@ -287,3 +297,19 @@ def test_rows_that_share_nothing_are_split_as_without_it() -> None:
     )
     assert [batch.lengths for batch in one] == [batch.lengths for batch in other]
     assert all(batch.tree is None for batch in one)
+
+
+def test_no_batch_has_more_tokens_than_it_may() -> None:
+    """Within a batch a span may save too little, and its tokens are computed in each row."""
+    g = torch.Generator().manual_seed(0)
+
+    def some(n: int) -> list[int]:
+        return torch.randint(5, VOCABULARY, (n,), generator=g).tolist()
+
+    rows = []
+    for _ in range(12):
+        top = some(6)  # of four rows: it saves 18 tokens in a step, and 6 or 12 in a batch of two or three of them
+        rows += [{"input_ids": ids, "labels": ids, "row": 0} for ids in (top + some(4) for _ in range(4))]
+    batches = StepCollator(PadCollator(0), CAUSAL_LM, 48, 40, shares=BOTH)(rows)["batches"]
+    assert max(batch.distinct_tokens for batch in batches) <= 40
+    assert sum(len(batch.lengths) for batch in batches) == 48 and any(batch.tree is not None for batch in batches)

@@ -54,14 +54,24 @@ def dpo(values: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
     return -F.logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1])).sum()
 
 
+def pairs(length: int, target_length: int) -> dict[str, Any]:
+    return {"input_ids": [1] * 2 * length, "sequences": [length, length]}
+
+
+def labelled_pairs(length: int, target_length: int) -> dict[str, Any]:
+    return pairs(length, target_length) | {"labels": [1] * 2 * length}
+
+
 CONTRAST: Task = replace(
     SEQ_CLS,
+    synthetic_row=pairs,
     loss=None,
     step_loss=StepLoss(scores, contrast),
     data=replace(SEQ_CLS.data, columns={"input_ids": NUMBERS}, sequences=True),
 )
 DPO: Task = replace(
     CAUSAL_LM,
+    synthetic_row=labelled_pairs,
     step_loss=StepLoss(of_sequences, dpo, reference=True),
     data=replace(CAUSAL_LM.data, columns={"input_ids": NUMBERS, "labels": LABELS}, sequences=True),
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from siliang.data.encode import IGNORED
-from siliang.ops.beginnings import Beginnings, find_beginnings
+from siliang.ops.beginnings import LEAST_SAVED, Beginnings, find_beginnings
 
 
 @dataclass
@@ -109,12 +109,13 @@ class Batch:
         )
 
 
-def tree_of(inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> Beginnings | None:
+def tree_of(inputs: Mapping[str, Tensor], lengths: Sequence[int], least: int = LEAST_SAVED) -> Beginnings | None:
     """The tree of a padded batch's sequences; None if they share too little.
 
     Args:
         inputs: input_ids and, where the model reads them, token_type_ids, each (S, W).
+        least: As of `find_beginnings`.
     """
     columns = [inputs[name].numpy() for name in ("input_ids", "token_type_ids") if name in inputs]
     read = np.stack(columns, -1).astype(np.int32)
-    return find_beginnings([row[:n].tobytes() for row, n in zip(read, lengths, strict=True)], read[0, 0].nbytes)
+    return find_beginnings([row[:n].tobytes() for row, n in zip(read, lengths, strict=True)], read[0, 0].nbytes, least)

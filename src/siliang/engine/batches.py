@@ -8,6 +8,8 @@ that take a mean over a batch (`Method.mixes_rows`: LILY, VeLoRA); the engine sa
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -16,7 +18,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
-from siliang.data.batch import Batch, tree_of
+from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
 from siliang.data.tokens import TokenSet
@@ -73,8 +75,7 @@ class StepCollator:
     Attributes:
         rows_at_once: The maximum number of rows of a batch. The sequences of a row stay together.
         tokens_at_once: The maximum number of tokens of a batch, padding included; None for no limit. A longer row is
-            a separate batch. A batch of rows that share their beginnings may have about a ninth more: without the
-            rows of other batches its own tree may save too little.
+            a separate batch.
         packed: The batches are run without padding.
         shares: Whether shared beginnings are computed once.
     """
@@ -127,19 +128,22 @@ class StepCollator:
         Args:
             rows: Where beginnings are shared, with their tokens; otherwise their lengths suffice.
         """
-        return self._split(rows, self._tree(rows) if self.shares.training else None)
+        return [part for part, _ in self._parts(rows, share=self.shares.training)]
 
     def _batches(self, rows: list[dict[str, Any]], *, share: bool) -> list[Batch]:
-        tree = self._tree(rows) if share else None
-        return [self._batch(part, share=tree is not None) for part in self._split(rows, tree)]
+        return [self._batch(part, tree) for part, tree in self._parts(rows, share=share)]
 
-    def _tree(self, rows: list[dict[str, Any]]) -> Beginnings | None:
-        sequences = (sequence for row in rows for sequence in token_bytes(row))
-        return find_beginnings(list(sequences), token_size(rows[0])) if self.packed else None
+    def _parts(
+        self, rows: list[dict[str, Any]], *, share: bool
+    ) -> list[tuple[list[dict[str, Any]], Beginnings | None]]:
+        """The rows of each batch, with their tree."""
+        if not share or not self.packed:
+            return [(part, None) for part in self._split(rows)]
+        tokens = [token_bytes(row) for row in rows]
+        tree = _tree(tokens, token_size(rows[0]))
+        return [(part, None) for part in self._split(rows)] if tree is None else self._split_tree(rows, tokens, tree)
 
-    def _split(self, rows: list[dict[str, Any]], tree: Beginnings | None) -> list[list[dict[str, Any]]]:
-        if tree is not None:
-            return self._split_tree(rows, tree)
+    def _split(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         # the longest rows first: a lack of memory shows at once, and rows of similar length are together
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
         parts: list[list[dict[str, Any]]] = [[]]
@@ -157,29 +161,43 @@ class StepCollator:
             tokens, sequences, longest = tokens + sum(own), sequences + len(own), max(longest, n)
         return parts
 
-    def _split_tree(self, rows: list[dict[str, Any]], tree: Beginnings) -> list[list[dict[str, Any]]]:
-        """Rows that share their beginning follow one another."""
-        ends = list(accumulate((len(lengths_of(row)) for row in rows), initial=0))
+    def _split_tree(
+        self, rows: list[dict[str, Any]], tokens: list[list[bytes]], tree: Beginnings
+    ) -> list[tuple[list[dict[str, Any]], Beginnings | None]]:
+        """Rows that share their beginning follow one another.
+
+        Args:
+            tokens: What the model reads of each sequence of each row.
+            tree: Of all rows.
+        """
+        ends = list(accumulate(map(len, tokens), initial=0))
         leaves = [tree.leaves[a:b] for a, b in pairwise(ends)]  # of the sequences of each row
         tops = [tree.paths[own[0]][0] for own in leaves]
         longest = dict.fromkeys(tops, 0)
         for top, row in zip(tops, rows, strict=True):
             longest[top] = max(longest[top], len(row["input_ids"]))
-        parts: list[list[dict[str, Any]]] = [[]]
-        there, tokens = set[int](), 0  # of the current batch: its spans and their tokens
-        for i in sorted(range(len(rows)), key=lambda i: (-longest[tops[i]], leaves[i])):
-            own = {span for leaf in leaves[i] for span in tree.paths[leaf]}
-            cost = tokens + sum(tree.spans[span].length for span in own - there)
-            too_many = self.tokens_at_once is not None and cost > self.tokens_at_once
-            if parts[-1] and (len(parts[-1]) == self.rows_at_once or too_many):
-                parts.append([])
-                there, tokens = set(), 0
-            parts[-1].append(rows[i])
-            tokens += sum(tree.spans[span].length for span in own - there)
-            there |= own
+        waiting = deque(sorted(range(len(rows)), key=lambda i: (-longest[tops[i]], leaves[i])))
+        most = self.tokens_at_once or math.inf
+        parts: list[tuple[list[dict[str, Any]], Beginnings | None]] = []
+        while waiting:
+            part, there, computed = list[int](), set[int](), 0  # rows, their spans, and the tokens of these
+            while waiting and len(part) < self.rows_at_once:
+                spans = {span for leaf in leaves[waiting[0]] for span in tree.paths[leaf]} - there
+                more = sum(tree.spans[span].length for span in spans)
+                if part and computed + more > most:
+                    break
+                part.append(waiting.popleft())
+                there |= spans
+                computed += more
+            own = _tree([tokens[i] for i in part], token_size(rows[0]))
+            # without the rows of other batches a span may save too little, and is left out of the batch's own tree
+            while len(part) > 1 and (own.tokens if own else sum(len(rows[i]["input_ids"]) for i in part)) > most:
+                waiting.appendleft(part.pop())
+                own = _tree([tokens[i] for i in part], token_size(rows[0]))
+            parts.append(([rows[i] for i in part], own))
         return parts
 
-    def _batch(self, rows: list[dict[str, Any]], *, share: bool) -> Batch:
+    def _batch(self, rows: list[dict[str, Any]], tree: Beginnings | None) -> Batch:
         entries = tuple(row.pop("entry") for row in rows if "entry" in row)
         sizes: tuple[int, ...] = ()
         count = len(rows)
@@ -190,7 +208,6 @@ class StepCollator:
         keys = tuple(_key(row, row["labels"] if takes_labels else ()) for row in rows)
         inputs = self.pad(rows)
         lengths = tuple(len(row["input_ids"]) for row in rows)
-        tree = tree_of(inputs, lengths) if share else None
         by_token = self.task.data.label_per_token and self.task.step_loss is None
         if self.task.writes:
             # if the labels are the tokens of the row, the state of column j predicts token j + 1
@@ -202,6 +219,11 @@ class StepCollator:
             return Batch(inputs, lengths, weight, keys, targets, entries, by_token, sizes, tree, labelled)
         weight = int((inputs["labels"] != IGNORED).sum()) if by_token else count
         return Batch(inputs, lengths, weight, keys, None, entries, by_token, sizes, tree)
+
+
+def _tree(rows: Sequence[Sequence[bytes]], size: int) -> Beginnings | None:
+    """The tree of the sequences of these rows, by what the model reads of them."""
+    return find_beginnings([sequence for sequences in rows for sequence in sequences], size)
 
 
 def token_size(row: Mapping[str, Any]) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from siliang.engine.trial import Trial, modes
+from siliang.engine.trial_batch import BEGIN, vocabulary_of
 from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.types import ModelError
@@ -15,28 +18,37 @@ from siliang.types import ModelError
 SHARE, SHARE_OF_HALF = 1e-4, 1e-2
 
 
-@torch.no_grad()
-def check_causal(model: nn.Module, vocabulary: int, **more: object) -> None:
-    """Runs a few tokens twice, with another last token, without the adapter.
+def reads_back(trial: Trial, logits: Tensor) -> bool:
+    """Whether sequences of the trial that begin with the same tokens have the same logits there.
+
+    Args:
+        logits: Of all tokens, (S, V + W, vocabulary).
+    """
+    start = logits.shape[1] - trial.batch.width
+    one, *others = (logits[i, start : start + BEGIN] for i in trial.alike)
+    return all(_same(one, other) for other in others)
+
+
+def check_causal(trial: Trial, more: Mapping[str, object]) -> None:
+    """Runs one of the trial's sequences twice, with another last token, without the adapter.
+
+    Args:
+        more: Further arguments of the model.
 
     Raises:
         ModelError: The logits of earlier tokens differ: training would show the model what it is to predict.
     """
-    device = next(model.parameters()).device
-    ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
+    model, ids = trial.model, trial.batch.inputs["input_ids"][:1]
     other = ids.clone()
-    other[0, -1] = (other[0, -1] + 1) % vocabulary
-    training = model.training
-    model.eval()
+    other[0, -1] = (other[0, -1] + 1) % vocabulary_of(trial.base)
     try:
-        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-            one, two = (model(input_ids=x, use_cache=False, **more).logits[0, -6:-1] for x in (ids, other))
+        bare = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+        with modes(model, training=False), torch.no_grad(), bare:
+            last = slice(-ids.shape[1], -1)
+            one, two = (model(input_ids=x, use_cache=False, **more).logits[0, last] for x in (ids, other))
     except Exception:  # a model may raise any exception in a trial; the run itself says what is wrong
         return
-    finally:
-        model.train(training)
-    share = SHARE if one.dtype == torch.float32 else SHARE_OF_HALF
-    if float((one - two).abs().max()) > share * float(one.abs().max()):
+    if not _same(one, two):
         raise ModelError(
             Bilingual(
                 "the model reads ahead: what it predicts changes with the tokens behind, as in an encoder, so that it "
@@ -47,3 +59,8 @@ def check_causal(model: nn.Module, vocabulary: int, **more: object) -> None:
                 "question_ans 任务。",
             )
         )
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    share = SHARE if one.dtype == torch.float32 else SHARE_OF_HALF
+    return float((one - two).abs().max()) <= share * float(one.abs().max())

@@ -12,7 +12,7 @@ Shapes: n tokens of a row, D hidden.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,12 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from siliang.data.cache import cache_folder
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import Undo, replace_forward
 from siliang.engine.randomness import draws_on_fake, find_randomness
+from siliang.engine.trial import Trial, modes
 from siliang.language import Bilingual, local
 from siliang.models.introspect import backbone, named_arguments, parameters_of
 from siliang.ops.graph import leaves_of
@@ -50,21 +50,17 @@ class FrozenLayers:
     why_not: str | None = None
 
 
-def find_frozen_layers(model: PreTrainedModel, layers: list[nn.Module], *, comparing: bool = True) -> FrozenLayers:
-    """The layers below the lowest trained one, if their output is deterministic and nothing before them is trained.
-
-    Args:
-        comparing: Compare outputs. False on fake tensors, where random operators are looked for instead.
-    """
+def find_frozen_layers(trial: Trial, layers: list[nn.Module]) -> FrozenLayers:
+    """The layers below the lowest trained one, if their output is deterministic and nothing before them is trained."""
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     first = min(trained.index(True) if any(trained) else len(layers), len(layers) - 1)
     if first == 0:
         return FrozenLayers(0)
-    trial = _Trial(model, layers[first])
-    if not comparing:
-        return FrozenLayers(0 if draws_on_fake(trial.run) or trial.trained() else first)
-    random_part = find_randomness(trial.backbone, trial.run, trial.device)
-    if (below := trial.trained()) is not None:
+    part = _Below(trial, layers[first])
+    if not trial.comparing:
+        return FrozenLayers(0 if draws_on_fake(part.run) or part.trained() else first)
+    random_part = find_randomness(part.backbone, part.run, trial.device)
+    if (below := part.trained()) is not None:
         return FrozenLayers(
             0, Bilingual(f"{below} is trained, below layer {first}", f"{below} 在第 {first} 层之下，而它要训练")
         )
@@ -80,33 +76,46 @@ def find_frozen_layers(model: PreTrainedModel, layers: list[nn.Module], *, compa
     return FrozenLayers(first)
 
 
-class _Trial:
-    """A forward pass in training, of a few tokens, up to the layer `end`."""
+def frozen_cache(
+    trial: Trial, layers: list[nn.Module], budget: MemoryBudget, tokens: Callable[[], int] | None, *, noise: bool
+) -> tuple[FrozenCache | None, FrozenLayers]:
+    """The cache of the frozen layers' output, and these layers. On fake tensors there is no cache.
 
-    def __init__(self, model: PreTrainedModel, end: nn.Module) -> None:
-        self.model, self.end, self.backbone = model, end, backbone(model)
-        self.device = next(model.parameters()).device
+    Args:
+        tokens: Returns the tokens of all rows to be cached.
+        noise: Training adds noise to the embeddings.
+    """
+    frozen = find_frozen_layers(trial, layers)
+    if frozen.count and noise:
+        frozen = FrozenLayers(0, Bilingual("train.neftune_alpha adds noise", "train.neftune_alpha 会加入噪声"))
+    if not frozen.count or not trial.comparing:
+        return None, frozen
+    store = StateStore.within(budget, tokens() if tokens else None)
+    budget.promised = store.promised
+    return FrozenCache(layers, frozen.count, store), frozen
+
+
+class _Below:
+    """A run of the trial's sequences in training mode, up to the layer `end`."""
+
+    def __init__(self, trial: Trial, end: nn.Module) -> None:
+        self.trial, self.end, self.backbone = trial, end, backbone(trial.base)
         self._input: Tensor | None = None
 
     def run(self) -> None:
-        """Runs it with gradients. The modules are in their own modes again afterwards."""
+        """Runs it with gradients."""
 
         def stop(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             self._input = named_arguments(module, args, kwargs)[next(iter(parameters_of(module)))]
             raise StopForwardError
 
-        ids = torch.ones(1, 4, dtype=torch.long, device=self.device)
+        inputs = self.trial.batch.inputs
         handle = self.end.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-        training = [module for module in self.model.modules() if module.training]
         try:
-            self.model.train()
-            with torch.enable_grad(), suppress(StopForwardError):
-                self.backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
+            with modes(self.trial.base, training=True), torch.enable_grad(), suppress(StopForwardError):
+                self.backbone(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         finally:
             handle.remove()
-            self.model.eval()
-            for module in training:
-                module.training = True
 
     def trained(self) -> str | None:
         """A trained parameter that the input of `end` depends on, by its path; None if there is none.
@@ -118,7 +127,7 @@ class _Trial:
         x, self._input = self._input, None
         if x is None:
             return None
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        names = {id(p): name for name, p in self.trial.base.named_parameters()}
         for leaf in leaves_of(x):
             if isinstance(leaf, nn.Parameter):
                 return names.get(id(leaf), "a parameter")

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siliang.engine.padding import trial_error
 from siliang.engine.patches import patched
 from siliang.language import Bilingual
-from siliang.models.introspect import is_encoder_decoder
 from siliang.ops.layout import repeat_rows
 from siliang.ops.masked_ce import head_logits, masked_cross_entropy
 
@@ -32,7 +30,6 @@ class HeadLoss:
         """
         config = model.config.get_text_config()
         self._head = head
-        self._is_encoder_decoder = is_encoder_decoder(model)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
         self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
@@ -48,6 +45,20 @@ class HeadLoss:
 
         with patched([(self._head, skip)]):
             yield seen
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Tensor]]:
+        """Within the block, the output layer appends its input to the list."""
+        seen: list[Tensor] = []
+
+        def note(head: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.extend(args)
+
+        handle = self._head.register_forward_pre_hook(note)
+        try:
+            yield seen
+        finally:
+            handle.remove()
 
     def loss(self, states: Tensor, rows: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The loss, summed over the labelled rows.
@@ -73,28 +84,16 @@ class HeadLoss:
         return head_logits(hidden_ND, self._head, softcap=self._softcap, scale=self._scale)
 
     @torch.no_grad()
-    def differs(self, model: nn.Module, vocabulary: int, **more: object) -> str | None:
-        """Runs a few tokens, and `more`, with and without all logits. Returns why the losses differ, or None."""
-        device = next(model.parameters()).device
-        ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
-        inputs = more | {"input_ids": ids} | ({"decoder_input_ids": ids} if self._is_encoder_decoder else {})
-        training = model.training
-        model.eval()
-        try:
-            logits = model(**inputs, use_cache=False).logits[0, -6:-1].float()
-            expected = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
-            with self.skipped() as seen:
-                model(**inputs, use_cache=False)
-            states = seen[0]
-            rows = torch.arange(states.shape[1] - 6, states.shape[1] - 1, device=device)
-            found = self.loss(states, rows, ids[0, 1:])
-        except Exception as error:  # a model may raise any exception without its logits
-            return trial_error(error, Bilingual("without all its logits", "在不取全部 logits 时运行"))
-        finally:
-            model.train(training)
+    def why_not(self, states: Tensor, logits: Tensor, labels: Tensor) -> str | None:
+        """Why the loss of these states is not that of the model's own logits; None if it is.
+
+        Args:
+            states: Of the labelled rows, (N, D).
+            logits: (N, V).
+        """
+        expected = F.cross_entropy(logits.float(), labels, reduction="sum")
+        found = self.loss(states, torch.arange(len(states), device=states.device), labels)
         off = float((found - expected).abs() / expected.abs().clamp(min=1e-6))
-        return (
-            None
-            if off < (1e-4 if states.dtype == torch.float32 else 2e-2)
-            else Bilingual("its logits are changed after the output layer", "它的 logits 在输出层之后又有改动")
-        )
+        if off < (1e-4 if states.dtype == torch.float32 else 2e-2):
+            return None
+        return Bilingual("its logits are changed after the output layer", "它的 logits 在输出层之后又有改动")

@@ -25,6 +25,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from siliang.data.batch import Batch
 from siliang.engine.patches import patched
 from siliang.methods.batch_rows import BatchRows
 from siliang.models.introspect import is_linear, unwrapped
@@ -33,6 +34,7 @@ from siliang.ops.layout import Layout
 from siliang.ops.read_attention import AtAttentionError, FirstLayout, FirstPass, ReadLayout
 
 Read = Callable[[Layout], ReadLayout]  # the tokens of a batch that are read
+Reads = Callable[[Batch], Read | None]  # what is read of a batch; None for all
 Forward = Callable[..., Tensor | tuple[Tensor, ...]]
 CHECKPOINTED = "gradient_checkpointing"  # of transformers' layers
 

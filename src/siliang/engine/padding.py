@@ -4,19 +4,17 @@
 
 Embeddings, positions, prompts, poolers and task heads get the padded batch. The layers, which have nearly all of the
 cost, get only its T tokens. Attention goes through transformers' attention interface; BLOOM, which does not use it,
-gets the same attention from patches.py. All changes are limited to `PaddingFree.packed`. `PaddingFree.why_not`
-verifies on a few tokens that a model gives the same results on packed rows.
+gets the same attention from patches.py. All changes are limited to `PaddingFree.packed`. A trial (trial.py)
+shows whether a model gives the same results on packed rows.
 
 Shapes: S sequences, W columns of the padded batch, T tokens, V virtual tokens in front of each sequence, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,8 +22,8 @@ from siliang.capabilities import why_missing
 from siliang.engine.frozen import FrozenCache
 from siliang.engine.last_layer import LastLayer, Read
 from siliang.engine.patches import attention_implementation, pack_bloom, register_attention
-from siliang.engine.splits import mixing
-from siliang.language import Bilingual, local
+from siliang.engine.trial import RefusedError
+from siliang.language import Bilingual
 from siliang.methods.batch_rows import BatchRows
 from siliang.models.introspect import (
     NoLayerStackError,
@@ -38,11 +36,9 @@ from siliang.models.introspect import (
 from siliang.ops.beginnings import Beginnings
 from siliang.ops.layout import Layout
 from siliang.ops.read_attention import attention
-from siliang.secrets import shortened
-from siliang.types import first_line, message_of
+from siliang.types import message_of
 
 ATTENTION = "siliang_packed"
-LONGEST_REASON = 100  # characters of an error from the model's code
 UNSUPPORTED = (
     "softcap",
     "s_aux",
@@ -50,7 +46,7 @@ UNSUPPORTED = (
 )  # arguments of some attentions
 
 
-class NotPackableError(Exception):
+class NotPackableError(RefusedError):
     """The model has a part that does not work on packed rows."""
 
 
@@ -63,8 +59,8 @@ class PaddingFree:
         last: The last of them, which may compute the tokens alone that are read.
         frozen: The cache of the lowest layers' output, if it is the same in each epoch.
         readers: The rows of adapters that compute each in its own way: they get the layout.
-        head_takes_packed: The modules after the layers work on packed rows, too (GPT-2 reshapes to the padded batch).
-            `why_not` determines it.
+        head_takes_packed: The modules after the layers work on packed rows, too (GPT-2 reshapes to the padded batch):
+            a trial shows it.
         looks_ahead: An attention that has run sees later tokens: no state depends on the beginning alone.
     """
 
@@ -100,16 +96,23 @@ class PaddingFree:
         self._tree: Beginnings | None = None
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
         self.last = LastLayer(self.layers[-1], self.readers)
-        self._handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
-        self._handles += [layer.register_forward_hook(self._leave) for layer in {self.layers[0], self.layers[-1]}]
-        self._undo = [pack_bloom(m) for m in blooms]
+        self._blooms = blooms
+        self._remove: list[Callable[[], None]] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Adds its hooks to the model, if they are not there. Only a model that has them runs without padding."""
+        if self._remove:
+            return
+        handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
+        handles += [layer.register_forward_hook(self._leave) for layer in {self.layers[0], self.layers[-1]}]
+        self._remove = [handle.remove for handle in handles] + [pack_bloom(m) for m in self._blooms]
 
     def close(self) -> None:
         """Removes all hooks from the model."""
-        for handle in self._handles:
-            handle.remove()
-        for restore in self._undo:
-            restore()
+        for remove in self._remove:
+            remove()
+        self._remove = []
 
     @contextmanager
     def packed(
@@ -142,7 +145,6 @@ class PaddingFree:
             ):
                 yield
         finally:
-            self.looks_ahead |= self.layout is not None and False in self.layout.causal
             self.layout = self._rows = self._tree = None
             for reader in self.readers:
                 reader.layout = None
@@ -160,7 +162,8 @@ class PaddingFree:
             lengths, width = self._rows
             virtual = hidden.shape[1] - width
             lengths = tuple(n + virtual for n in lengths)
-            self.layout = Layout.of(lengths, width + virtual, hidden.device, self._tree_behind(virtual, lengths))
+            tree = self._tree_behind(virtual, lengths)
+            self.layout = Layout.of(lengths, width + virtual, hidden.device, tree, self._note_attention)
             hidden = self.layout.pack(hidden)
             for reader in self.readers:
                 reader.layout = self.layout
@@ -172,6 +175,9 @@ class PaddingFree:
         if "attention_mask" in parameters:
             packed["attention_mask"] = self.layout
         return (hidden,), packed
+
+    def _note_attention(self, causal: bool) -> None:
+        self.looks_ahead |= not causal
 
     def _tree_behind(self, virtual: int, lengths: tuple[int, ...]) -> Beginnings | None:
         """The tree behind so many virtual tokens, which are the same in all sequences of these lengths."""
@@ -209,52 +215,6 @@ class PaddingFree:
             self._packed[id(value)] = (value, packed)  # keep the value: its id stays unique while it exists
         return self._packed[id(value)][1]
 
-    @torch.no_grad()
-    def why_not(self, model: nn.Module, vocabulary: int, *, comparing: bool = True, **more: object) -> str | None:
-        """Runs three short sequences packed and padded.
-
-        Args:
-            model: The module that training calls.
-            comparing: Compare the results. False: only check that it runs.
-            more: Further arguments of the model.
-
-        Returns:
-            Why this model cannot use packed rows; None if both give the same results.
-        """
-        if mixed := mixing(model):
-            return Bilingual(
-                f"{mixed[0]} takes a mean over the whole padded batch", f"{mixed[0]} 对整个填充后的批次取平均"
-            )
-        lengths, width = (5, 2, 4), 5
-        device = next(model.parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(min(5, vocabulary - 1), vocabulary, (3, width), generator=generator)
-        mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-        batch = {"input_ids": (ids * mask).to(device), "attention_mask": mask.long().to(device)}
-        training = model.training
-        model.eval()
-        try:
-            with suppress(Exception), self.packed(lengths, width, keep_packed=True):
-                model(**batch, **more, **no_cache(model))
-                self.head_takes_packed = True
-            if self.head_takes_packed and not comparing:
-                return None
-            padded = model(**batch, **more, **no_cache(model))
-            with self.packed(lengths, width):
-                packed = model(**batch, **more, **no_cache(model))
-        except Exception as error:  # a model may raise any exception on packed rows
-            return trial_error(error, Bilingual("packed rows", "运行打包的样本"))
-        finally:
-            model.train(training)
-        if not comparing:
-            return None
-        if (off := offset_of(model, padded, packed, mask)) is None:
-            return None
-        return Bilingual(
-            f"packed rows give other results than padded ones (by {off:.1g} of their spread)",
-            f"打包的样本与填充的样本结果不同（相差标准差的 {off:.1g} 倍）",
-        )
-
 
 def attend(
     module: nn.Module,
@@ -280,7 +240,8 @@ def attend(
             Bilingual(f"{type(module).__name__} wants {wanted[0]}", f"{type(module).__name__} 需要 {wanted[0]}")
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    attention_mask.causal.add(causal)
+    if attention_mask.on_attention is not None:
+        attention_mask.on_attention(causal)
     if attention_mask.tree is not None and not causal:
         raise NotPackableError(
             Bilingual(f"{type(module).__name__} sees later tokens", f"{type(module).__name__} 能看到后面的词元")
@@ -302,47 +263,3 @@ def attend(
         dropout_p=dropout,
     )
     return out, None
-
-
-def offset_of(model: nn.Module, expected: Any, found: Any, mask: Tensor) -> float | None:
-    """How far two outputs of a model differ, relative to their spread; None if that is rounding.
-
-    Args:
-        mask: The tokens of the padded batch, (S, W).
-    """
-    limit = 1e-3 if dtype_of(model) == torch.float32 else 0.2
-    for one, other in zip(_answers(expected, mask), _answers(found, mask), strict=True):
-        off = float((one - other).abs().max()) / (float(one.std()) + 1e-6)
-        if not off <= limit:
-            return off
-    return None
-
-
-def _answers(output: Any, mask: Tensor) -> list[Tensor]:
-    """The model's logits or states; if it has one per token, without those of padding."""
-    if hasattr(output, "start_logits"):  # each (S, W)
-        return [_of_tokens(output.start_logits, mask), _of_tokens(output.end_logits, mask)]
-    first = (output[0] if not hasattr(output, "logits") else output.logits).float().cpu()
-    return [_of_tokens(first, mask) if first.dim() == 3 and first.shape[1] >= mask.shape[1] else first]
-
-
-def _of_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    return values.float().cpu()[:, values.shape[1] - mask.shape[1] :][mask]  # virtual tokens come first
-
-
-def trial_error(error: Exception, what: str) -> str:
-    """The reason of a failed trial for the user: what failed, and the text of the error."""
-    if isinstance(error, NotPackableError):
-        return message_of(error)
-    words = shortened(first_line(error, kind=True), LONGEST_REASON, " ...")
-    return Bilingual(f"this model cannot run {what} ({words})", f"这个模型不能{local(what, 'zh')}（{words}）")
-
-
-def no_cache(model: nn.Module) -> dict[str, bool]:
-    """The argument with which a decoder keeps no keys and values."""
-    return {"use_cache": False} if getattr(getattr(model, "config", None), "is_decoder", False) else {}
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """Of the model's weights."""
-    return next(p for p in model.parameters() if p.is_floating_point()).dtype

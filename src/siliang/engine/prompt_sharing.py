@@ -21,11 +21,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from siliang.adapters.active_rows import active_rows, looks_ahead
 from siliang.capabilities import why_missing
 from siliang.engine.one_answer import one_plain_answer
-from siliang.engine.padding import NotPackableError, dtype_of, trial_error
+from siliang.engine.padding import NotPackableError
 from siliang.engine.patches import register_attention, replace_method
 from siliang.engine.prompts import PromptBatch, padded_prompts, prompt_batches
 from siliang.engine.shared_cache import ATTENTION, PromptInputs, attend
 from siliang.engine.splits import mixing
+from siliang.engine.trial import LIMIT, LIMIT_OF_HALF, trial_error
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.models.introspect import is_encoder_decoder, layer_number, sliding_window
@@ -184,7 +185,7 @@ def _state(model: nn.Module) -> Computing:
     base, configs = base_of(model), tuple[PeftConfig, ...]()
     if isinstance(model, PeftModel) and not model.injection.is_disabled:
         configs = tuple(model.peft_config[name] for name in model.injection.active)
-    return Computing(base.config._attn_implementation, dtype_of(base), configs)
+    return Computing(base.config._attn_implementation, base.dtype, configs)
 
 
 def _try(base: PreTrainedModel, pad: int) -> PromptSharing:
@@ -271,7 +272,7 @@ def _trial(base: PreTrainedModel, pad: int, *, in_place: bool) -> float | None:
                 )
             found.append(torch.stack(output.logits).float())
     apart, together = found
-    limit = 1e-3 if dtype_of(base) == torch.float32 else 0.2
+    limit = LIMIT if base.dtype == torch.float32 else LIMIT_OF_HALF
     off = float((apart - together).abs().max()) / (float(apart.std()) + 1e-6)
     return None if off <= limit else off
 

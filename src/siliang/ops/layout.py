@@ -5,8 +5,8 @@ Shapes: S sequences, T tokens of all of them, H heads, K head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -78,17 +78,24 @@ class Layout:
         width: Columns of the padded batch.
         index: The place of each token in the flattened batch, (T,); of a shared one, that in one of its sequences.
         tree: The tree of the sequences; None where each token is of one sequence.
-        causal: Whether the attentions that used it so far were causal.
+        on_attention: Called by each attention that computes with it, with whether that is causal.
     """
 
     lengths: tuple[int, ...]
     width: int
     index: Tensor
     tree: Beginnings | None = None
-    causal: set[bool] = field(default_factory=set[bool])
+    on_attention: Callable[[bool], None] | None = None
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], width: int, device: torch.device, tree: Beginnings | None = None) -> Layout:
+    def of(
+        cls,
+        lengths: tuple[int, ...],
+        width: int,
+        device: torch.device,
+        tree: Beginnings | None = None,
+        on_attention: Callable[[bool], None] | None = None,
+    ) -> Layout:
         """Of a batch that is padded on the right."""
         if tree is not None:
             index = torch.from_numpy(tree.rows * width + tree.positions).to(device)
@@ -96,7 +103,7 @@ class Layout:
             index = torch.arange(len(lengths) * width, device=device)
         else:
             index = torch.cat([torch.arange(n) + i * width for i, n in enumerate(lengths)]).to(device)
-        return cls(lengths, width, index, tree)
+        return cls(lengths, width, index, tree, on_attention)
 
     @property
     def tokens(self) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from siliang.adapters.active_rows import active_rows, of_tasks
 from siliang.config import RunConfig
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
+from siliang.engine.kept import KeptEngine
 from siliang.files import find_damage
 from siliang.hardware import Choice
 from siliang.language import Bilingual, local
@@ -128,6 +129,7 @@ class OpenedRun:
         top: So many of the most probable classes are wanted in a prediction.
         min_confidence: Below it a prediction is "no label"; None: as in the run's settings.
         prompt_name: The prompt of texts that stand alone; None: as in the run's settings.
+        engine: The engine of its last evaluation or prediction.
     """
 
     folder: Path
@@ -141,6 +143,7 @@ class OpenedRun:
     top: int = 1
     min_confidence: float | None = None
     prompt_name: str | None = None
+    engine: KeptEngine = field(default_factory=KeptEngine, repr=False)
 
     @property
     def task(self) -> Task:

@@ -43,6 +43,7 @@ def make_engine(run: Run) -> Engine:
         state_share=OPTIMIZERS[t.optimizer].state_share,
         label_smoothing=t.label_smoothing,
         neftune_alpha=t.neftune_alpha,
+        gradients=stage != 3 and not is_sharded(run.model),
         all_logits="ZeRO-3 gathers its weights in its own forward alone" if stage == 3 else None,
     )
     for note in engine.notes:

@@ -18,6 +18,7 @@ from siliang.data.tokens import TokenSet, tokenize, usable
 from siliang.engine.batches import Sharing, StepCollator, most_tokens
 from siliang.engine.evaluate import Sums, metrics_of
 from siliang.engine.evaluate import evaluate as measure
+from siliang.engine.kept import KeptEngine
 from siliang.engine.order import evaluation_batches
 from siliang.engine.step import Engine
 from siliang.engine.whole_step import keep_reference
@@ -102,15 +103,26 @@ def with_evaluation(run: OpenedRun, settings: Mapping[str, object]) -> OpenedRun
 
 @contextmanager
 def engine_of(run: OpenedRun) -> Iterator[Engine]:
-    """The engine that measured the run in training; removed from the model at the end of the block."""
-    # outside of autocast, as in training: what it tries has to come to the same decisions
+    """The engine that measured the run in training. The run keeps it for the next block, without its hooks."""
     t = run.config.train
-    engine = Engine(run.model, run.task, packing=t.packing, share=Sharing(evaluation=t.share_beginnings))
-    try:
-        with run.of_task():
-            yield engine
-    finally:
-        engine.close()
+
+    def make() -> Engine:
+        # outside of autocast, as in training: what it tries has to come to the same decisions
+        share = Sharing(evaluation=t.share_beginnings)
+        return Engine(run.model, run.task, packing=t.packing, share=share, gradients=False)
+
+    learned = run.record.classification
+    # what the task follows from; as text, for a setting may be changed in its place
+    settings = (
+        run.config.model_dump_json(),
+        run.record.layout,
+        learned and learned.model_dump_json(),
+        run.prompt_name,
+        run.task_id,
+        run.precision,
+    )
+    with run.engine.of(run.model, settings, make) as engine, run.of_task():
+        yield engine
 
 
 def sums_of(
@@ -159,7 +171,7 @@ def _take_reference(run: OpenedRun, engine: Engine, tokens: TokenSet, batch_size
     device, dtype = run.model.device, weight_dtype(find_method(run.config.method.name), run.precision)
     with torch.random.fork_rng(devices=[]):
         base = load_base(run.config, run.record.labels, run.tokenizer, dtype=dtype).to(device).eval()
-    with engine_of(replace(run, model=base)) as before:
+    with engine_of(replace(run, model=base, engine=KeptEngine())) as before:
         collator = _collator(run, before, batch_size)
         batches = evaluation_batches(tokens, collator)
         keep_reference(before, base, batches, partial(autocast, run.precision, device))
