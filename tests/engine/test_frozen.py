@@ -16,7 +16,7 @@ from siliang.engine.batches import StepCollator
 from siliang.engine.budget import AUTO_SHARE, MemoryBudget
 from siliang.engine.frozen import FrozenLayers, StateStore, disk_folder, find_frozen_layers
 from siliang.engine.step import Engine
-from siliang.engine.trial import Trial
+from siliang.engine.trial import ModelTrial
 from siliang.models.introspect import layer_stack
 from siliang.tasks import CAUSAL_LM, SEQ_CLS, TASKS, Task
 from siliang.types import TaskType
@@ -29,7 +29,7 @@ def model_and_task(name: str) -> tuple[Any, Task]:
 
 
 def frozen_layers(model: Any, layers: list[Any], *, comparing: bool = True) -> FrozenLayers:
-    return find_frozen_layers(Trial(model, model, CAUSAL_LM, comparing=comparing), layers)
+    return find_frozen_layers(ModelTrial(model, model, CAUSAL_LM, comparing=comparing), layers)
 
 
 def epochs(model: Any, task: Task, *, keep: bool, store: StateStore | None = None) -> tuple[list[float], Engine]:

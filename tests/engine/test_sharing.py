@@ -25,7 +25,7 @@ from siliang.engine.order import by_beginnings, evaluation_batches
 from siliang.engine.padding import PaddingFree
 from siliang.engine.sharing import find_shares
 from siliang.engine.step import Engine
-from siliang.engine.trial import Output, Trial, Way
+from siliang.engine.trial import ModelTrial, Output, Way
 from siliang.engine.trial_batch import of_tokens
 from siliang.methods import METHODS
 from siliang.models.checkpointing import enable_checkpointing
@@ -201,7 +201,7 @@ def test_a_layer_that_looks_ahead_is_found() -> None:
         with padding.packed(batch.lengths, batch.width, tree=way.tree):
             return Output([of_tokens(model(**inputs).logits, batch)])
 
-    trial = Trial(model, model, CAUSAL_LM, run)
+    trial = ModelTrial(model, model, CAUSAL_LM, run)
     with trial.running():
         shares, (note,) = find_shares(trial, padding)
     assert shares == SEPARATE and "other results than separate rows" in note

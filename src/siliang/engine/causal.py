@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from siliang.engine.trial import Trial, modes
+from siliang.engine.trial import ModelTrial, modes
 from siliang.engine.trial_batch import BEGIN, vocabulary_of
 from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
@@ -18,7 +18,7 @@ from siliang.types import ModelError
 SHARE, SHARE_OF_HALF = 1e-4, 1e-2
 
 
-def reads_back(trial: Trial, logits: Tensor) -> bool:
+def reads_back(trial: ModelTrial, logits: Tensor) -> bool:
     """Whether sequences of the trial that begin with the same tokens have the same logits there.
 
     Args:
@@ -29,7 +29,7 @@ def reads_back(trial: Trial, logits: Tensor) -> bool:
     return all(_same(one, other) for other in others)
 
 
-def check_causal(trial: Trial, more: Mapping[str, object]) -> None:
+def check_causal(trial: ModelTrial, more: Mapping[str, object]) -> None:
     """Runs one of the trial's sequences twice, with another last token, without the adapter.
 
     Args:

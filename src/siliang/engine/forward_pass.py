@@ -20,7 +20,7 @@ from siliang.engine.fused import FusedModules
 from siliang.engine.head_loss import HeadLoss
 from siliang.engine.padding import NotPackableError, PaddingFree
 from siliang.engine.splits import mixing
-from siliang.engine.trial import PACKED, PADDED, PLAIN, Output, Trial, Way, trial_error
+from siliang.engine.trial import PACKED, PADDED, PLAIN, ModelTrial, Output, Way, trial_error
 from siliang.engine.trial_batch import of_tokens
 from siliang.language import Bilingual
 from siliang.models.introspect import output_layer
@@ -162,7 +162,7 @@ class ForwardPass:
 
     # ---- what the model allows ----
 
-    def compare_logits(self, trial: Trial) -> None:
+    def compare_logits(self, trial: ModelTrial) -> None:
         """Compares the loss with that of the model's own logits.
 
         Raises:
@@ -181,11 +181,11 @@ class ForwardPass:
         if reason is not None and head is not None:
             self._take_all_logits(trial, reason)
 
-    def _take_all_logits(self, trial: Trial, reason: str) -> None:
+    def _take_all_logits(self, trial: ModelTrial, reason: str) -> None:
         self.head, self.why_all_logits = None, reason
         trial.forget()
 
-    def skip_logits(self, trial: Trial) -> bool:
+    def skip_logits(self, trial: ModelTrial) -> bool:
         """Whether the padded model can run without its logits."""
         try:
             trial.output(PADDED)
@@ -194,7 +194,7 @@ class ForwardPass:
             return False
         return True
 
-    def find_packing(self, trial: Trial) -> str | None:
+    def find_packing(self, trial: ModelTrial) -> str | None:
         """Prepares the model to run without padding. Returns why that is off, or None."""
         try:
             self.padding = padding = PaddingFree(self.base)
@@ -213,7 +213,7 @@ class ForwardPass:
             self.padding = None
         return reason
 
-    def _compare_packed(self, trial: Trial, padding: PaddingFree) -> str | None:
+    def _compare_packed(self, trial: ModelTrial, padding: PaddingFree) -> str | None:
         reason = None
         for padding.head_takes_packed in (True, False) if self.head else (False,):
             try:

@@ -27,7 +27,7 @@ from siliang.data.cache import cache_folder
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import Undo, replace_forward
 from siliang.engine.randomness import draws_on_fake, find_randomness
-from siliang.engine.trial import Trial, modes
+from siliang.engine.trial import ModelTrial, modes
 from siliang.language import Bilingual, local
 from siliang.models.introspect import backbone, named_arguments, parameters_of
 from siliang.ops.graph import leaves_of
@@ -50,7 +50,7 @@ class FrozenLayers:
     why_not: str | None = None
 
 
-def find_frozen_layers(trial: Trial, layers: list[nn.Module]) -> FrozenLayers:
+def find_frozen_layers(trial: ModelTrial, layers: list[nn.Module]) -> FrozenLayers:
     """The layers below the lowest trained one, if their output is deterministic and nothing before them is trained."""
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     first = min(trained.index(True) if any(trained) else len(layers), len(layers) - 1)
@@ -77,7 +77,7 @@ def find_frozen_layers(trial: Trial, layers: list[nn.Module]) -> FrozenLayers:
 
 
 def frozen_cache(
-    trial: Trial, layers: list[nn.Module], budget: MemoryBudget, tokens: Callable[[], int] | None, *, noise: bool
+    trial: ModelTrial, layers: list[nn.Module], budget: MemoryBudget, tokens: Callable[[], int] | None, *, noise: bool
 ) -> tuple[FrozenCache | None, FrozenLayers]:
     """The cache of the frozen layers' output, and these layers. On fake tensors there is no cache.
 
@@ -98,7 +98,7 @@ def frozen_cache(
 class _Below:
     """A run of the trial's sequences in training mode, up to the layer `end`."""
 
-    def __init__(self, trial: Trial, end: nn.Module) -> None:
+    def __init__(self, trial: ModelTrial, end: nn.Module) -> None:
         self.trial, self.end, self.backbone = trial, end, backbone(trial.base)
         self._input: Tensor | None = None
 

@@ -22,7 +22,7 @@ from siliang.capabilities import why_missing
 from siliang.engine.frozen import FrozenCache
 from siliang.engine.last_layer import LastLayer, Read
 from siliang.engine.patches import attention_implementation, pack_bloom, register_attention
-from siliang.engine.trial import RefusedError
+from siliang.engine.trial import WayRefusedError
 from siliang.language import Bilingual
 from siliang.methods.batch_rows import BatchRows
 from siliang.models.introspect import (
@@ -46,7 +46,7 @@ UNSUPPORTED = (
 )  # arguments of some attentions
 
 
-class NotPackableError(RefusedError):
+class NotPackableError(WayRefusedError):
     """The model has a part that does not work on packed rows."""
 
 

@@ -26,7 +26,7 @@ from siliang.engine.patches import register_attention, replace_method
 from siliang.engine.prompts import PromptBatch, padded_prompts, prompt_batches
 from siliang.engine.shared_cache import ATTENTION, PromptInputs, attend
 from siliang.engine.splits import mixing
-from siliang.engine.trial import LIMIT, LIMIT_OF_HALF, trial_error
+from siliang.engine.trial import LIMIT, trial_error
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.models.introspect import is_encoder_decoder, layer_number, sliding_window
@@ -44,6 +44,8 @@ READS_ORDER = (
     "stop_strings",
 )
 WINDOWS = ("sliding_window", "window_size", "attention_window", "local_attention", "attention_chunk_size")
+
+LIMIT_OF_LOGITS = 0.2  # of the largest difference in half precision, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ def _trial(base: PreTrainedModel, pad: int, *, in_place: bool) -> float | None:
                 )
             found.append(torch.stack(output.logits).float())
     apart, together = found
-    limit = LIMIT if base.dtype == torch.float32 else LIMIT_OF_HALF
+    limit = LIMIT if base.dtype == torch.float32 else LIMIT_OF_LOGITS
     off = float((apart - together).abs().max()) / (float(apart.std()) + 1e-6)
     return None if off <= limit else off
 

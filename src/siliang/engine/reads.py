@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from siliang.data.batch import Batch
 from siliang.engine.last_layer import LastLayer, Read, Reads
-from siliang.engine.trial import PACKED, PLAIN, Trial, Way, trial_error
+from siliang.engine.trial import PACKED, PLAIN, ModelTrial, Way, trial_error
 from siliang.language import Bilingual
 from siliang.ops.layout import Layout
 from siliang.ops.place import kind_of
@@ -89,7 +89,7 @@ def _last_but(padding: int, batch: Batch, layout: Layout) -> Tensor:
     return torch.minimum(columns.argmax(-1) + (layout.width - batch.width), _last(batch, layout))
 
 
-def find_reads(trial: Trial, last: LastLayer, padding: int | None) -> tuple[Reads | None, str | None]:
+def find_reads(trial: ModelTrial, last: LastLayer, padding: int | None) -> tuple[Reads | None, str | None]:
     """What is read, None for all tokens; and why all are computed where that is not what the model reads.
 
     Args:
@@ -105,7 +105,7 @@ def find_reads(trial: Trial, last: LastLayer, padding: int | None) -> tuple[Read
         last.filler = 0.0
 
 
-def _find(trial: Trial, last: LastLayer, padding: int | None) -> tuple[Reads | None, str | None]:
+def _find(trial: ModelTrial, last: LastLayer, padding: int | None) -> tuple[Reads | None, str | None]:
     last.filler = float("nan")
     if trial.task.writes:
         reason = _differs(trial, last, partial(labelled, always=True))
@@ -136,7 +136,7 @@ def _read_at(place: Place, batch: Batch, chosen_SW: Tensor) -> Tensor:
     return found
 
 
-def _differs(trial: Trial, last: LastLayer, reads: Reads) -> Bilingual | None:
+def _differs(trial: ModelTrial, last: LastLayer, reads: Reads) -> Bilingual | None:
     """Why the results of these tokens alone are others, without skipping linear layers if need be."""
     for last.skips in (True, False):
         try:
@@ -150,7 +150,7 @@ def _differs(trial: Trial, last: LastLayer, reads: Reads) -> Bilingual | None:
     return None
 
 
-def _find_on_fake(trial: Trial, last: LastLayer) -> Reads | None:
+def _find_on_fake(trial: ModelTrial, last: LastLayer) -> Reads | None:
     if trial.task.writes:
         trial.output(Way(reads=partial(labelled, always=True)))
         return labelled

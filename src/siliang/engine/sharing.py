@@ -11,7 +11,7 @@ from siliang.capabilities import why_missing
 from siliang.engine.batches import EVERYWHERE, Sharing
 from siliang.engine.padding import PaddingFree
 from siliang.engine.randomness import draws_on_fake, find_randomness
-from siliang.engine.trial import PACKED, Trial, Way, trial_error
+from siliang.engine.trial import PACKED, ModelTrial, Way, trial_error
 from siliang.language import Bilingual, local, together
 from siliang.ops.cascade import CASCADE
 from siliang.ops.place import kind_of
@@ -21,7 +21,7 @@ SHARED, SEPARATE_ROWS = Bilingual("they", "共用开头"), Bilingual("separate r
 
 
 def find_shares(
-    trial: Trial, padding: PaddingFree, *, wanted: Sharing = EVERYWHERE, noise: bool = False
+    trial: ModelTrial, padding: PaddingFree, *, wanted: Sharing = EVERYWHERE, noise: bool = False
 ) -> tuple[Sharing, list[str]]:
     """Where beginnings are shared, and the lines that say why not. Of an encoder, which sees later tokens, there are
     none.
@@ -57,7 +57,7 @@ def find_shares(
     return Sharing(evaluation=True), [together(only, why)]
 
 
-def _random_in_training(trial: Trial, padding: PaddingFree, *, noise: bool) -> str | None:
+def _random_in_training(trial: ModelTrial, padding: PaddingFree, *, noise: bool) -> str | None:
     """What is random in the layers in training; None if nothing is."""
     if noise:
         return Bilingual("train.neftune_alpha adds noise", "train.neftune_alpha 会加入噪声")

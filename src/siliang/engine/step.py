@@ -27,7 +27,7 @@ from siliang.engine.recompute import Recompute
 from siliang.engine.reference_store import ReferenceStore
 from siliang.engine.sharing import find_shares
 from siliang.engine.splits import notes_on_splits
-from siliang.engine.trial import Trial
+from siliang.engine.trial import ModelTrial
 from siliang.engine.whole_step import Context, Gather, alone, log_probabilities, run_step
 from siliang.language import Bilingual, together
 from siliang.peft_api.model import PeftModel
@@ -95,7 +95,9 @@ class Engine:
         self._reads: Reads | None = None
         budget = MemoryBudget(model, memory_budget, memory_share, state_share)
         self._noise = EmbeddingNoise(self._base.get_input_embeddings(), neftune_alpha) if neftune_alpha else None
-        trial = Trial(model, self._base, task, self._pass.tried, comparing=comparing, gradients=gradients and packing)
+        trial = ModelTrial(
+            model, self._base, task, self._pass.tried, comparing=comparing, gradients=gradients and packing
+        )
         with trial.running():
             if task.writes and comparing and all_logits is None:
                 self._pass.compare_logits(trial)
