@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from every_task import configured, make_models
 from tiny import WORDS
 
+from siliang.config import RunConfig
+from siliang.hardware import Choice
 from siliang.run_folder import OpenedRun, open_run
 from siliang.train.run import train
 from siliang.use import evaluate as use
@@ -91,3 +94,37 @@ def test_a_change_makes_another(run: OpenedRun, made: list[int], change: Any) ->
     ask(run)
     ask(run)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("how", ["prompt_name", "precision", "max_length", "adapter"])
+def test_what_a_changed_run_predicts_is_what_a_new_one_does(how: str, tmp_path: Path) -> None:
+    """The engine of the first prediction is not taken for the second one where it would give something else."""
+    task = "embedding" if how == "prompt_name" else "seq_cls"
+    config = configured(task, make_models(tmp_path), tmp_path)
+    if task == "embedding":
+        prompts = {"embedding": {"query_prompt": " ".join(WORDS[3:6])}}
+        config = RunConfig.build(config.model_dump(mode="json") | prompts)
+    train(config)
+    folder, texts = Path(tmp_path / "run"), [" ".join(WORDS[:9]), WORDS[7]]
+
+    def change(run: OpenedRun) -> OpenedRun:
+        match how:
+            case "prompt_name":
+                return replace(run, prompt_name="query")
+            case "precision":
+                return replace(run, precision=Choice("bf16", "as in training"))
+            case "max_length":
+                data = run.config.data.model_copy(update={"max_length": 4, "too_long": "cut"})
+                return replace(run, config=run.config.model_copy(update={"data": data}))
+            case "adapter":
+                run.model.injection.switch(on=False)
+        return run
+
+    def values(run: OpenedRun) -> list[dict[str, Any]]:
+        return [p.values() for p in predict(run, texts)]
+
+    kept = open_run(folder)
+    first = values(kept)
+    second = values(change(kept))
+    assert second == values(change(open_run(folder)))
+    assert second != first

@@ -3,7 +3,9 @@ it runs without padding, and whether the loss does without all logits."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,7 @@ from siliang.engine.trial_batch import of_tokens
 from siliang.language import Bilingual
 from siliang.models.introspect import output_layer
 from siliang.ops.layout import Layout
+from siliang.ops.stored import is_fake
 from siliang.peft_api.model import PeftModel
 from siliang.tasks import Task
 from siliang.types import message_of
@@ -106,15 +109,36 @@ class ForwardPass:
                 else nullcontext(),
             ):
                 if batch.targets is None:
-                    return self._values_read(model(**self.inputs(batch)), batch, alone=read is not None)
+                    with self._last_states() as seen:
+                        output = self._values_read(model(**self.inputs(batch)), batch, alone=read is not None)
+                    more = [of_tokens(x, batch) for x in seen if read is None and x.dim() > 2]
+                    return replace(output, others=[*output.others, *more])
                 if way.plain:
                     return self._plain(model, batch)
                 if self.head is None:
-                    return Output([self.logits(model, batch)])
+                    logits = model(**self.inputs(batch), use_cache=False).logits
+                    return self._of_writer(logits, self.rows(logits, batch, None), batch, alone=read is not None)
                 states, rows = self.states(self.head, model, batch)
-                return Output([states.flatten(0, -2)[rows]])
+                return self._of_writer(states, rows, batch, alone=read is not None)
         finally:
             self._default = before
+
+    @contextmanager
+    def _last_states(self) -> Iterator[list[Tensor]]:
+        """Within the block the last layer's states are appended to the list: a head that reads some tokens hides a
+        wrong one."""
+        seen: list[Tensor] = []
+
+        def note(layer: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            found = output[0] if isinstance(output, tuple) else output
+            seen.append(found.clone())  # what follows may write into it
+
+        handle = self.padding.layers[-1].register_forward_hook(note) if self.padding else None
+        try:
+            yield seen
+        finally:
+            if handle is not None:
+                handle.remove()
 
     def _values_read(self, output: ModelOutput, batch: Batch, *, alone: bool) -> Output:
         """What the loss of a model that does not write reads.
@@ -135,10 +159,24 @@ class ForwardPass:
         """The logits of a model that writes, and, if the loss does without them, the states that they are made of."""
         with self.head.watched() if self.head else nullcontext([]) as seen:
             logits = model(**self.inputs(batch), use_cache=False).logits
-        rows = logits.flatten(0, 1)[self.rows(logits, batch, None)]
-        if self.head is None:
-            return Output([rows], logits=logits)
-        return Output([seen[0].flatten(0, -2)[self.rows(seen[0], batch, None)]], [rows], logits)
+        states = logits if self.head is None else seen[0]
+        return replace(self._of_writer(states, self.rows(states, batch, None), batch, alone=False), logits=logits)
+
+    def _of_writer(self, states: Tensor, rows: Tensor, batch: Batch, *, alone: bool) -> Output:
+        """The labelled tokens' states, or their logits; and, unless the last layer has computed these alone, those of
+        all tokens, for a wrong token may be one without a label."""
+        values = [states.flatten(0, -2)[rows]]
+        if alone or self.task.has_encoder:
+            return Output(values)
+        return Output(values, [self._by_token(states, batch)])
+
+    def _by_token(self, states: Tensor, batch: Batch) -> Tensor:
+        """The tokens of each sequence without virtual ones, from packed or padded states."""
+        layout = self.padding.layout if self.padding and self.keeps_packed else None
+        if layout is None or is_fake(states):
+            return of_tokens(states, batch)
+        parts = zip(layout.by_sequence(states), batch.lengths, strict=True)
+        return torch.cat([part[len(part) - n :] for part, n in parts])
 
     def rows(self, states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
         """The indices, in the flattened states (packed or not), of the states that predict the targets."""
@@ -172,8 +210,9 @@ class ForwardPass:
         try:
             plain = trial.of(PLAIN).output
             logits = plain.logits
-            if head is not None and trial.batch.targets is not None:
-                reason = head.why_not(plain.values[0], plain.others[0], trial.batch.targets[0])
+            if head is not None and logits is not None and trial.batch.targets is not None:
+                own = logits.flatten(0, 1)[self.rows(logits, trial.batch, None)]
+                reason = head.why_not(plain.values[0], own, trial.batch.targets[0])
         except Exception as error:  # a model may raise any exception in a trial
             reason = trial_error(error, WITHOUT_LOGITS)
         if self.task.decoder_only and not (logits is not None and reads_back(trial, logits)):

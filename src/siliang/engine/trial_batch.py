@@ -32,13 +32,13 @@ def sharers(lengths: Sequence[int]) -> list[int]:
 
 
 def trial_batch(task: Task, vocabulary: int, padding: int | None) -> Batch:
-    """Some short sequences of random tokens, with labels for every other token if the model writes.
+    """Some short sequences of random tokens, with labels for every other token and each last one if the model writes.
 
     Args:
         padding: The model's padding token, if it has one.
     """
     pad = padding or 0
-    rows = [task.synthetic_row(n, 2) for n in LENGTHS]
+    rows = [task.synthetic_row(n, n) for n in LENGTHS]
     (batch,) = StepCollator(PadCollator(pad), task, len(rows))(rows)["batches"]
     ids, lengths = batch.inputs["input_ids"], torch.tensor(batch.lengths)[:, None]
     low = min(5, vocabulary - 1)
@@ -51,7 +51,9 @@ def trial_batch(task: Task, vocabulary: int, padding: int | None) -> Batch:
     tokens[(columns >= lengths) | ((columns == lengths - 1) & (lengths == LENGTHS[0]))] = pad
     ids.copy_(tokens)
     if batch.targets is not None:
-        batch.targets = batch.targets[:, (batch.targets[1] + batch.targets[2]) % 2 == 0]
+        _, sequences, places = batch.targets
+        last = torch.stack([places[sequences == i].amax() for i in range(len(batch.lengths))])[sequences] == places
+        batch.targets = batch.targets[:, ((sequences + places) % 2 == 0) | last]
         batch.labelled = tuple(torch.bincount(batch.targets[1], minlength=len(batch.lengths)).tolist())
     return batch
 
