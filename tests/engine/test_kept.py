@@ -96,6 +96,16 @@ def test_a_change_makes_another(run: OpenedRun, made: list[int], change: Any) ->
     assert len(made) == 1
 
 
+def test_a_weight_in_the_place_of_a_deleted_one(run: OpenedRun, made: list[int]) -> None:
+    """It may have the memory of the deleted one, and its object the number."""
+    ask(run)
+    made.clear()
+    layer = next(m for m in run.model.modules() if isinstance(m, torch.nn.LayerNorm))
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+    ask(run)
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("how", ["prompt_name", "precision", "max_length", "adapter"])
 def test_what_a_changed_run_predicts_is_what_a_new_one_does(how: str, tmp_path: Path) -> None:
     """The engine of the first prediction is not taken for the second one where it would give something else."""

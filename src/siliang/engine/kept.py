@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from siliang.peft_api.model import PeftModel
 class _Kept:
     engine: Engine
     state: tuple[object, ...]
+    parts: Sequence[ref[object]]  # what the state has the numbers of, which another object has after its end
     users: int = 0
 
 
@@ -43,8 +45,8 @@ class KeptEngine:
         if self._kept is not None:
             self._kept.engine.detach()  # another block may be open, whose hooks are not the model's own
         state = (settings, *state_of(model))
-        if self._kept is None or self._kept.state != state:
-            self._kept = _Kept(make(), state)
+        if self._kept is None or self._kept.state != state or any(part() is None for part in self._kept.parts):
+            self._kept = _Kept(make(), state, [ref(part) for part in _parts_of(model)])
         kept = self._kept
         kept.engine.attach()
         kept.users += 1
@@ -66,11 +68,18 @@ def state_of(model: nn.Module) -> tuple[object, ...]:
     for module in model.modules():
         own = vars(module)
         hooks = (*module._forward_pre_hooks, *module._forward_hooks)
-        modules.append((id(module), id(own.get("forward")), hooks, _adapters(module)))
+        modules.append((id(module), own.get("forward"), hooks, _adapters(module)))
         tensors += [_state(x) for part in (module._parameters, module._buffers) for x in part.values() if x is not None]
     config: Any = getattr(model, "config", None)
     settings = (config.to_json_string(use_diff=False), config._attn_implementation) if config is not None else None
     return id(model), modules, tensors, settings
+
+
+def _parts_of(model: nn.Module) -> Iterator[object]:
+    """The modules of a model and their tensors."""
+    for module in model.modules():
+        yield module
+        yield from (x for part in (module._parameters, module._buffers) for x in part.values() if x is not None)
 
 
 def _adapters(module: nn.Module) -> object:
