@@ -138,12 +138,13 @@ def compare(
 def run(config: CompareConfig, *, jobs: int, language: str, ray: str | None = None, force: bool = False) -> ReportData:
     """Runs a comparison, shows its progress, prints its table, and writes its page."""
     from siliang.compare.pool import Pool
+    from siliang.records import COMPARISON_NAME
 
     folder = Path(config.run.output)
     pool = Pool(jobs, folder / "logs") if ray is None else None
     display = Display()
     try:
-        if pool is not None:
+        if pool is not None and not (folder / COMPARISON_NAME).is_file():  # of one that is resumed, all may be finished
             pool.start(len(config.settings.methods) * len(config.seeds))  # they import while this process does
         with importing():
             from siliang.cli.show import quiet_loading

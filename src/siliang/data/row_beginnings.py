@@ -1,10 +1,10 @@
 """What the rows of a data set have in common at their beginning, and what it saves to take those together that begin
 alike (`train.share_beginnings` computes a common beginning once in a batch).
 
-A row is known by a hash of each of its blocks of 16 tokens: an eighth of its tokens. Of a row with several sequences
-the first one counts. Two blocks with the same hash would change an order, and no result.
+A row is known by a hash of each of its blocks of 16 tokens: 8 bytes a block, an eighth of the memory of the tokens. Of
+a row with several sequences the first one counts. Two blocks with the same hash would change an order, and no result.
 
-Legend: N rows; C blocks that another row begins with, too, of all rows.
+Legend: N rows; C shared blocks of all rows: each is in the beginning that its row has in common with another one.
 """
 
 from __future__ import annotations
@@ -89,16 +89,16 @@ class RowBeginnings:
         """The share of the tokens that are a beginning of several rows."""
         return BLOCK * len(self.hashes) / max(int(self.lengths.sum()), 1)
 
-    def shuffled(self, salt: int, behind: np.ndarray) -> list[int]:
+    def shuffled(self, salt: int, tiebreak: np.ndarray) -> list[int]:
         """The rows in a random order in which those that begin alike follow one another, at every depth. The copies of
         a row are far apart: first comes one of each, then the second ones.
 
         Args:
             salt: A random number below 2^63: beginnings are in another order for each.
-            behind: (N,), from 0 up to 1: the order of rows that begin alike.
+            tiebreak: (N,), from 0 up to 1: the order of rows that begin alike.
         """
         salted = (self.hashes * np.uint64(2 * salt + 1)).astype(HASH).tobytes()
-        first, last = (x.astype(HASH).tobytes() for x in (self.copies, behind * 2.0**64))
+        first, last = (x.astype(HASH).tobytes() for x in (self.copies, tiebreak * 2.0**64))
         size = HASH.itemsize
         keys = [
             first[size * i : size * (i + 1)] + salted[size * start : size * end] + last[size * i : size * (i + 1)]

@@ -26,8 +26,7 @@ class Order(Sampler[int]):
     """Row numbers of an epoch, the same for the same seed and epoch.
 
     Random order is that of transformers' Trainer with this seed. Otherwise, each step has rows that are alike, and
-    steps are in random order, except that the heaviest comes first: a lack of memory then shows at once. Of rows that
-    begin alike it is the heaviest if common beginnings are computed once.
+    steps are in random order, except that the heaviest comes first: a lack of memory then shows at once.
 
     Args:
         lengths: Tokens of each row.
@@ -36,6 +35,7 @@ class Order(Sampler[int]):
             few attention sizes.
         beginnings: Of the rows: give each step rows that begin alike, if rows have enough in common. With `by_length`,
             those of similar length among them.
+        shares: Beginnings that rows have in common are computed once.
     """
 
     def __init__(
@@ -46,25 +46,29 @@ class Order(Sampler[int]):
         seed: int,
         by_length: bool,
         beginnings: RowBeginnings | None = None,
+        shares: bool = True,
     ) -> None:
-        self.step = step
+        self.step, self._shares = step, shares
         self._lengths, self._seed, self._by_length = np.asarray(lengths, np.int64), seed, by_length
         self._beginnings = beginnings if beginnings is not None and beginnings.worth else None
         self._random = SeedableRandomSampler(range(len(lengths)), data_seed=seed)
         self._epoch = 0
 
     @classmethod
-    def of(cls, config: RunConfig, tokens: TokenSet, *, by_beginnings: bool = True) -> Order:
+    def of(cls, config: RunConfig, tokens: TokenSet, *, by_beginnings: bool = True, shares: bool = True) -> Order:
         """The order of a run's rows.
 
         Args:
             by_beginnings: As the settings say; otherwise, never.
+            shares: Training computes beginnings that rows have in common once.
         """
         t = config.train
         by_length = groups_by_length(config, tokens)
         beginnings = row_beginnings(tokens) if t.group_by_beginnings and by_beginnings else None
         lengths = tokens.lengths.tolist()
-        return cls(lengths, step=t.rows_per_step, seed=t.seed, by_length=by_length, beginnings=beginnings)
+        return cls(
+            lengths, step=t.rows_per_step, seed=t.seed, by_length=by_length, beginnings=beginnings, shares=shares
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next order."""
@@ -90,12 +94,13 @@ class Order(Sampler[int]):
             rows = get_length_grouped_indices(self._lengths.tolist(), self.step, generator=generator)
             return in_steps(rows, self.step)
         salt = int(torch.randint(2**63 - 1, (), generator=generator))
-        behind = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy()
+        tiebreak = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy()
         if self._by_length:
-            behind = self._lengths / self._lengths.max() * (1 - SPREAD * (1 - behind))
-        steps = in_steps(self._beginnings.shuffled(salt, behind), self.step)
+            tiebreak = self._lengths / self._lengths.max() * (1 - SPREAD * (1 - tiebreak))
+        steps = in_steps(self._beginnings.shuffled(salt, tiebreak), self.step)
         whole = steps[: len(self) // self.step] or steps
-        heaviest = int(self._beginnings.computed(whole).argmax())
+        all_tokens = np.array([self._lengths[list(rows)].sum() for rows in whole])
+        heaviest = int((self._beginnings.computed(whole) if self._shares else all_tokens).argmax())
         steps[0], steps[heaviest] = steps[heaviest], steps[0]
         return steps
 

@@ -21,9 +21,9 @@ FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16}  # by the names of safe
 def kept_format(config: RunConfig, method: Method, dtype: torch.dtype, device: str) -> torch.dtype | None:
     """The format in which the run keeps its base model's frozen matrices; None if all are converted.
 
-    They are kept on a CPU that loads fp32, if the files have them in bf16 or fp16, unless full tuning trains them, or
-    they are quantized, sharded or resized. BitFit loads fp32 also where it computes in bf16, and its matrices are kept
-    there, too.
+    They are kept on a CPU where the run loads its weights in fp32, if the files have them in bf16 or fp16, unless full
+    tuning trains them, or they are quantized, sharded or resized. BitFit's weights are loaded in fp32 also where it
+    computes in bf16, and its matrices are kept there, too.
 
     Args:
         dtype: The format in which weights are loaded (`weight_dtype`).
