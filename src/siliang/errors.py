@@ -302,7 +302,7 @@ def as_markdown() -> str:
         "and a code, which `siliang explain CODE` explains; `SILIANG_LANG=zh`, or a Chinese locale, shows the title "
         "and the remedy in Chinese.\n"
     ]
-    classes = {kind.code: kind for kind in _classes(SiliangError)}
+    classes = {kind.code: kind for kind in _classes(SiliangError) if "code" in vars(kind)}  # others inherit theirs
     for code, entry in CATALOGUE.items():
         parts.append(
             f"## {code} `{classes[code].__name__}`: {entry.en.title} · {entry.zh.title}\n\n"

@@ -127,5 +127,6 @@ def _located(saved: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> I
         n = bisect(starts, first) - 1
         shape = shapes[paths[n]]
         expert, start = divmod(first - starts[n], shape[-2])
-        if start + rows <= shape[-2] and torch.equal(numbers.flatten(), torch.arange(first, first + rows)):
+        consecutive = torch.arange(first, first + rows, device=numbers.device)
+        if start + rows <= shape[-2] and torch.equal(numbers.flatten(), consecutive):
             yield FormerLayer(key.removesuffix(".weight"), paths[n], expert if len(shape) == 3 else None, start, rows)
