@@ -88,9 +88,10 @@ def test_a_chat_keeps_its_turns(folders: dict[str, Path], tmp_path: Path) -> Non
     """Each answer is that of the whole conversation; /reset begins anew, /save writes what was said."""
     (folders["base"] / "generation_config.json").unlink(missing_ok=True)
     saved = tmp_path / "said.jsonl"
-    lines = f"say one\nsay two\n/save {saved}\n/save {saved}\n/reset\nsay two\n/system is\nsay two\n"
+    lines = f"say one\nsay two\n/save {saved}\n/save {saved}\n/reset\nsay two\n/save\n/rest\n/system is\nsay two\n"
     ended = run("chat", folders["llama"], "--max-new-tokens", 4, stdin=lines.encode())
     assert ended.code == 0 and "exists already" in ended.err, ended
+    assert "/save is not a command, or lacks its text" in ended.err and "/rest is not a command" in ended.err
     name = str(folders["llama"])
     answers = [line.removeprefix(f"{name}:").strip() for line in ended.out.splitlines() if line.startswith(name)]
     rows = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]

@@ -139,7 +139,7 @@ def test_names_of_what_is_here_become_absolute(tmp_path: Path, monkeypatch: pyte
         "task": "causal_lm",
         "method": method | {"tokenizer_name_or_path": "base"},
         "data": {
-            "train": ["*.csv", {"path": "a.csv", "weight": 2}, "owner/set"],
+            "train": [Path("*.csv"), {"path": "a.csv", "weight": 2}, "owner/set"],
             "eval": "b.csv",
             "template": "t.yaml",
         },

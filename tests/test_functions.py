@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import run as command
 from every_task import configured, make_models
@@ -72,6 +74,40 @@ def test_a_section_that_is_written_as_one_value_keeps_it(tmp_path: Path) -> None
         assert (found.data.train, found.data.max_length) == ("a.csv", 16)
         assert siliang.run_config(form, method="bitfit").method.name == "bitfit"
     assert siliang.run_config(short).data.train == "a.csv"
+
+
+@pytest.mark.parametrize(
+    ("data", "paths"),
+    [
+        (Path("a.csv"), ["a.csv"]),
+        ({"path": "a.csv", "weight": 2}, ["a.csv"]),
+        ({"train": {"path": Path("a.csv")}}, ["a.csv"]),
+        ({"train": [Path("a.csv"), {"path": "b.csv"}]}, ["a.csv", "b.csv"]),
+    ],
+    ids=str,
+)
+def test_sources_in_each_form(data: Any, paths: list[str]) -> None:
+    found = siliang.run_config(model="m", task="seq_cls", output="run", data=data)
+    assert [source.path for source in found.data.train_sources] == paths
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (
+            {"path": "a.csv", "weight": 0},
+            "weight: input should be greater than 0. A source is a name, or {path, weight",
+        ),
+        ({"path": "a.csv", "wait": 2}, "wait is not a setting of a source"),
+        ({"weight": 2}, "path is missing"),
+        ({"path": " "}, "path: the name is empty"),
+    ],
+    ids=str,
+)
+def test_sources_that_are_wrong(source: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        siliang.run_config(model="m", task="seq_cls", output="run", data={"train": [source]})
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 def test_what_is_looked_at_before_a_run(config: RunConfig, tmp_path: Path) -> None:
@@ -229,6 +265,49 @@ def test_arguments_of_another_kind_are_errors_in_words(result: siliang.TrainingR
     for function, arguments, says in cases:
         with pytest.raises(ConfigError, match=says):
             function(*arguments)
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("plan", {"methods": ["lorra"]}, "method 'lorra' is not one of"),
+    ("plan", {"memory": -5}, "memory = -5: must be 1 or more"),
+    ("plan", {"device": "tpu"}, r"device = 'tpu' \(str\): must be 'cpu', 'cuda' or None"),
+    ("compare", {"jobs": 0}, "jobs = 0: must be 1 or more"),
+    ("compare", {"jobs": 1.5}, r"jobs = 1.5 \(float\): must be a whole number"),
+    ("train", {"say": "print"}, "say = 'print' .*: must be a function"),
+    ("train", {"progress": 3}, "progress = 3 .*: must be a function"),
+    ("train", {"resume": "yes"}, "resume = 'yes' .*: must be True or False"),
+    ("predict", {"inputs": "a", "top": "3"}, r"top = '3' \(str\): must be a whole number or None"),
+    ("predict", {"inputs": "a", "min_confidence": "0.5"}, "min_confidence = '0.5' .*: must be a number or None"),
+    ("predict", {"inputs": "a", "batch_size": 0}, "batch_size = 0: must be 1 or more"),
+    ("predict", {"inputs": "a", "prompt_name": "a"}, "prompt_name = 'a' .*: must be 'query', 'document', 'none' or"),
+    ("generate", {"instruction": "a", "temperature": "1"}, "temperature = '1' .*: must be a number"),
+    ("generate", {"instruction": "a", "temperature": math.inf}, "temperature = inf: must be 0 or more"),
+    ("generate", {"instruction": "a", "max_new_tokens": 2.5}, "max_new_tokens = 2.5 .*: must be a whole number"),
+    ("generate", {"instruction": "a", "seed": -1}, "seed = -1: must be 0 or more"),
+    ("generate", {"instruction": "a", "stop": [5]}, r"stop = \[5\] .*: must be a list of texts"),
+    ("merge", {"output": "m", "dtype": "int8"}, "dtype = 'int8' .*: must be 'float32', 'bfloat16' or 'float16'"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "says"), WRONG, ids=[f"{name} {[*own][-1]}" for name, own, _ in WRONG])
+def test_arguments_are_checked_before_anything_is_read(name: str, arguments: dict[str, Any], says: str) -> None:
+    anything: Any = siliang
+    run = {"run": "there is none"} if name in ("predict", "generate", "merge") else {}
+    with pytest.raises(ConfigError, match=says):
+        getattr(anything, name)(**run, **arguments)
+
+
+def test_numbers_of_numpy_and_one_text_are_taken() -> None:
+    sampling = siliang.Sampling(temperature=np.float32(0.5), seed=np.int64(3), stop="a")
+    assert sampling == siliang.Sampling(temperature=0.5, seed=3, stop=("a",)) and type(sampling.seed) is int
+
+
+def test_options_of_generating_are_not_for_classes(result: siliang.TrainingResult, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "good"}])
+    for more in ({"sampling": siliang.Sampling(8)}, {"system": "a"}, {"batch_size": 2}):
+        anything: Any = more
+        with pytest.raises(ConfigError, match="does not generate text"):
+            siliang.predict_file(result.folder, source, tmp_path / "out.csv", **anything)
 
 
 def test_texts_that_cannot_be_predicted_are_named(result: siliang.TrainingResult) -> None:

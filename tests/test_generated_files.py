@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,10 @@ from siliang.data.messages import Conversation, Message
 from siliang.engine.one_answer import without_padding
 from siliang.run_folder import OpenedRun, open_run
 from siliang.train.run import train
-from siliang.types import ConfigError, DataError, InterruptedRunError, ModelError
+from siliang.types import ConfigError, DataError, InterruptedRunError, ModelError, OutputError
 from siliang.use import predict_file as module
 from siliang.use.asked_rows import read_asked
-from siliang.use.generate import generate, write_texts
+from siliang.use.generate import as_asked, generate, write_texts
 from siliang.use.predict_file import predict_file
 from siliang.use.sampling import Sampling
 
@@ -121,6 +122,52 @@ def test_options_of_predictions_are_not_for_texts(
 ) -> None:
     with pytest.raises(ConfigError, match=name.replace("_", ".")):
         predict_file(replace(opened["causal_lm"], **{name: value}), "no.jsonl", tmp_path / "out.csv")  # type: ignore[arg-type]
+
+
+def test_beyond_the_length_that_the_model_was_trained_for(opened: dict[str, OpenedRun]) -> None:
+    """Rotary positions have no end. The default stays within that length, and more is a warning."""
+    own = opened["causal_lm"]
+    known = own.model.config.max_position_embeddings
+    prompt = "one two three " * 10
+    asked_for = len(own.task.prompt(own.tokenizer, own.config.data, asked(prompt)[0])[0])  # type: ignore[misc]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(own, prompt)
+        generate(own, prompt, max_new_tokens=known - asked_for)
+    says = f"a text of up to {known + 1:,} tokens, and the model was trained for {known:,}"
+    with pytest.warns(UserWarning, match=says):
+        generate(own, prompt, max_new_tokens=known - asked_for + 1)
+
+
+def test_a_system_message_is_read_as_that_of_a_row(opened: dict[str, OpenedRun], tmp_path: Path) -> None:
+    own = opened["causal_lm"]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "one", "system": " is \n"}, {"instruction": "one"}])
+    own_message, given = [row.asked for row in read_asked(own, str(source), " is \n")]
+    assert own_message == given == as_asked(own, "one", system=" is\t")
+    assert as_asked(own, "one", system=" ") == as_asked(own, "one")
+    with pytest.raises(ConfigError, match="the instruction is blank"):
+        generate(own, " ")
+
+
+def test_a_file_without_a_question(opened: dict[str, OpenedRun], tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "words": "one"}])
+    with pytest.raises(DataError, match=r"has no question, which is in a column .*; it has 'id', 'words'\. Rename"):
+        list(read_asked(opened["causal_lm"], str(source)))
+
+
+def test_a_partial_file_of_other_options(
+    opened: dict[str, OpenedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WRITTEN_ROWS", 1)
+    source, output = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "one"}] * 3), tmp_path / "out.jsonl"
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError, match="Stopped after 1 rows"):
+        predict_file(opened["causal_lm"], str(source), output, sampling=Sampling(3), progress=stop)
+    with pytest.raises(OutputError, match="begun with max_new_tokens 3"):
+        predict_file(opened["causal_lm"], str(source), output, sampling=Sampling(4))
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -20,8 +20,8 @@ from siliang.cli.help_page import COMMANDS_ZH
 from siliang.cli.main import app
 from siliang.config import RunConfig, Setting, describe
 from siliang.config.comparison import MethodEntry, describe_settings
-from siliang.config.data import Source
 from siliang.config.run import MethodConfig, QuantizationConfig
+from siliang.config.sources import Source
 from siliang.language import Bilingual, both, filled, joined, local, padded, width
 from siliang.other_names import TABLE
 from siliang.types import ConfigError, DataError, SiliangError, first_line, message_of

@@ -95,7 +95,7 @@ def test_what_is_there_is_not_overwritten(opened: OpenedRun, tmp_path: Path) -> 
         predict_file(opened, str(source), output)
     assert output.read_text() == "mine"
     (tmp_path / "b.csv.partial").write_text('{"run": "another"}\n{"id": 1}\n')
-    with pytest.raises(OutputError, match="of another run or of other data"):
+    with pytest.raises(OutputError, match="of another run, of other data or of other options"):
         predict_file(opened, str(source), tmp_path / "b.csv")
     assert len((tmp_path / "b.csv.partial").read_text().splitlines()) == 2
     with pytest.raises(ConfigError, match=r"must end with one of \.csv"):

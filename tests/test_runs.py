@@ -217,7 +217,7 @@ def test_a_file_that_nothing_loads_makes_no_other_base_model(trained: Path, tmp_
 
 @pytest.mark.parametrize("wanted", [0, -3])
 def test_no_fewer_than_one_new_token(wanted: int, trained: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"max_new_tokens = {wanted} must be 1 or more"):
+    with pytest.raises(ConfigError, match=rf"max_new_tokens = {wanted}: must be 1 or more"):
         generate(open_run(trained / "run"), "say one", max_new_tokens=wanted)
 
 

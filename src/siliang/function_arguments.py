@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from siliang.argument_kinds import check_kinds, wrong_kind
 from siliang.data.example import Example
 from siliang.data.json_stream import half_a_character
 from siliang.environment import bound_kernel_caches
 from siliang.language import Bilingual, local
 from siliang.secrets import short_repr
-from siliang.types import ConfigError, DataError
+from siliang.types import DataError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def quietly(function: Callable[P, R]) -> Callable[P, R]:
-    """The function as the command runs it: without transformers' progress bars and notices, which are as they were when
-    it ends, and with oneDNN's caches of kernels bounded. These stay bounded in the process, if it has computed no
-    product before, and in those that it starts."""
+    """The function with arguments of the kinds that it takes, as the command runs it: without transformers' progress
+    bars and notices, which are as they were when it ends, and with oneDNN's caches of kernels bounded. These stay
+    bounded in the process, if it has computed no product before, and in those that it starts."""
+    signature = inspect.signature(function)
+    changes = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
     @wraps(function)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        own = {name: value for name, value in bound.arguments.items() if name != changes}
+        bound.arguments.update(check_kinds(function, own))
         bound_kernel_caches()
         from transformers.utils import logging
 
@@ -32,7 +39,7 @@ def quietly(function: Callable[P, R]) -> Callable[P, R]:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         try:
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
         finally:
             logging.set_verbosity(verbosity)
             if bars:
@@ -117,15 +124,3 @@ def as_inputs(inputs: object) -> Iterator[str | tuple[str, ...] | Example]:
             )
         check_whole(name, *words)
         yield one if isinstance(one, str) else words
-
-
-def wrong_kind(value: object, name: str, what: str) -> ConfigError:
-    """The error of an argument of another kind."""
-    shown, kind = short_repr(value), type(value).__name__
-    wanted = what if isinstance(what, Bilingual) else Bilingual(what, what)
-    return ConfigError(
-        Bilingual(
-            f"{name} = {shown} ({kind}): must be {wanted}.",
-            f"{name} = {shown}（{kind}）：应为{wanted.zh}。",
-        )
-    )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from siliang.argument_kinds import check_least
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.function_arguments import quietly
@@ -93,17 +94,20 @@ def plan(
         ConfigError: A setting is wrong.
     """
     from siliang.distributed.sharding import fake_mesh
-    from siliang.methods import canonical_name
+    from siliang.methods import canonical_name, find_method
     from siliang.plan import plan as make
     from siliang.plan import target_device
     from siliang.plan.device import share_memory
 
+    names = [canonical_name(name) for name in methods]
+    for name in names:
+        find_method(name)
+    memory_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
+    check_least(memory=memory_bytes, devices=devices)
     changes = {"output": "siliang-run"} | changes if _lacks_output(settings) else changes
     config = run_config(settings, **changes)
-    memory_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     target = target_device(config, device, memory_bytes=memory_bytes)
     with fake_mesh(devices) as mesh:
-        names = [canonical_name(name) for name in methods]
         return make(config, share_memory(target, devices), methods=names, mesh=mesh)
 
 
@@ -183,6 +187,7 @@ def compare(
         SiliangError: Something that can be corrected.
         InterruptedRunError: Ctrl-C or SIGTERM; the same call resumes.
     """
+    check_least(jobs=jobs)
     from siliang.compare.run import CompareListener
     from siliang.compare.run import compare as run_all
     from siliang.report.gather import gather

@@ -98,11 +98,12 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
     pairs = list(zip(before, after, strict=True))
     agreeing = sum(int((b.argmax(-1) == a.argmax(-1)).sum()) for b, a in pairs)
     positions = sum(b[..., 0].numel() for b in before)
+    values = torch.cat([b.flatten() for b in before])
     proof = MergeProof(
         samples=len(samples),
         positions=positions,
         largest_difference=_nan_is_worst(max((float((b - a).abs().max()) for b, a in pairs), default=0.0)),
-        spread=float(torch.cat([b.flatten() for b in before]).std()),
+        spread=float(values.std() if values.numel() > 1 else values.abs().sum()),  # one has no deviation
         top1_agreement=agreeing / positions if has_logits else None,
         dtype=str(dtype).removeprefix("torch."),
     )

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from siliang.argument_kinds import check_least, wrong_kind
 from siliang.config import MeasureName
 from siliang.data.example import Example
-from siliang.function_arguments import as_inputs, as_path, as_text, quietly, wrong_kind
+from siliang.function_arguments import as_inputs, as_path, as_text, quietly
 from siliang.language import Bilingual
-from siliang.types import ConfigError
 
 if TYPE_CHECKING:  # slow to import
     from siliang.merge import MergeProof
@@ -79,6 +79,7 @@ def evaluate(
     """
     from siliang.use.evaluate import evaluation, with_evaluation
 
+    check_least(batch_size=batch_size)
     opened = _opened(run)
     settings: dict[str, object] = {} if measures is None else {"measures": list(measures)}
     settings |= {} if rows is None else {"rows": None if rows == "all" else rows}
@@ -117,6 +118,7 @@ def predict(
     """
     from siliang.use.predict import predict as predictions
 
+    check_least(batch_size=batch_size)
     opened = _with_options(_opened(run), top, min_confidence, prompt_name)
     return list(predictions(opened, as_inputs(inputs), batch_size=batch_size))
 
@@ -174,6 +176,7 @@ def predict_file(
 
     target = Path(as_path(output, "output", Bilingual("a new file", "新的文件")))
     check_output(target)
+    check_least(batch_size=batch_size)
     return write(
         _with_options(_opened(run), top, min_confidence, prompt_name),
         as_path(data, "data", FILE),
@@ -209,7 +212,8 @@ def generate(
         run: Its folder, or an opened run.
         input: Of the instruction.
         system: A system message.
-        max_new_tokens: None: 128, or as many as the model has positions for.
+        max_new_tokens: None: 128, or as many as the model has positions for, or was trained for. More than it was
+            trained for is a warning.
         temperature: 0: the most probable token each time.
         top_p: Only the most probable tokens are drawn that together have this probability.
         top_k: Only so many of the most probable tokens are drawn.
@@ -232,7 +236,7 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         repetition_penalty=repetition_penalty,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=tuple(stop),
         seed=seed,
     )
     return write(
@@ -278,12 +282,6 @@ def merge(
     from siliang.use.merge import merge as merged
 
     numbers = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in numbers:
-        raise ConfigError(
-            Bilingual(
-                f"dtype = {dtype!r}: must be {', '.join(numbers)}.", f"dtype = {dtype!r}：应为 {'、'.join(numbers)}。"
-            )
-        )
     folder = Path(as_path(output, "output", Bilingual("a new folder", "新的文件夹")))
     check_empty(folder)
     run = as_path(run, "run", Bilingual("the folder of a run", "运行的文件夹"))

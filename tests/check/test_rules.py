@@ -32,6 +32,18 @@ TAGGED = [
 BETTER_AND_WORSE: list[dict[str, Any]] = [
     {"prompt": f"say {w}", "chosen": "one", "rejected": "two"} for w in WORDS[:30]
 ]
+
+
+def calling(name: str, arguments: str, result: str = "1", system: int = 1) -> dict[str, Any]:
+    """A conversation with a call of a tool and its result."""
+    call = {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+    messages = [{"role": "system", "content": "is"}] * system
+    messages += [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages += [{"role": "tool", "content": "two", "tool_call_id": result}, {"role": "assistant", "content": "one"}]
+    return {"messages": messages, "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}]}
+
+
+CALLING = [calling("weather", '{"a": 1}') for _ in range(20)]
 TOGETHER = [{"anchor": f"the film {i}", "positive": f"good {i}"} for i in range(30)]
 ON_TEXTS: dict[str, Any] = {"task": "embedding", "model": "bert", "data": {"test_size": 0.0}}
 ON_RANKED: dict[str, Any] = {"task": "reranker", "model": "bert"}
@@ -265,6 +277,10 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
             **ON_TEXTS,
         ),
     ),
+    "SL055": (
+        "1 training rows have a call of 'wether', which is not among the tools (weather)",
+        lambda c: c([*CALLING, calling("wether", "{}")], data={"test_size": 0.0}),
+    ),
     "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),
 }
 
@@ -276,6 +292,44 @@ def test_the_trap_is_found(code: str, case: Case) -> None:
     assert len(found) == 1
     assert said in found[0].message
     assert found[0].cause and found[0].fix and found[0].severity == RULES[code].severity
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (calling("weather", "now"), "a call of 'weather' whose arguments are no JSON object: 'now'"),
+        (
+            calling("weather", "{}", result="2"),
+            "a result for the call '2', which is not there (the calls before it: 1)",
+        ),
+        (calling("weather", "{}", system=2), "more than one system message"),
+    ],
+)
+def test_turns_that_do_not_fit(row: dict[str, Any], says: str, case: Case) -> None:
+    (found,) = [f for f in case([*CALLING, row], data={"test_size": 0.0}) if f.code == "SL055"]
+    assert found.message == f"1 training rows have {says}"
+    assert "SL055" not in codes(case(CALLING, data={"test_size": 0.0}))
+
+
+def test_several_labels_of_which_one_is_never_alone(case: Case) -> None:
+    """ "a|b" beside "a" alone may be one class, or two."""
+    rows = [row | {"label": "pos|new"} if i % 6 == 0 else row for i, row in enumerate(REVIEWS)]
+    (found,) = [f for f in case(rows, task="seq_cls", model="bert") if f.code == "SL020"]
+    assert found.severity == "warning" and "may be several in one, separated by '|': 'pos|new'" in found.message
+    named = case([row | {"label": f"{row['label']}|x"} for row in rows], task="seq_cls", model="bert")
+    assert "SL020" not in codes(named) or "may be several" not in str(named)
+
+
+def test_held_out_rows_of_one_class(case: Case) -> None:
+    held_out = [row for row in REVIEWS if row["label"] == "pos"][:4]
+    (found,) = [f for f in case(REVIEWS, held_out=held_out, task="seq_cls", model="bert") if f.code == "SL005"]
+    assert found.severity == "warning" and "the held-out rows have one class only, 'pos'" in found.message
+
+
+def test_a_decimal_comma_in_a_score(case: Case) -> None:
+    rows = [{"sentence1": f"the film {i}", "sentence2": "we liked it", "score": f"0,{i + 1}"} for i in range(9)]
+    (found,) = [f for f in case(rows, **ON_TEXTS) if f.code == "SL054"]
+    assert "9 rows have a number with a decimal comma" in found.message and "is read as 0.1" in found.message
 
 
 def test_a_model_whose_files_are_quantized_is_one(case: Case, tmp_path: Path) -> None:

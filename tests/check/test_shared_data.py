@@ -105,7 +105,8 @@ def test_tool_calls(shared: Path, minimind: Path) -> None:
     path = shared / "data" / "instruct" / "glaive_toolcall_zh_demo.json"
     raw = json.loads(path.read_text())
     found, counts = look(minimind, "causal_lm", path, template="chat", max_length=4096)
-    assert set(found) == {"SL002", "SL028"}  # the tiny Llama's rotary positions end at 2,048
+    assert set(found) == {"SL002", "SL028", "SL055"}  # the tiny Llama's rotary positions end at 2,048
+    assert found["SL055"].count == 2  # whose calls are in the text of an answer: "AI 计算折扣: {...}"
     assert found["SL028"].severity == "warning"
     assert found["SL002"].count == copies(raw) == 43
     assert counts["rows"] == {"train": 300, "held_out": 0, "bad": 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from faults.commands import run as command
 from siliang.check import gather_input
 from siliang.config import EmbeddingConfig, RunConfig
 from siliang.records import Record
+from siliang.run_folder import open_run
 from siliang.tasks.embedding import EMBEDDING, with_vectors
 from siliang.types import ConfigError
+from siliang.use.predict_file import predict_file
 
 STEPS = ("batch_size=4", "gradient_accumulation=2", "save_every=3", "eval_every=3", "precision=fp32")
 STEPS = (*STEPS, "log_every=1", "schedule=constant")
@@ -127,6 +130,9 @@ def test_a_comparison(models: dict[str, Path], tmp_path: Path) -> None:
     assert "Spearman" in (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
 
 
+SCORED = {"text": "sentence1", "text_pair": "sentence2", "score": "score"}
+
+
 def test_files_of_texts(models: dict[str, Path], tmp_path: Path) -> None:
     done("train", *settings("pairs", models, tmp_path), "--set", "train.max_steps=1", "--output", tmp_path / "run")
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"id": i, "text": f"the film {'was good ' * i}"} for i in range(3)])
@@ -137,6 +143,28 @@ def test_files_of_texts(models: dict[str, Path], tmp_path: Path) -> None:
     done("predict", tmp_path / "run", "--data", pairs, "--output", tmp_path / "similar.jsonl")
     (row,) = map(json.loads, (tmp_path / "similar.jsonl").read_text().splitlines())
     assert -1.0 <= row["predicted_similarity"] <= 1.0 and "predicted_vector" not in row
+
+    scored = write_jsonl(tmp_path / "scored.jsonl", [{"sentence1": "the film", "sentence2": "was good"}])
+    record = open_run(tmp_path / "run").record
+    of_scores = replace(open_run(tmp_path / "run"), record=record.model_copy(update={"columns": SCORED}))
+    assert predict_file(of_scores, str(scored), tmp_path / "scored.csv.jsonl") == 1
+    (other,) = map(json.loads, (tmp_path / "scored.csv.jsonl").read_text().splitlines())
+    assert other["predicted_similarity"] == row["predicted_similarity"]
+    for column in ("anchor", "query", "document"):  # a text alone in one of the columns of a pair
+        alone = write_jsonl(
+            tmp_path / "alone.jsonl", [{"id": i, column: f"the film {'was good ' * i}"} for i in range(3)]
+        )
+        done("predict", tmp_path / "run", "--data", alone, "--output", tmp_path / f"{column}.parquet")
+        found = pq.read_table(tmp_path / f"{column}.parquet").to_pylist()
+        assert [row["predicted_vector"] for row in found] == [row["predicted_vector"] for row in table]
+    other = write_jsonl(tmp_path / "other.jsonl", [{"id": 1, "words": "the film"}])
+    out = ("--output", tmp_path / "out.csv")
+    ended = command("predict", tmp_path / "run", "--data", other, *out)
+    assert ended.code == 2 and "'anchor' and 'positive', or 'text'; it has 'id', 'words'. Rename them" in ended.err
+    ended = command("predict", tmp_path / "run", "--prompt-name", "query", "--data", pairs, *out)
+    assert ended.code == 2 and "--prompt-name is for texts that stand alone" in ended.err
+    ended = command("predict", tmp_path / "run", "the film", "--temperature", 1)
+    assert ended.code == 2 and "does not generate text" in ended.err
 
 
 # ---- what does not fit ----

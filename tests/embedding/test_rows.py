@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ PUBLISHED: list[tuple[dict[str, Any], Example]] = [
     ({"sentence1": "q", "sentence2": "a", "label": "1"}, Scored("q", "a", 1.0)),
     ({"query": "q", "document": "a", "label": 0}, Scored("q", "a", 0.0)),  # a pair with a label is no positive
     ({"query": "q", "text": "a", "label": 1}, Scored("q", "a", 1.0)),
+    ({"query": "q", "text": "a", "score": "0,5"}, Scored("q", "a", 0.5, "0,5")),
+    ({"query": "q", "passages": str(PASSAGES)}, Related("q", ("b",), ("a", "c"))),
     ({"text": "q", "label": "c"}, Labelled("q", "c")),
     # ms-swift, up to version 3
     ({"query": "q", "response": "a", "rejected_response": ["b", "c"]}, Related("q", ("a",), ("b", "c"))),
@@ -63,6 +66,20 @@ def test_published_rows(row: dict[str, Any], expected: Example, tmp_path: Path) 
     values = {"model": str(tmp_path), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
     (found,) = prepare_data(RunConfig.build(values)).examples.train
     assert found == expected
+
+
+CELLS = ['["a", "b"]', "['a', 'b']", "['a' 'b']", "['a'\n 'b']"]  # JSON, Python, NumPy
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lists_that_csv_holds_as_text(cell: str, tmp_path: Path) -> None:
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["query", "pos", "neg"], ["q", cell, "['c']"], ["q", "[1] a", "[]"], ["q", "[a]", ""]])
+    data = {"train": str(tmp_path / "rows.csv"), "test_size": 0.0}
+    values = {"model": str(tmp_path), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
+    found = list(prepare_data(RunConfig.build(values)).examples.train)
+    assert found == [Related("q", ("a", "b"), ("c",)), Related("q", ("[1] a",)), Related("q", ("[a]",))]
 
 
 UNFIT: list[tuple[dict[str, Any], str]] = [

@@ -127,6 +127,7 @@ def test_a_model_of_sentence_transformers(models: dict[str, Path], tmp_path: Pat
     trained("embedding", tmp_path / "own", models, tmp_path)
     opened = SentenceTransformer(str(tmp_path / "run" / "adapter"), device="cpu")
     assert opened.prompts == {"query": "we : ", "document": "a : "} and opened[1].pooling_mode == "cls"
+    assert opened.default_prompt_name is None  # as that of the base
     assert np.abs(opened.encode(TEXTS) - vectors(tmp_path / "run", TEXTS)).max() < 1e-5
 
 
@@ -141,7 +142,7 @@ def test_a_tuned_model_whose_base_is_gone(models: dict[str, Path], tmp_path: Pat
     assert np.array_equal(vectors(tmp_path / "run", TEXTS), expected)
     run = open_run(tmp_path / "run")
     assert run.config.embedding == EmbeddingConfig(
-        pooling="cls", query_prompt="we : ", document_prompt="a : ", prompt_name="document"
+        pooling="cls", query_prompt="we : ", document_prompt="a : ", prompt_name="none"
     )
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
-from siliang.data.labels import alike, joined, no_label, strange
+from siliang.data.examples import Scored
+from siliang.data.labels import alike, joined, no_label, strange, with_known_part
 from siliang.data.numbers import as_number, has_decimal_comma, is_whole
 from siliang.language import Bilingual
 from siliang.secrets import shortened
@@ -61,6 +62,20 @@ def missing_classes(s: CheckInput) -> Iterator[Problem]:
                 f"{len(names)} 个类别中有 {len(missing)} 个没有训练样本：{shown}{more_zh}",
             ),
             severity=severity,
+        )
+    one_class = s.task.data.named == "label" and not s.task.data.several and len(names) > 1
+    if one_class and len(held_out := _class_counts(s, "eval")) == 1:
+        only = next(iter(held_out))
+        yield Problem(
+            Bilingual(
+                f"the held-out rows have one class only, {only!r}: their metrics do not show what was learned",
+                f"验证样本只有一个类别 {only!r}：指标看不出学到了什么",
+            ),
+            severity="warning",
+            fix=Bilingual(
+                "Give held-out rows of all classes (data.eval), or hold out a share of each with data.stratify=true.",
+                "请给出包含各个类别的验证数据（data.eval），或用 data.stratify=true 按类别划分。",
+            ),
         )
 
 
@@ -117,6 +132,18 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
                 "them apart",
                 f"一个标签里有多个类别，以 {mark!r} 分隔：{shown}；classification.problem=several_labels 会分别学习",
             )
+        )
+    elif s.task.data.named == "label" and not s.task.data.several and (partly := with_known_part(names)):
+        mark, several = partly
+        shown = shortened(", ".join(map(repr, several)), 100)
+        yield Problem(
+            Bilingual(
+                f"labels that may be several in one, separated by {mark!r}: {shown}; a part of each is a label of its "
+                "own. classification.problem=several_labels learns them apart",
+                f"可能一个标签里有多个类别，以 {mark!r} 分隔：{shown}；其中一部分本身也是标签。"
+                "classification.problem=several_labels 会分别学习",
+            ),
+            severity="warning",
         )
     together = {name for group in groups for name in group}
     if odd := [name for name in strange(names) if name not in together]:
@@ -288,9 +315,11 @@ def decimal_commas(s: CheckInput) -> Iterator[Problem]:
 
     办法：如果确实是数，不必处理（accept: [SL054]）。如果是多个标签，请设置 classification.problem=several_labels。
     """
-    if s.task.labels is None or s.task.data.named is not None or s.task.data.several:
+    if s.task.data.named is not None or s.task.data.several:
         return
     counts = _class_counts(s, "train", "eval")
+    both_parts = chain(s.examples.train, s.examples.eval)
+    counts.update(example.comma for example in both_parts if isinstance(example, Scored) and example.comma)
     written = [name for name in counts if has_decimal_comma(name.strip())]
     if written:
         rows = sum(counts[name] for name in written)

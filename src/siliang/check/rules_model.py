@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
 from siliang.language import Bilingual, local
+from siliang.models.positions import trained_length
 from siliang.types import OTHER_HEADS, ConfigError, TargetError
 
 
@@ -256,7 +257,7 @@ def too_many_positions(s: CheckInput) -> Iterator[Problem]:
                 fix=Bilingual("Lower data.max_target_length to that.", "把 data.max_target_length 降到这个数以内。"),
             )
         return
-    trained = getattr(s.text_config, "max_position_embeddings", None)
+    trained = trained_length(s.model_config)
     if positions.reads is None and trained and longest + positions.virtual > trained:
         yield Problem(
             Bilingual(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from siliang.check import rules_conversations as conversations
 from siliang.check import rules_labels as labels
 from siliang.check import rules_model as model
 from siliang.check import rules_preferences as preferences
@@ -72,6 +73,7 @@ RULES: dict[str, Rule] = {
         Rule("SL052", "error", related.nothing_to_compare, "rows"),
         Rule("SL053", "warning", related.classes_as_scores, "rows"),
         Rule("SL054", "warning", labels.decimal_commas, "rows"),
+        Rule("SL055", "warning", conversations.turns_that_do_not_fit, "rows"),
     )
 }
 

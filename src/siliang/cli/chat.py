@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,14 @@ def _obeyed(opened: Chat, line: str) -> bool:
                 print(local(error.args[0]), file=sys.stderr)
             else:
                 print(both(f"saved      {path}", f"已保存     {path}"))
+        case _ if re.fullmatch("/[a-z]+", command):
+            print(
+                both(
+                    f"{command} is not a command, or lacks its text: /system TEXT, /reset, /save FILE.jsonl.",
+                    f"{command} 不是命令，或缺少内容：/system 文本、/reset、/save 文件.jsonl。",
+                ),
+                file=sys.stderr,
+            )
         case _:
             return False
     return True

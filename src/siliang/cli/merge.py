@@ -82,7 +82,7 @@ def merge(
     )
     if template := served_tokenizer(opened)[1]:
         print(both(f"chat template: {template}", f"对话模板：{local(template)}"))
-    kind, path = opened.task.model.auto_class, str(output)
+    path, opener = str(output), opened.task.opened_by
     print(both(f"saved   {path}", f"已保存  {path}"))
-    call = f"transformers.{kind}.from_pretrained({path!r})"
+    call = f"{opener or f'transformers.{opened.task.model.auto_class}.from_pretrained'}({path!r})"
     print(both(f"load it with {call}", f"加载方式：{call}"))

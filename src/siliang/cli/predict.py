@@ -140,8 +140,7 @@ def predict(
         from siliang.types import DataError
         from siliang.use.predict import check_predicts, predict_tasks
         from siliang.use.predict import predict as make
-        from siliang.use.predict_file import check_output, predict_file
-        from siliang.use.sampling import Sampling
+        from siliang.use.predict_file import check_no_writing, check_output, predict_file
 
         quiet_loading()
     if output is not None:
@@ -150,27 +149,22 @@ def predict(
     opened.task_id, opened.top, opened.min_confidence = task_id, top, min_confidence
     opened.prompt_name = prompt_name
     show_notes(opened.trained.notes if opened.trained else ())
+    how = sampling_of(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    system = as_text(system, "--system")
     if data is not None and output is not None:
-        how = sampling_of(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-        if opened.task.prompt is None and (how != Sampling() or system or batch_size):
-            raise ConfigError(
-                Bilingual(
-                    f"{run} does not generate text: it has no use for the options of generating.",
-                    f"{run} 不生成文本：生成文本的选项不适用。",
-                )
-            )
         rows = predict_file(
             opened,
             str(data),
             output,
             sampling=how,
-            system=as_text(system, "--system"),
+            system=system,
             batch_size=batch_size,
             progress=_show_progress(),
         )
         print(both(f"saved      {output}: {rows:,} rows", f"已保存     {output}：{rows:,} 行"))
         return
     check_predicts(opened)
+    check_no_writing(opened, how, system, batch_size)
     task = opened.task
     given: list[Input] = list(input_lines()) if not texts else []
     tasks: list[int | None] = [None] * len(given)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from siliang.language import both, local
+from siliang.language import Bilingual, both, local
 from siliang.secrets import secret_places
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def show_examples(console: Console, subject: CheckInput, n: int) -> None:
     special, special_zh = (", reverse: special tokens", "，反色：特殊词元") if colours else ("", "")
     console.print(both(f"Examples ({legend}{special})", f"样本示例（{local(legend)}{special_zh}）"), markup=False)
     pen = _Pen(subject.tokenizer, colours)
+    in_windows = subject.examples.layout == "text" or subject.finds_spans
+    entry = Bilingual("window", "窗口") if in_windows else Bilingual("entry", "条目")
     windows = Counter(tokens.column("row").tolist())
     seen: Counter[int] = Counter()
     for i in range(n):
@@ -40,8 +42,8 @@ def show_examples(console: Console, subject: CheckInput, n: int) -> None:
         more = ""
         if windows[number] > 1:
             more = both(
-                f", window {seen[number]} of {windows[number]}",
-                f"，第 {seen[number]} 个窗口（共 {windows[number]} 个）",
+                f", {entry} {seen[number]} of {windows[number]}",
+                f"，第 {seen[number]} 个{entry.zh}（共 {windows[number]} 个）",
             )
         console.print(f"{place}{more}:", markup=False)
         line = pen.entry(subject.task.show(tokens[i], subject.examples.labels or []))

@@ -152,6 +152,15 @@ class _ComparisonRun:
 
     def _check(self) -> None:
         """Raises the errors that every run would raise."""
+        import torch
+
+        if self.ray is None and not torch.cuda.is_available() and self.jobs > (threads := torch.get_num_threads()):
+            self._warn_once(
+                both(
+                    f"warning    --jobs {self.jobs} on {threads} threads: each run is slower, and takes its own memory",
+                    f"警告       --jobs {self.jobs} 多于 {threads} 个线程：每次运行都更慢，且各占一份内存",
+                )
+            )
         trial = test_trials(self.config, {})[0]
         config = run_config(self.config, trial, self.folder, {})
         subject = gather_input(config, machine(), prepare_data(config, self.why))

@@ -4,7 +4,7 @@ Settings are parsed once, strictly. After parsing, a number is a number, a size 
 """
 
 from siliang.config.classification import ClassificationConfig, Problem
-from siliang.config.data import LAYOUT_NAMES, Columns, DataConfig, LayoutName, Source
+from siliang.config.data import Columns, DataConfig
 from siliang.config.describing import Setting, describe
 from siliang.config.distributed import DistributedConfig
 from siliang.config.embedding import EmbeddingConfig, EmbeddingLoss, RerankerConfig
@@ -14,6 +14,7 @@ from siliang.config.preference import LossName, PreferenceConfig
 from siliang.config.quantization import QuantizationConfig
 from siliang.config.run import MethodConfig, RunConfig
 from siliang.config.section import Section, Seed, Settings
+from siliang.config.sources import LAYOUT_NAMES, LayoutName, Source
 from siliang.config.train import Bytes, Seconds, TrainConfig
 
 __all__ = [

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import codecs
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
-from siliang.config.section import Name, Names, Section, Seed, as_name, is_recorded
+from siliang.config.section import Names, Section, Seed, is_recorded
+from siliang.config.sources import LayoutName, Source, as_sources, read_sources
 from siliang.files import restore_name
 from siliang.language import Bilingual
 from siliang.types import ConfigError
 
-LayoutName = Literal[
-    "chosen-rejected",
-    "messages-rejected",
-    "rejected-messages",
-    "responses",
-    "output-list",
-    "rated-answer",
-    "rated-messages",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "prompt-completion",
-    "input-output",
-    "text",
-    "text-label",
-    "sentence-pair",
-    "tokens-tags",
-    "squad",
-    "source-target",
-    "anchor-positive",
-    "scored-pair",
-    "positive-messages",
-    "scored-messages",
-    "prepared",
-]
 MOST_LABELS = 100_000  # classes or tags
-LAYOUT_NAMES: tuple[LayoutName, ...] = get_args(LayoutName)  # data/layouts.py reads each
 
 
 def _template(value: object, info: ValidationInfo) -> object:
@@ -102,11 +77,6 @@ def _labels(value: list[str]) -> list[str]:
             )
         )
     return value
-
-
-def _as_sources(value: str | list[str | Source]) -> list[Source]:
-    values = value if isinstance(value, list) else [value]
-    return [Source(path=v) if isinstance(v, str) else v for v in values]
 
 
 class Columns(Section):
@@ -225,27 +195,10 @@ class Columns(Section):
     所有样本都属于任务 0。"""
 
 
-class Source(Section):
-    """One of several sources, with its weight."""
-
-    path: Name
-    """A file, a folder, a pattern such as data/*.jsonl, or a name on the Hub.
-
-    文件、文件夹、data/*.jsonl 这样的通配模式，或 Hub 上的名称。"""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often each row is used in an epoch: 2 for twice, 0.5 for a random half. Held-out rows have no weight.
-
-    每条样本在一轮中使用的次数：2 是两次，0.5 是随机的一半。对验证集无效。"""
-    layout: LayoutName | None = None
-    """The layout of this source's rows. None: data.layout.
-
-    此来源的样本格式。None：data.layout。"""
-
-
 class DataConfig(Section):
     """The sources of the data, and how a row becomes tokens."""
 
-    train: Annotated[str | list[str | Source], BeforeValidator(as_name)]
+    train: Annotated[str | list[str | Source], BeforeValidator(read_sources)]
     """The training data: a file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .txt, .bmes, .bio, .conll), a glob
     pattern, a folder (of Dataset.save_to_disk, or of such files), a name on the Hub (owner/name, owner/name:config),
     or a list of these, each a name or {path, weight}.
@@ -260,7 +213,7 @@ class DataConfig(Section):
 
     按温度 T 混合多个来源：有 n 条样本、权重为 w 的来源在一轮中占 w n^(1/T) 的份额，一轮的样本数不变。1 按大小混合；越
     大，小的来源用得越多。None：每条样本按其来源的权重使用。"""
-    eval: Annotated[str | list[str | Source] | None, BeforeValidator(as_name)] = None
+    eval: Annotated[str | list[str | Source] | None, BeforeValidator(read_sources)] = None
     """The held-out data, in the same forms. None: the share test_size of the training rows is held out.
 
     验证数据，写法同上。None：从训练样本中按 test_size 的比例留出。"""
@@ -389,9 +342,9 @@ class DataConfig(Section):
     @property
     def train_sources(self) -> list[Source]:
         """The sources of the training data."""
-        return _as_sources(self.train)
+        return as_sources(self.train)
 
     @property
     def eval_sources(self) -> list[Source]:
         """The sources of the held-out data; empty if a share of the training rows is held out."""
-        return _as_sources(self.eval or [])
+        return as_sources(self.eval or [])

@@ -81,11 +81,12 @@ class EmbeddingConfig(Section):
     prompt_name: PromptName = "auto"
     """The prompt of a text that stands alone: of a text with a class, and of a single text that is to become a vector,
     unless `siliang predict --prompt-name` chooses another one. query: query_prompt; document: document_prompt; none:
-    none. auto: query, if that is the default prompt of a base model of sentence-transformers; otherwise document.
+    none. auto: with the prompts of a base model of sentence-transformers, its default prompt, or none where it has no
+    default; with prompts that are set here, document.
 
     单独一段文本所用的提示：用于带类别的文本，以及要转换成向量的单段文本（除非 `siliang predict --prompt-name` 另行
-    指定）。query：query_prompt；document：document_prompt；none：不加。auto：基座模型若是 sentence-transformers 的模型
-    且默认提示为 query，则用 query；否则用 document。"""
+    指定）。query：query_prompt；document：document_prompt；none：不加。auto：使用 sentence-transformers 基座模型自带的
+    提示时，取其默认提示，没有默认提示则为 none；提示在此处设置时为 document。"""
     negatives: Annotated[int, Field(ge=0)] | None = None
     """The most hard negatives of a row, the first ones. null: all.
 

@@ -64,6 +64,8 @@ def as_name(value: object) -> object:
     Raises:
         ConfigError: The name is empty, or has a control character.
     """
+    if isinstance(value, os.PathLike):
+        value = os.fsdecode(value)
     if not isinstance(value, str):
         return value
     if not value.strip():

@@ -168,11 +168,16 @@ class Related(Example):
 
 @dataclass(frozen=True)
 class Scored(Example):
-    """Two texts, and how near they are."""
+    """Two texts, and how near they are.
+
+    Attributes:
+        comma: The score as it was written, where that was with a decimal comma.
+    """
 
     text: str
     pair: str
     score: float
+    comma: str = ""
 
     @property
     def texts(self) -> list[str]:

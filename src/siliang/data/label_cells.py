@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import json
+import re
 from collections.abc import Callable, Sequence
 
 from siliang.data.cells import BLANKS, BadRow, Values, as_text, filled
+from siliang.data.list_cells import held_in_text
 from siliang.data.numbers import as_number, has_comma_groups, has_decimal_comma, has_thousands, with_point
 from siliang.language import Bilingual
 from siliang.secrets import short_repr, shortened
@@ -79,6 +79,13 @@ def a_number(values: Values, column: str) -> str:
     Raises:
         BadRow: It is missing, or something else.
     """
+    if isinstance(cells := values.get(column), list | tuple) and all(isinstance(part, int | float) for part in cells):
+        raise BadRow(
+            Bilingual(
+                f"has a list of {len(cells)} numbers in {column!r}, and {SET} = number takes one number",
+                f"的 {column!r} 是 {len(cells)} 个数的列表，而 {SET} = number 只取一个数",
+            )
+        )
     if isinstance(values.get(column), list | tuple):
         raise BadRow(
             Bilingual(
@@ -107,6 +114,14 @@ def a_number(values: Values, column: str) -> str:
                     "classification.label_separator=','",
                 )
             )
+        if re.fullmatch(r"[+-]?[0-9]{1,3}([ \xa0\u2009\u202f'’][0-9]{3})+([.,][0-9]+)?", text):
+            plain = re.sub(r"[ \xa0\u2009\u202f'’]", "", text).replace(",", ".")
+            raise BadRow(
+                Bilingual(
+                    f"has {shown!r} in {column!r}, a number with marks between its thousands: write it as {plain}",
+                    f"的 {column!r} 是 {shown!r}，是带千位分隔符的数：请写成 {plain}",
+                )
+            )
         if has_thousands(text):
             mark = next(c for c in text if c in ".,")
             plain = text.replace(mark, "").replace(",", ".")
@@ -126,15 +141,8 @@ def a_number(values: Values, column: str) -> str:
 
 
 def listed(value: object) -> list[object] | None:
-    """The items of a text that is a list in JSON or in Python's notation; None for anything else."""
-    text = value.strip(BLANKS) if isinstance(value, str) else ""
-    if not (text.startswith("[") and text.endswith("]")) or len(text) > LONGEST_LIST:
+    """The items of a text that is a list of labels; None for anything else."""
+    found = held_in_text(value, longest=LONGEST_LIST)
+    if not isinstance(found, list) or any(isinstance(part, list | dict | tuple | set) for part in found):
         return None
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            found = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(found, list) and not any(isinstance(part, list | dict | tuple | set) for part in found):
-            return found
-    return None
+    return found

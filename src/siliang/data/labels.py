@@ -119,6 +119,14 @@ def no_classes(found: Collection[str], rows: int, spec: DataSpec) -> str | None:
     """What a label column with these values holds instead of classes, if it does."""
     numbers = [as_number(name) for name in found]
     broken = [name for name, n in zip(found, numbers, strict=True) if n is not None and not n.is_integer()]
+    if broken and None not in numbers and spec.several:
+        shown = ", ".join(sorted(broken)[:3])
+        return Bilingual(
+            f"holds lists of numbers such as {shown}: a probability for each class is not learned. Write the name of "
+            "the class, or the names of all that apply; where they are names, list them in data.labels.",
+            f"是 {shown} 这样的数的列表：不能学习各类别的概率。请写出类别的名称，或所有适用的名称；"
+            "如果它们就是名称，请在 data.labels 中列出。",
+        )
     if broken and None not in numbers and not spec.ordered:
         shown = ", ".join(sorted(broken)[:3])
         return Bilingual(
@@ -177,6 +185,19 @@ def joined(found: Collection[str]) -> str | None:
             continue
         if len(several) * 2 > len(found) or known:
             return mark
+    return None
+
+
+def with_known_part(found: Collection[str]) -> tuple[str, list[str]] | None:
+    """The mark that separates some names into parts of which one is a name too, and these names: "a|b" beside "a". None
+    where there is no such name."""
+    for mark in MARKS:
+        if mark == " ":
+            continue
+        several = [name for name in found if mark in name]
+        parts = {name: [part.strip() for part in name.split(mark)] for name in several}
+        if names := [name for name in several if all(parts[name]) and any(part in found for part in parts[name])]:
+            return mark, sorted(names)
     return None
 
 

@@ -19,7 +19,8 @@ from decimal import Decimal
 from siliang.config import Columns
 from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled, given, short
 from siliang.data.examples import Related, Scored
-from siliang.data.numbers import as_number, with_point
+from siliang.data.list_cells import held_in_text
+from siliang.data.numbers import as_number, has_decimal_comma, with_point
 from siliang.data.refused import refuse_media
 from siliang.data.turns import listed, turns_of
 from siliang.language import Bilingual
@@ -33,7 +34,7 @@ def read_related(values: Values, c: Columns) -> Result:
     """A row with an anchor and its positives, and perhaps negatives."""
     refuse_media(values)
     anchor = filled(values, c.anchor)
-    value = values.get(c.positive)
+    value = _held(values.get(c.positive))
     if isinstance(value, Mapping):
         positives, negatives = _selected(value, c.positive)
     else:
@@ -105,7 +106,8 @@ def _scored(first: str, second: str, value: object, column: str) -> Result:
         )
     if number is None or not math.isfinite(number):
         return Bilingual(f"has no number in {column!r}", f"的 {column!r} 中没有数")
-    return Scored(first, second, number)
+    comma = value.strip() if isinstance(value, str) and has_decimal_comma(value.strip()) else ""
+    return Scored(first, second, number, comma)
 
 
 def _negatives_and_score(negatives: str, score: str) -> Bilingual:
@@ -154,16 +156,25 @@ def _only_turn(turns: object, column: str) -> str:
 
 
 def _texts(value: object, column: str) -> list[str]:
-    """The texts of a cell: one, or a list of texts or of {title, text}.
+    """The texts of a cell: one, or a list of texts or of {title, text}, which csv holds as text.
 
     Raises:
         BadRow: One of them is empty, or no text.
     """
+    value = _held(value)
     parts = value if isinstance(value, list | tuple) else [value]
     found = [as_text(_of_passage(part), column) for part in parts]
     if not all(text.strip(BLANKS) for text in found):
         raise BadRow(Bilingual(f"has an empty text in {column!r}", f"的 {column!r} 中有空的文本"))
     return found
+
+
+def _held(value: object) -> object:
+    """The texts, passages or MS MARCO's object that a cell of csv holds as text; any other value as it is."""
+    found = held_in_text(value)
+    if isinstance(found, list) and all(isinstance(_of_passage(part), str) for part in found):
+        return found
+    return found if isinstance(found, dict) and "passage_text" in found else value
 
 
 def _of_passage(part: object) -> object:

@@ -23,6 +23,7 @@ from siliang.engine.batches import StepCollator, in_steps
 from siliang.engine.order import evaluation_batches
 from siliang.engine.step import Engine
 from siliang.engine.whole_step import Context, by_entry, loss_of, on, reference_values
+from siliang.engine.wide_heads import heads_in_fp32
 from siliang.language import Bilingual
 from siliang.tasks import EntryValues, Reader, StepLoss, Task
 from siliang.types import DataError
@@ -81,7 +82,7 @@ def evaluate(
     device = next(model.parameters()).device
     model.eval()
     sums, losses = Sums(), list[torch.Tensor]()
-    with torch.no_grad():
+    with torch.no_grad(), heads_in_fp32(model, engine.task.model.heads):
         for batch in evaluation_batches(tokens, collator) if batches is None else batches:
             batch = batch.to(device)
             sums.weight += batch.weight

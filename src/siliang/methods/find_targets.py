@@ -192,13 +192,19 @@ def _by_endings(
     if missing and not (lenient and len(missing) < len(wanted)):
         endings = {p.rpartition(".")[2] for p in supported}
         hint = nearest(missing[0], endings)
+        experts = Bilingual("", "")
+        if weights := _experts(modules):
+            experts = Bilingual(
+                f" The weights of experts are parameters (target_parameters of LoRA): {', '.join(weights)}.",
+                f"专家的权重是参数（LoRA 的 target_parameters）：{'、'.join(weights)}。",
+            )
         raise TargetError(
             Bilingual(
                 f"target_modules: {', '.join(map(repr, missing))} matches no module of "
                 f"{type(model).__name__}.{hint} "
-                f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}.",
+                f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}.{experts}",
                 f"target_modules：{'、'.join(map(repr, missing))} 与 {type(model).__name__} 的任何模块都不"
-                f"匹配。{hint.zh}可以微调的层：{'、'.join(sorted(endings)) or '无'}。",
+                f"匹配。{hint.zh}可以微调的层：{'、'.join(sorted(endings)) or '无'}。{experts.zh}",
             )
         )
     return [p for p in modules if any(ends_with(p, name) for name in wanted)]

@@ -75,6 +75,14 @@ def table_of_positions(model: nn.Module) -> int | None:
     return min(found, default=None)
 
 
+def trained_length(model: nn.Module | PreTrainedConfig) -> int | None:
+    """The tokens of the longest text that a model was made for, by its config; one without a table of positions reads
+    longer ones, and worse. None where the config does not say."""
+    config: Any = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
+    length = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def longest_alike(config: PreTrainedConfig) -> int | None:
     """The longest text, in tokens, whose tokens are rotated as those of any shorter one; None for any length."""
     own: Any = getattr(config, "original_max_position_embeddings", None)  # where Phi-3 also drops its cache

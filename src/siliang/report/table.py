@@ -163,7 +163,9 @@ def sentences(answer: Recommendation, data: ReportData, w: dict[str, str]) -> li
     best, texts = answer.best, []
     alone = len(data.groups) == 1
     if best is None or best.score is None or best.minutes is None or best.peak is None:
-        texts.append(w["none_alone" if alone else "none"])
+        measured = any(quality.name in record.final for record in data.records)
+        word = "none_alone" if alone else "none"
+        texts.append(w[word] if measured else w["not_measured"].format(metric=w[quality.name]))
     else:
         digits = 3
         over = w["over"].format(n=best.score.n) if best.score.n > 1 else w["one_run"]

@@ -54,6 +54,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "No method with at most half of its trained parameters comes within 5% of its loss reduction.",
         "可训练参数不超过其一半的方法中，没有一种的损失降幅达到它的 95%。",
     ),
+    "not_measured": (
+        "No run has its {metric} yet: it is not finished, failed, or has no held-out rows.",
+        "还没有运行得到{metric}：尚未完成、失败，或没有验证样本。",
+    ),
     "none_alone": (
         "This method learned nothing. See the mark in the table, and try another learning rate.",
         "这种方法没有学到东西。请看表中的标记，换一个学习率再试。",

@@ -337,5 +337,6 @@ _WITHOUT_LOSS = Task(
     predict=predict,
     blank={"text": "", "pair": "", "vector": None, "similarity": None},
     example_prompt="a text",
+    opened_by="sentence_transformers.SentenceTransformer",
 )
 EMBEDDING = with_vectors(_WITHOUT_LOSS, EmbeddingConfig(pooling="mean"))

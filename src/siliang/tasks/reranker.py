@@ -343,5 +343,6 @@ _WITHOUT_LOSS = Task(
     inputs_layouts=("positive-messages", "anchor-positive"),
     blank={"query": "", "text": "", "score": None},
     example_prompt="a query<TAB>a text",
+    opened_by="sentence_transformers.CrossEncoder",
 )
 RERANKER = with_loss(_WITHOUT_LOSS, RerankerConfig())

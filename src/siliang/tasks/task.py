@@ -303,6 +303,7 @@ class Task:
 
         extra_files: Writes what another library needs, besides the adapter or the model that are saved in a folder, to
             open it there; from the folder, the model, and the tokenizer.
+        opened_by: The class of that library that opens the folder; "": the model's own in transformers.
     """
 
     name: TaskType
@@ -347,6 +348,7 @@ class Task:
     prompt: Callable[[Tokenizer, DataConfig, Conversation | Text], tuple[list[int], list[int]]] | None = None
     example_prompt: str | None = None
     extra_files: Callable[[Path, PreTrainedModel, Tokenizer], None] | None = None
+    opened_by: str = ""
     labels: LabelHooks | None = None
 
     @property

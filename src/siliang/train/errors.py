@@ -74,8 +74,9 @@ def _cause(run: Run, bad: BadStep) -> Bilingual:
         )
     if bad.value == 0:
         return Bilingual(
-            "no label of these rows reaches what is trained. `siliang check` shows what is learned",
-            "这些样本的标签都传不到所训练的参数。`siliang check` 会显示学习哪些内容",
+            "nothing of these rows reaches what is trained: they have no label, or all their texts are alike. `siliang "
+            "check` shows what is learned",
+            "这些样本没有一处传到所训练的参数：没有标签，或文本全都一样。`siliang check` 会显示学习哪些内容",
         )
     if run.precision.compute == "fp16":
         return Bilingual(

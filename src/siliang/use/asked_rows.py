@@ -46,13 +46,13 @@ def read_asked(run: OpenedRun, source: str, system: str = "") -> Iterator[AskedR
     """The rows of a file, one by one, as the run was trained on them; an answer that a row has is not given away.
 
     Args:
-        system: A system message for conversations that have none.
+        system: A system message for conversations that have none; white space around it is removed.
 
     Raises:
         DataError: The file cannot be read, or lacks the columns.
         ConfigError: The rows are texts without a template, and there is a system message.
     """
-    data = run.config.data
+    data, system = run.config.data, system.strip()
     reading = Reading(data.header, "auto", data.separator, keeps_empty=True)
     opened = open_source(source, reading)
     plain = run.record.of_texts
@@ -104,11 +104,12 @@ def _asked(run: OpenedRun, row: DataRow) -> Conversation | Text | None:
         layout, columns = find_layout(name, values, spec, columns, row.where)
     except DataError:
         if not read_by:
-            raise
+            raise _no_question(row, _question_columns(layouts, columns)) from None
         answers = [value for name, value in row.values.items() if name not in values]
         if answers and all(map(_is_blank, answers)):
             return None
-        raise _no_question(row, columns) from None
+        names = (columns.prompt, columns.instruction, columns.messages, "conversations")
+        raise _no_question(row, names) from None
     cells = [values.get(name) for name in (*layout.fixed, *(getattr(columns, need) for need in layout.needs))]
     if all(cell == ANSWER or _is_blank(cell) for cell in cells):
         return None
@@ -151,13 +152,23 @@ def _is_blank(cell: object) -> bool:
     return not given(cell) or (isinstance(cell, str) and not cell.strip())
 
 
-def _no_question(row: DataRow, columns: Columns) -> DataError:
-    names = (columns.prompt, columns.instruction, columns.messages, "conversations")
+def _question_columns(layouts: Sequence[str], columns: Columns) -> list[str]:
+    """The columns of the layouts that hold what is asked."""
+    return list(
+        dict.fromkeys(
+            name
+            for layout in map(LAYOUTS.__getitem__, layouts)
+            for name in (*layout.fixed, *(getattr(columns, need) for need in layout.needs if need not in ANSWERS))
+        )
+    )
+
+
+def _no_question(row: DataRow, names: Sequence[str]) -> DataError:
     there, wanted = ", ".join(map(repr, row.values)), ", ".join(map(repr, names))
     return DataError(
         Bilingual(
-            f"{row.where} has no question, which is in a column {wanted}; it has {there}.",
-            f"{row.where} 没有提问，提问应在 {wanted} 中的一列；它有 {there}。",
+            f"{row.where} has no question, which is in a column {wanted}; it has {there}. Rename its column.",
+            f"{row.where} 没有提问，提问应在名为 {wanted} 的列中；它有 {there}。请改列名。",
         )
     )
 

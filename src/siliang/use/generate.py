@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -18,6 +19,7 @@ from siliang.engine.prompt_sharing import batches_of, beginning_once, with_commo
 from siliang.engine.prompts import padded_prompts
 from siliang.engine.written import positions_of, room_behind, writing
 from siliang.language import Bilingual
+from siliang.models.positions import trained_length
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import OpenedRun
@@ -45,7 +47,7 @@ def generate(
     """The model's answer to an instruction, in the run's own template.
 
     Args:
-        system: A system message.
+        system: A system message; white space around it is removed, as in the rows of training.
         history: The turns before the instruction.
         plain: The instruction is the beginning of a text, to be continued without a template. None: as the run was
             trained, without one on plain texts alone.
@@ -74,9 +76,10 @@ def as_asked(
     """What a run is asked; the arguments are those of `generate`.
 
     Raises:
-        ConfigError: A text without a template has more than its beginning.
+        ConfigError: A text without a template has more than its beginning, or the instruction is blank.
     """
     plain = run.record.of_texts if plain is None else plain
+    system = system.strip()  # as that of a row is
     if plain and (unused := "input" if input else "system" if system else "history" if history else None):
         raise ConfigError(
             Bilingual(
@@ -84,6 +87,10 @@ def as_asked(
                 "(plain=False in Python).",
                 f"不用模板直接续写时没有 {unused} 的位置：请去掉，或使用 --template（Python 中为 plain=False）。",
             )
+        )
+    if not plain and not instruction.strip() and not input.strip():
+        raise ConfigError(
+            Bilingual("the instruction is blank: there is nothing to answer.", "指令为空：没有可回答的内容。")
         )
     turns = (*([Message("system", system)] if system else []), *history, Message("user", instruction, input))
     return Text(instruction) if plain else Conversation(turns)
@@ -254,15 +261,11 @@ def how_it_is_asked(record: Record) -> Bilingual | None:
 
 
 def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: bool, place: str) -> int:
-    """Returns the number of new tokens that fit after the prompt.
+    """Returns the number of new tokens that fit after the prompt. Warns where the model was not trained for so many.
 
     Raises:
-        ConfigError: The model has no positions for them, or fewer than one is wanted.
+        ConfigError: The model has no positions for them.
     """
-    if wanted is not None and wanted < 1:
-        raise ConfigError(
-            Bilingual(f"max_new_tokens = {wanted:,} must be 1 or more.", f"max_new_tokens = {wanted:,}：至少为 1。")
-        )
     task, positions = run.task, positions_of(run.model, base=base)
     limit = positions.reads
     if limit is not None and tokens > limit - task.decoder_only:
@@ -283,7 +286,21 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
                 f"{words.zh}：最多能生成 {room:,} 个。",
             )
         )
-    return wanted if wanted is not None else (up_to if room is None else min(up_to, room))
+    new = wanted if wanted is not None else (up_to if room is None else min(up_to, room))
+    known = trained_length(run.model) if limit is None and not task.has_encoder else None
+    if known is not None and wanted is None and known > tokens + positions.virtual:
+        new = min(new, known - tokens - positions.virtual)
+    if known is not None and tokens + positions.virtual + new > known:
+        reached = tokens + positions.virtual + new
+        warnings.warn(
+            Bilingual(
+                f"{place}a text of up to {reached:,} tokens, and the model was trained for {known:,}: what it writes "
+                "behind them may be worse.",
+                f"{place}文本可达 {reached:,} 个词元，而模型是按 {known:,} 个词元训练的：超出部分的质量可能下降。",
+            ),
+            stacklevel=2,
+        )
+    return new
 
 
 class _Pieces(TextStreamer):

@@ -8,11 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+from siliang.config import Columns
 from siliang.config.embedding import PromptName
 from siliang.data.cells import BadRow, as_text, given
 from siliang.data.example import Example
-from siliang.data.examples import Text
-from siliang.data.find_layout import find_layout
+from siliang.data.examples import Related, Text
+from siliang.data.find_layout import ALIASES, find_layout
 from siliang.data.layouts import LAYOUTS
 from siliang.data.reading import DataRow, Reading
 from siliang.data.sources import open_source
@@ -20,7 +21,7 @@ from siliang.data.task_column import with_task
 from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, tokenize
 from siliang.engine.splits import mixing
-from siliang.language import Bilingual, local
+from siliang.language import Bilingual, local, together
 from siliang.run_folder import OpenedRun
 from siliang.tasks import Prediction, Trained
 from siliang.tasks.task import TEXTS_AT_ONCE
@@ -29,6 +30,7 @@ from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
 
 PROMPTS = tuple(name for name in get_args(PromptName) if name != "auto")
+PAIR = ("anchor", "positive")  # columns of two texts, of which one may stand alone
 MOST_TOKENS = 16_384  # of a batch where the device sets no limit
 Input = str | tuple[str, str] | tuple[str, ...] | Example  # a text, a pair of texts, words, or an example
 
@@ -132,6 +134,21 @@ def check_options(run: OpenedRun) -> None:
         )
 
 
+def _check_prompt_name(run: OpenedRun, examples: Iterable[Example]) -> None:
+    """
+    Raises:
+        ConfigError: A prompt is chosen for two texts, of which each has its own.
+    """
+    if run.prompt_name is not None and any(isinstance(example, Related) for example in examples):
+        raise ConfigError(
+            Bilingual(
+                "--prompt-name is for texts that stand alone: of two texts, the first is a query and the second a "
+                "document. Leave it out.",
+                "--prompt-name 用于单独的文本：两段文本中第一段是查询，第二段是文档。请去掉。",
+            )
+        )
+
+
 def _read(
     run: OpenedRun, examples: Iterable[Example], batch_size: int | None
 ) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
@@ -145,6 +162,7 @@ def _read(
     rows_at_once = batch_size or (run.config.train.batch_size if mixing(run.model) else TEXTS_AT_ONCE)
     with engine_of(run) as engine:
         while some := list(islice(waiting, TEXTS_AT_ONCE)):
+            _check_prompt_name(run, some)
             tokens = tokenize(some, run.tokenizer, data, task.data, labels=run.labels, judged=False)
             check_positions(run, tokens, Bilingual("a text", "有文本"))
             yield some, tokens, sums_of(run, engine, tokens, task.read, rows_at_once, tokens_at_once=MOST_TOKENS).found
@@ -199,9 +217,12 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
         if missing:
             there = ", ".join(map(repr, row.values))
             raise DataError(
-                Bilingual(
-                    f"{row.where} has no column {missing[0]!r}, which the run was trained on; it has {there}.",
-                    f"{row.where} 没有训练时使用的列 {missing[0]!r}；这里有 {there}。",
+                together(
+                    Bilingual(
+                        f"{row.where} has no column {missing[0]!r}, which the run was trained on; it has {there}.",
+                        f"{row.where} 没有训练时使用的列 {missing[0]!r}；这里有 {there}。",
+                    ),
+                    _header_hint(source),
                 )
             )
         of = with_task(Text(""), row.values, of_task)
@@ -222,12 +243,52 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
         yield InputRow(row.values, input, of.task)
 
 
+def _header_hint(source: str) -> Bilingual:
+    """Where the names of the columns come from, in a file that has them in its first line."""
+    if kind_of(Path(source)) not in (".csv", ".tsv"):
+        return Bilingual("", "")
+    return Bilingual(
+        " A .csv or .tsv file has the names of its columns in the first line.", ".csv 和 .tsv 文件的第一行应是列名。"
+    )
+
+
+def _only_text(row: DataRow, run: OpenedRun) -> str | None:
+    """The column of a text alone, in a row with one of the columns of a pair; None where it has none or both."""
+    names = [name for part in PAIR for name in (run.record.columns.get(part, part), *ALIASES[part])]
+    found = [name for name in dict.fromkeys(names) if name in row.values]
+    return found[0] if len(found) == 1 else None
+
+
+def _no_columns(layouts: Sequence[str], row: DataRow, run: OpenedRun) -> DataError:
+    """The error of a row without the columns of any of the layouts."""
+    known = run.config.data.columns.model_dump() | dict(run.record.columns)
+    sets = [(*layout.fixed, *(known[need] for need in layout.needs)) for layout in map(LAYOUTS.__getitem__, layouts)]
+    wanted = ", or ".join(" and ".join(map(repr, names)) for names in sets)
+    wanted_zh = "，或 ".join(" 和 ".join(map(repr, names)) for names in sets)
+    there = ", ".join(map(repr, row.values))
+    return DataError(
+        Bilingual(
+            f"{row.where} lacks the columns of a row to predict, {wanted}; it has {there}. Rename them.",
+            f"{row.where} 没有预测所需的列：{wanted_zh}；它有 {there}。请改列名。",
+        )
+    )
+
+
 def _read_by_layout(layouts: tuple[str, ...], row: DataRow, run: OpenedRun) -> InputRow:
     """A row whose example has the kind of another layout than that of the training: of the first that fits."""
     data = run.config.data
     spec = replace(run.task.data, layouts=layouts)
     name = layouts[0] if len(layouts) == 1 else "auto"
-    layout, columns = find_layout(name, row.values, spec, data.columns.model_copy(update={"task_id": None}), row.where)
+    known = {n: c for n, c in run.record.columns.items() if n in Columns.model_fields and c in row.values}
+    if {"text", "text_pair"} <= known.keys():  # a pair without its score
+        known |= {"anchor": known.pop("text"), "positive": known.pop("text_pair")}
+    columns = data.columns.model_copy(update={**known, "task_id": None})
+    try:
+        layout, columns = find_layout(name, row.values, spec, columns, row.where)
+    except DataError:
+        if "text" not in layouts or (only := _only_text(row, run)) is None:
+            raise _no_columns(layouts, row, run) from None
+        layout, columns = LAYOUTS["text"], columns.model_copy(update={"text": only})
     if not all(given(row.values[getattr(columns, need)]) for need in layout.needs):
         return InputRow(row.values, "")
     found = layout.example(row.values, columns)

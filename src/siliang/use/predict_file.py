@@ -59,7 +59,7 @@ def predict_file(
         The number of rows.
 
     Raises:
-        ConfigError: `output` is of another kind.
+        ConfigError: `output` is of another kind, or an argument is not for the run.
         OutputError: `output` is there already, or its .partial is of another run or other data.
         DataError: A row cannot be read.
         InterruptedRunError: Ctrl-C; the same call resumes.
@@ -68,6 +68,8 @@ def predict_file(
     partial = output.with_name(f"{output.name}.partial")
     task, how = run.task, sampling or Sampling()
     writes = task.prompt is not None
+    if not writes:
+        check_no_writing(run, how, system, batch_size)
     (check_options if writes else check_predicts)(run)
     with translate_disk_errors(output.parent):
         more = {"sampling": json.dumps(how.values()), "system": system} if writes else {}
@@ -89,6 +91,10 @@ def predict_file(
                 if progress is not None:
                     progress(done)
         except KeyboardInterrupt:
+            if not partial.exists():
+                raise InterruptedRunError(
+                    Bilingual("Stopped before the first rows were written.", "已停止，尚未写入任何一行。")
+                ) from None
             raise InterruptedRunError(
                 Bilingual(
                     f"Stopped after {done:,} rows, which are in {partial}. The same command resumes with the next.",
@@ -104,6 +110,22 @@ def predict_file(
             WRITERS[output.suffix](partial, temporary, names)
         partial.unlink()
     return done
+
+
+def check_no_writing(run: OpenedRun, sampling: Sampling, system: str, batch_size: int | None) -> None:
+    """
+    Raises:
+        ConfigError: An option of generating is given, for a run that does not generate text.
+    """
+    if sampling != Sampling() or system or batch_size is not None:
+        raise ConfigError(
+            Bilingual(
+                f"{run.folder} does not generate text: it has no use for max_new_tokens, temperature, top_p, top_k, "
+                "repetition_penalty, stop, system, seed and batch_size. Leave them out.",
+                f"{run.folder} 不生成文本：max_new_tokens、temperature、top_p、top_k、repetition_penalty、stop、"
+                "system、seed 和 batch_size 不适用，请去掉。",
+            )
+        )
 
 
 def check_output(output: Path) -> None:
@@ -166,8 +188,10 @@ def _begin(partial: Path, header: bytes, output: Path) -> int:
         if first != header:
             raise OutputError(
                 Bilingual(
-                    f"{partial} is of another run or of other data: remove it, or choose another name than {output}.",
-                    f"{partial} 属于另一次运行或别的数据：请删除它，或换一个不同于 {output} 的名称。",
+                    f"{partial} is of another run, of other data or of other options ({_differs(first, header)}): "
+                    f"give the same again, remove it, or choose another name than {output}.",
+                    f"{partial} 属于另一次运行、别的数据或别的选项（{_differs(first, header).zh}）："
+                    f"请用相同的选项，或删除它，或换一个不同于 {output} 的名称。",
                 )
             )
         lines, end = 0, len(header)
@@ -175,6 +199,16 @@ def _begin(partial: Path, header: bytes, output: Path) -> int:
             lines, end = lines + 1, end + len(line)
         file.truncate(end)
     return lines
+
+
+def _differs(first: bytes, header: bytes) -> Bilingual:
+    """What two first lines of partial files say differently, in words."""
+    if not _is_header(first):
+        return Bilingual("its first line is another", "第一行不同")
+    was, now = ({**made, **json.loads(made.get("sampling", "{}"))} for made in map(json.loads, (first, header)))
+    names = [n for n in now | was if n != "sampling" and was.get(n) != now.get(n)]
+    shown = [n if n in ("run", "data") else f"{n} {was.get(n)!r}" for n in names]  # their hashes say nothing
+    return Bilingual(f"it was begun with {', '.join(shown)}", f"开始时为 {'、'.join(shown)}")
 
 
 def _new_columns(run: OpenedRun) -> dict[str, object]:

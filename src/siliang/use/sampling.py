@@ -1,11 +1,12 @@
 """How a text is written: which token is taken, and where it ends. Nothing depends on what else is written beside it.
 
 A token is drawn by adding Gumbel noise to the log-probabilities and taking the largest sum, with a random generator for
-each text, so that a text is the same alone and in any batch.
+each text, so that in fp32 a text is the same alone and in any batch; half precision rounds by the size of the batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -13,13 +14,15 @@ from typing import Any, cast
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
+from siliang.argument_kinds import check_kinds
 from siliang.language import Bilingual
 from siliang.types import ConfigError
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """
+    """How the next token is chosen, and where a text ends.
+
     Attributes:
         max_new_tokens: The most new tokens. None: `up_to`, or fewer if the model has no more positions.
         temperature: 0 for the most probable token each time, higher for more varied text.
@@ -36,20 +39,29 @@ class Sampling:
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in check_kinds(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
         bounds = {
-            "temperature": (self.temperature, self.temperature >= 0, "0 or more", "不小于 0"),
-            "top_p": (self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1", "大于 0，至多 1"),
-            "top_k": (self.top_k, self.top_k is None or self.top_k >= 1, "1 or more", "至少为 1"),
+            "max_new_tokens": (self.max_new_tokens, _at_least(self.max_new_tokens, 1), "1 or more", "不小于 1 的整数"),
+            "temperature": (self.temperature, 0 <= self.temperature < math.inf, "0 or more", "不小于 0 的数"),
+            "top_p": (
+                self.top_p,
+                self.top_p is None or 0 < self.top_p <= 1,
+                "above 0 and at most 1",
+                "大于 0、至多为 1 的数",
+            ),
+            "top_k": (self.top_k, _at_least(self.top_k, 1), "1 or more", "不小于 1 的整数"),
             "repetition_penalty": (
                 self.repetition_penalty,
-                self.repetition_penalty is None or self.repetition_penalty > 0,
+                self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf,
                 "above 0",
-                "大于 0",
+                "大于 0 的数",
             ),
+            "seed": (self.seed, _at_least(self.seed, 0), "0 or more", "不小于 0 的整数"),
             "stop": (self.stop, all(self.stop), "words that are not empty", "非空的词"),
         }
         for name, (value, fine, allowed, allowed_zh) in bounds.items():
@@ -72,6 +84,10 @@ class Sampling:
     def cut(self, text: str) -> str:
         """The text in front of the first stop word."""
         return text[: min((at for word in self.stop if (at := text.find(word)) >= 0), default=len(text))]
+
+
+def _at_least(number: int | None, least: int) -> bool:
+    return number is None or number >= least
 
 
 class Drawn(LogitsProcessor):

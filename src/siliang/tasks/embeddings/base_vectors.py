@@ -88,9 +88,19 @@ def resolved(config: RunConfig) -> EmbeddingConfig:
         document = next((_text(prompts[name]) for name in DOCUMENTS if prompts.get(name)), "")
     name = settings.prompt_name
     if name == "auto":
-        name = "query" if own.get("default_prompt_name") == "query" else "document"
+        of_the_base = prompts and settings.query_prompt is None and settings.document_prompt is None
+        name = _of_single_texts(own.get("default_prompt_name"), "none" if of_the_base else "document")
     update = {"pooling": pooling, "query_prompt": query, "document_prompt": document, "prompt_name": name}
     return settings.model_copy(update=update)
+
+
+def _of_single_texts(default: object, without: str) -> str:
+    """The prompt of a text that stands alone, by the base model's default prompt.
+
+    Args:
+        without: Where it has none.
+    """
+    return "query" if default == "query" else "document" if default in DOCUMENTS else without
 
 
 def _text(value: object) -> str:

@@ -1,0 +1,44 @@
+"""Lists and objects that a csv file holds as text: in JSON, in Python's notation, or in NumPy's."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import tokenize
+from collections.abc import Callable
+
+from siliang.data.cells import BLANKS
+
+LONGEST = 1_000_000  # characters: ast needs some hundred times as many bytes
+
+
+def held_in_text(value: object, *, longest: int = LONGEST) -> list[object] | dict[object, object] | None:
+    """The list or the object that a text is; None for anything else.
+
+    Args:
+        longest: Characters; a longer text is none.
+    """
+    text = value.strip(BLANKS) if isinstance(value, str) else ""
+    if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")) or len(text) > longest:
+        return None
+    parsers: tuple[Callable[[str], object], ...] = (json.loads, _of_python)
+    for parse in parsers:
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+            continue
+        if isinstance(found, list | dict):
+            return found
+    return None
+
+
+def _of_python(text: str) -> object:
+    """A literal of Python. In ['a' 'b'], which is NumPy's list of two texts, Python would join them."""
+    tokens: list[tuple[int, str]] = []
+    for kind, word, *_ in tokenize.generate_tokens(io.StringIO(text).readline):
+        if kind == tokenize.STRING and tokens and tokens[-1][0] == tokenize.STRING:
+            tokens.append((tokenize.OP, ","))
+        if kind not in (tokenize.NL, tokenize.NEWLINE):
+            tokens.append((kind, word))
+    return ast.literal_eval(" ".join(word for _, word in tokens).strip())

@@ -1,0 +1,35 @@
+"""In half precision the head of a task computes in fp32 where nothing is learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from every_task import configured, make_models, rows_of
+
+from siliang.hardware import Choice
+from siliang.run_folder import open_run
+from siliang.train.run import train
+from siliang.use.predict import predict
+
+
+@pytest.mark.parametrize("task", ["number", "seq_cls", "reranker"])
+def test_predictions_are_not_rounded_to_eight_bits(task: str, tmp_path: Path) -> None:
+    config = configured(task, make_models(tmp_path), tmp_path)
+    train(config)
+    run = replace(open_run(Path(config.output)), precision=Choice("bf16", "tested"))
+    assert run.precision.autocast
+    name, inputs = {
+        "number": ("number", [row["text"] for row in rows_of("seq_cls", 40)]),
+        "seq_cls": ("probability", [row["text"] for row in rows_of("seq_cls", 40)]),
+        "reranker": ("score", [("the film", f"{row['text']}") for row in rows_of("seq_cls", 40)]),
+    }[task]
+    exact = replace(run, precision=Choice("fp32", "tested"))
+    in_bf16, in_fp32 = (
+        torch.tensor([p.values()[name] for p in predict(each, inputs)], dtype=torch.float32) for each in (run, exact)
+    )
+    assert len(in_bf16.unique()) == len(in_fp32.unique())
+    assert not torch.equal(in_bf16, in_bf16.bfloat16().float())
+    assert (in_bf16 - in_fp32).abs().max() < 0.1 * max(1.0, float(in_fp32.abs().max()))
