@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,20 @@ def test_speakers_are_named_at_the_beginning_of_a_line() -> None:
     row = {name: f"Human: {asked}\n\nAssistant: {text}" for name, text in (("chosen", GOOD), ("rejected", BAD))}
     found = read(row)
     assert isinstance(found, Ranked) and [m.text for m in found.prompt_messages] == [asked]
+
+
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["json", "python"])
+def test_turns_that_csv_holds_as_text(write: Callable[[object], str]) -> None:
+    row = {"chosen": WHOLE[0], "rejected": WHOLE[1]}
+    assert read({name: write(turns) for name, turns in row.items()}) == read(row)
+    row = {"prompt": ASKED, "chosen": ANSWERS[0], "rejected": ANSWERS[1]}
+    assert read({name: write(turns) for name, turns in row.items()}) == read(row)
+
+
+def test_a_list_that_is_the_answer_is_a_text() -> None:
+    found = read({"prompt": "[3, 1]", "chosen": "[1, 3]", "rejected": "['one', 'two']"})
+    assert isinstance(found, Ranked) and found.words == ["[1, 3]", "['one', 'two']"]
+    assert [m.text for m in found.prompt_messages] == ["[3, 1]"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_text, cell, given
 from siliang.data.messages import Message, Ranked
 from siliang.data.refused import refuse_media
-from siliang.data.turns import history_of, listed, tools_of, turns_of
+from siliang.data.turns import history_of, text_or_turns, tools_of, turns_of
 from siliang.language import Bilingual
 from siliang.secrets import shortened
 
@@ -60,7 +60,7 @@ def _messages_rejected(column: str, values: Values, c: Columns) -> Result:
 
 def answer_of(value: object, column: str) -> list[Message]:
     """The turns of an answer, or of a conversation that ends with it."""
-    value = listed(value)
+    value = text_or_turns(value)
     if isinstance(value, dict):  # one turn
         value = [value]
     if isinstance(value, list | tuple):
@@ -85,8 +85,8 @@ def prompt_of(values: Values, c: Columns) -> list[Message]:
     prompt: list[Message] = []
     column = next((n for n in (c.prompt, c.instruction, c.messages, "conversations") if given(values.get(n))), None)
     about, history = cell(values, c.input), history_of(values)
-    if column is not None and isinstance(listed(values.get(column)), list | tuple):
-        prompt = turns_of(values.get(column), column)
+    if column is not None and isinstance(turns := text_or_turns(values.get(column)), list | tuple):
+        prompt = turns_of(turns, column)
         if about.strip() or history:
             raise BadRow(
                 Bilingual(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, short
+from siliang.data.list_cells import held_in_text
 from siliang.data.messages import Call, Conversation, Message, Role
 from siliang.data.refused import MEDIA, media_in, refuse_other_lessons, text_only
 from siliang.language import Bilingual, local
@@ -85,13 +86,21 @@ def _as_tools(tools: object) -> str:
 
 
 def listed(turns: object) -> object:
-    """A list of turns that csv and some databases hold as JSON text; any other value as it is."""
+    """A list that csv and some databases hold as text, in JSON or as Python writes it; any other value as it is."""
     if isinstance(turns, str) and turns.strip().startswith("["):
         try:
             return parse_json(turns, foreign=True)
         except JsonError:
-            return turns
+            found = held_in_text(turns)
+            return turns if found is None else found
     return turns
+
+
+def text_or_turns(value: object) -> object:
+    """The turns that a text holds; any other value as it is: a text such as [1, 2, 3] is a text."""
+    found = listed(value)
+    has_turns = isinstance(found, list) and bool(found) and all(isinstance(turn, dict) for turn in found)
+    return found if has_turns else value
 
 
 def turns_of(turns: object, column: str) -> list[Message]:
