@@ -11,6 +11,7 @@ from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Labelled, Prepared, SeveralLabels, SourceTarget, Span, Tagged, Text
 from siliang.data.label_cells import LabelReader, one_label
+from siliang.data.list_cells import as_list, held_in_text
 from siliang.data.preferences import read_chosen_rejected, read_messages_rejected
 from siliang.data.rankings import read_output_list, read_ranking
 from siliang.data.rated import read_rated_answer, read_rated_messages
@@ -80,7 +81,7 @@ def _with_label(made: Labelled, label: str | tuple[str, ...]) -> Result:
 
 
 def _tagged(values: Values, c: Columns) -> Result:
-    tokens, tags = values.get(c.tokens), values.get(c.tags)
+    tokens, tags = as_list(values.get(c.tokens)), as_list(values.get(c.tags))
     if not isinstance(tokens, list) or not isinstance(tags, list):
         written = any(isinstance(value, str) for value in (tokens, tags))
         how, how_zh = "", ""
@@ -106,6 +107,7 @@ def _tagged(values: Values, c: Columns) -> Result:
 
 def _squad(values: Values, c: Columns) -> Result:
     context, question, answers = filled(values, c.context), filled(values, c.question), values.get(c.answers)
+    answers = answers if (held := held_in_text(answers)) is None else held
     if isinstance(answers, list):  # the original files: [{text, answer_start}]
         answers = {key: [a.get(key) for a in answers if isinstance(a, dict)] for key in ("text", "answer_start")}
     if not isinstance(answers, dict) or "text" not in answers or "answer_start" not in answers:

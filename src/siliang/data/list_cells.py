@@ -33,11 +33,17 @@ def held_in_text(value: object, *, longest: int = LONGEST) -> list[object] | dic
     return None
 
 
+def as_list(value: object) -> object:
+    """The list that a text is; any other value as it is."""
+    found = held_in_text(value)
+    return found if isinstance(found, list) else value
+
+
 def _of_python(text: str) -> object:
-    """A literal of Python. In ['a' 'b'], which is NumPy's list of two texts, Python would join them."""
+    """A literal of Python. In NumPy's ['a' 'b'], a list of two texts, Python would join them; so commas are added."""
     tokens: list[tuple[int, str]] = []
     for kind, word, *_ in tokenize.generate_tokens(io.StringIO(text).readline):
-        if kind == tokenize.STRING and tokens and tokens[-1][0] == tokenize.STRING:
+        if kind in (tokenize.STRING, tokenize.NUMBER) and tokens and tokens[-1][0] == kind:
             tokens.append((tokenize.OP, ","))
         if kind not in (tokenize.NL, tokenize.NEWLINE):
             tokens.append((kind, word))

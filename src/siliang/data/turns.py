@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, short
-from siliang.data.list_cells import held_in_text
+from siliang.data.list_cells import as_list
 from siliang.data.messages import Call, Conversation, Message, Role
 from siliang.data.refused import MEDIA, media_in, refuse_other_lessons, text_only
 from siliang.language import Bilingual, local
@@ -91,8 +91,7 @@ def listed(turns: object) -> object:
         try:
             return parse_json(turns, foreign=True)
         except JsonError:
-            found = held_in_text(turns)
-            return turns if found is None else found
+            return as_list(turns)
     return turns
 
 

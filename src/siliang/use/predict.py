@@ -15,6 +15,7 @@ from siliang.data.example import Example
 from siliang.data.examples import Related, Text
 from siliang.data.find_layout import ALIASES, find_layout
 from siliang.data.layouts import LAYOUTS
+from siliang.data.list_cells import as_list
 from siliang.data.reading import DataRow, Reading
 from siliang.data.sources import open_source
 from siliang.data.task_column import with_task
@@ -229,8 +230,8 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
         if isinstance(of, str):
             raise DataError(Bilingual(f"{row.where} {of}.", f"{row.where} {local(of, 'zh')}。"))
         values = [row.values[name] for name in names]
-        if "tokens" in parts and isinstance(values[0], list):
-            yield InputRow(row.values, tuple(map(str, values[0])), of.task)
+        if "tokens" in parts and isinstance(words := as_list(values[0]), list):
+            yield InputRow(row.values, tuple(map(str, words)), of.task)
             continue
         try:
             cells = [as_text(value, name) for value, name in zip(values, names, strict=True)]
