@@ -291,12 +291,11 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
     if known is not None and wanted is None and known > tokens + positions.virtual:
         new = min(new, known - tokens - positions.virtual)
     if known is not None and tokens + positions.virtual + new > known:
-        reached = tokens + positions.virtual + new
-        warnings.warn(
+        warnings.warn(  # the same for all texts, so that it is shown once
             Bilingual(
-                f"{place}a text of up to {reached:,} tokens, and the model was trained for {known:,}: what it writes "
-                "behind them may be worse.",
-                f"{place}文本可达 {reached:,} 个词元，而模型是按 {known:,} 个词元训练的：超出部分的质量可能下降。",
+                f"a prompt and its {new:,} new tokens are more than the {known:,} tokens that the model was trained for: "
+                "what it writes behind them may be worse.",
+                f"提示加上 {new:,} 个新词元超过了模型训练时的 {known:,} 个词元：超出部分的质量可能下降。",
             ),
             stacklevel=2,
         )
