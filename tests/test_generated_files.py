@@ -134,7 +134,7 @@ def test_beyond_the_length_that_the_model_was_trained_for(opened: dict[str, Open
         warnings.simplefilter("error")
         generate(own, prompt)
         generate(own, prompt, max_new_tokens=known - asked_for)
-    says = f"more than the {known:,} tokens that the model was trained for"
+    says = f"more than the {known:,} tokens that the model was trained for: what"
     with pytest.warns(UserWarning, match=says):
         generate(own, prompt, max_new_tokens=known - asked_for + 1)
 

@@ -293,8 +293,8 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
     if known is not None and tokens + positions.virtual + new > known:
         warnings.warn(  # the same for all texts, so that it is shown once
             Bilingual(
-                f"a prompt and its {new:,} new tokens are more than the {known:,} tokens that the model was trained for: "
-                "what it writes behind them may be worse.",
+                f"a prompt and its {new:,} new tokens are more than the {known:,} tokens that the model was trained "
+                "for: what it writes behind them may be worse.",
                 f"提示加上 {new:,} 个新词元超过了模型训练时的 {known:,} 个词元：超出部分的质量可能下降。",
             ),
             stacklevel=2,
