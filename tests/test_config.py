@@ -235,6 +235,16 @@ def test_every_layout_is_read_and_there_is_one_list_of_them() -> None:
         RunConfig.build(changed(f"data.layout={layout}"))
 
 
+@pytest.mark.parametrize("text", ["query: ", "the hotel ", "query:", " a", "one"])
+def test_words_stay_as_they_are(text: str) -> None:
+    found = RunConfig.build(changed("task=embedding", f"embedding.query_prompt={text}", "revision=12e45")).embedding
+    assert found is not None and found.query_prompt == text
+    quoted = RunConfig.build(changed("task=embedding", f'embedding.query_prompt="{text}"')).embedding
+    none = RunConfig.build(changed("task=embedding", "embedding.query_prompt=null")).embedding
+    assert quoted == found and none is not None and none.query_prompt is None
+    assert RunConfig.build(changed("data.train= a.csv ")).data.train == "a.csv"
+
+
 def test_what_is_no_number_of_layers() -> None:
     both = ["method=lora", "method.target_modules=[]", "method.target_parameters=a.weight,b.weight"]
     assert RunConfig.build(changed(*both)).method.arguments["target_parameters"] == ["a.weight", "b.weight"]

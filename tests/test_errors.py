@@ -76,7 +76,7 @@ def test_the_command_in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
 
     done = siliang("train", "--model", "./m", "--data", "x", "--task", "seq_cls", "--output", "y")
     assert done.returncode == 2
-    assert done.stderr.startswith("错误[SLE03] 数据无法使用：找不到数据文件或文件夹 x。\n办法：")
+    assert done.stderr.startswith("错误[SLE03] 数据无法使用：找不到数据文件或文件夹 x。\n")
     assert siliang("explain", "SLE04").stdout.startswith("SLE04: 基座模型无法加载\n\n原因：")
     assert siliang("explain", "SL007").stdout.startswith("SL007（错误）：没有学习结束符\n\n原因：")
     assert "代码从 SLE01 到 SLE15" in siliang("explain", "SLE99").stderr

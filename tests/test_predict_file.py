@@ -104,6 +104,23 @@ def test_what_is_there_is_not_overwritten(opened: OpenedRun, tmp_path: Path) -> 
         predict_file(opened, str(source), tmp_path / "none" / "b.csv")
 
 
+def test_a_number_that_parquet_has_no_type_for(opened: OpenedRun, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", [{"text": "the film", "n": 2**70}])
+    with pytest.raises(OutputError, match="the column 'n' cannot be written"):
+        predict_file(opened, str(source), tmp_path / "out.parquet")
+    assert (tmp_path / "out.parquet.partial").exists()
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\u3000", None])
+def test_a_blank_row_of_a_reward(blank: str | None, runs: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"prompt": "say one", "completion": "one"}, {"prompt": "say one", "completion": blank}]
+    source = write_jsonl(tmp_path / "all.jsonl", [*rows, rows[0]])
+    predict_file(open_run(runs["reward"]), str(source), tmp_path / "out.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    first, second, third = (row["predicted_reward"] for row in found)
+    assert first == third is not None and second is None
+
+
 def test_rows_with_unlike_columns(opened: OpenedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS", 2)
     rows = [{"text": "the film"}, {"text": "good", "id": 1}, {"text": "bright", "id": 2.5, "tags": ["a"]}]

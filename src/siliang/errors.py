@@ -285,14 +285,16 @@ def explain(code: str, language: Language) -> str:
 
 
 def as_shown(error: SiliangError, language: Language) -> str:
-    """An error as the command prints it: its message, and in Chinese also its title and remedy."""
+    """An error as the command prints it: its message, and in Chinese also its title; with the remedy of its kind where
+    the message is in English alone."""
     # the message may quote a file with lines of any length
     message = error.zh if language == "zh" and error.zh else str(error)
     words = "\n".join(shortened(line, LONGEST_LINE, " ...") for line in message.split("\n"))
     if language == "en":
         return f"error[{error.code}]: {words}"
     page = CATALOGUE[error.code].zh
-    return f"错误[{error.code}] {page.title}：{words}\n办法：{page.remedy}"
+    remedy = "" if error.zh else f"\n办法：{page.remedy}"
+    return f"错误[{error.code}] {page.title}：{words}{remedy}"
 
 
 def as_markdown() -> str:

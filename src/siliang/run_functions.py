@@ -145,7 +145,7 @@ def predict_file(
     min_confidence: float | None = None,
     prompt_name: Literal["query", "document", "none"] | None = None,
     sampling: Sampling | None = None,
-    system: str = "",
+    system: str | None = None,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> int:
@@ -158,7 +158,7 @@ def predict_file(
         output: A new .csv, .tsv, .jsonl or .parquet file.
         top: As for `predict`, like `min_confidence` and `prompt_name`.
         sampling: How a run that generates writes its texts. None: the most probable token each time.
-        system: For such a run, a system message for rows without one.
+        system: For such a run, a system message for rows without one. None: none.
         batch_size: For such a run, the texts that are written at once.
         progress: Called with the number of rows that are done.
 
@@ -182,7 +182,7 @@ def predict_file(
         as_path(data, "data", FILE),
         target,
         sampling=sampling,
-        system=system,
+        system=as_text(system or "", "system"),
         batch_size=batch_size,
         progress=progress,
     )
@@ -194,7 +194,7 @@ def generate(
     instruction: str,
     input: str = "",
     *,
-    system: str = "",
+    system: str | None = None,
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
@@ -211,7 +211,7 @@ def generate(
     Args:
         run: Its folder, or an opened run.
         input: Of the instruction.
-        system: A system message.
+        system: A system message. None: none.
         max_new_tokens: None: 128, or as many as the model has positions for, or was trained for. More than it was
             trained for is a warning.
         temperature: 0: the most probable token each time.
@@ -243,7 +243,7 @@ def generate(
         _opened(run),
         as_text(instruction, "instruction"),
         as_text(input, "input"),
-        system=as_text(system, "system"),
+        system=as_text(system or "", "system"),
         sampling=sampling,
         plain=plain,
         base=base,

@@ -320,6 +320,21 @@ def test_several_labels_of_which_one_is_never_alone(case: Case) -> None:
     assert "SL020" not in codes(named) or "may be several" not in str(named)
 
 
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([[0, 1], [1, 0]], "look like a 0 or 1 for each label"),
+        ([[True, False], [False, True]], "look like a 0 or 1 for each label"),
+        ([["a", "b"], ["b", "a"]], "Check data.labels"),
+    ],
+)
+def test_rows_that_all_have_the_same_labels(labels: list[list[object]], says: str, case: Case) -> None:
+    """One column for each of two labels is read as both labels in every row."""
+    rows = [row | {"label": labels[i % 2]} for i, row in enumerate(REVIEWS)]
+    found = next(f for f in case(rows, task="seq_cls", model="bert") if f.code == "SL005")
+    assert found.severity == "error" and "training rows have the same labels" in found.message and says in found.fix
+
+
 def test_held_out_rows_of_one_class(case: Case) -> None:
     held_out = [row for row in REVIEWS if row["label"] == "pos"][:4]
     (found,) = [f for f in case(REVIEWS, held_out=held_out, task="seq_cls", model="bert") if f.code == "SL005"]

@@ -157,12 +157,16 @@ def test_files_of_texts(models: dict[str, Path], tmp_path: Path) -> None:
         done("predict", tmp_path / "run", "--data", alone, "--output", tmp_path / f"{column}.parquet")
         found = pq.read_table(tmp_path / f"{column}.parquet").to_pylist()
         assert [row["predicted_vector"] for row in found] == [row["predicted_vector"] for row in table]
+    blank = write_jsonl(tmp_path / "blank.jsonl", [{"text": "\u3000"}, {"text": "the film"}])
+    done("predict", tmp_path / "run", "--data", blank, "--output", tmp_path / "blank-out.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "blank-out.jsonl").read_text().splitlines()]
+    assert [row.get("predicted_vector") is None for row in found] == [True, False]
     other = write_jsonl(tmp_path / "other.jsonl", [{"id": 1, "words": "the film"}])
     out = ("--output", tmp_path / "out.csv")
     ended = command("predict", tmp_path / "run", "--data", other, *out)
     assert ended.code == 2 and "'anchor' and 'positive', or 'text'; it has 'id', 'words'. Rename them" in ended.err
     ended = command("predict", tmp_path / "run", "--prompt-name", "query", "--data", pairs, *out)
-    assert ended.code == 2 and "--prompt-name is for texts that stand alone" in ended.err
+    assert ended.code == 2 and "prompt_name is for texts that stand alone" in ended.err
     ended = command("predict", tmp_path / "run", "the film", "--temperature", 1)
     assert ended.code == 2 and "does not generate text" in ended.err
 

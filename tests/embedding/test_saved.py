@@ -14,9 +14,11 @@ from every_task import configured, make_models
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from texts import rows
 from tiny import write_jsonl
+from transformers import AutoModel
 
 from siliang.config import EmbeddingConfig, RunConfig
 from siliang.run_folder import open_run
+from siliang.tasks.embeddings.sentence_files import longest_text
 from siliang.tasks.embeddings.tokens import encoded_with
 from siliang.tasks.prepare import prepare_data
 from siliang.train.run import train
@@ -109,8 +111,16 @@ def test_the_prompt_of_a_single_text(case: str, models: dict[str, Path], tmp_pat
 
 def test_a_prompt_of_another_task(models: dict[str, Path], tmp_path: Path) -> None:
     trained("reranker", models["seq_cls"], models, tmp_path)
-    with pytest.raises(ConfigError, match="--prompt-name is for runs that give vectors"):
+    with pytest.raises(ConfigError, match="prompt_name is for runs that give vectors"):
         list(predict(replace(open_run(tmp_path / "run"), prompt_name="query"), [(TEXTS[0], TEXTS[1])]))
+
+
+def test_the_longest_text_fits_the_model(models: dict[str, Path]) -> None:
+    """sentence-transformers cuts there, and would ask for a position that is not there."""
+    model = AutoModel.from_pretrained(models["seq_cls"])
+    positions = model.config.max_position_embeddings
+    assert longest_text(positions + 1, model) == positions and longest_text(8, model) == 8
+    assert longest_text(10_000, AutoModel.from_pretrained(models["causal_lm"])) == 10_000  # rotary
 
 
 def test_a_model_that_was_tuned_whole(models: dict[str, Path], tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from siliang.engine.padding import NotPackableError, attend
 from siliang.engine.step import Engine
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from siliang.models.checkpointing import enable_checkpointing
+from siliang.models.introspect import checkpointed_layers
 from siliang.ops.layout import Layout
 from siliang.tasks import CAUSAL_LM, TASKS, Task
-from siliang.types import TaskType
+from siliang.types import ConfigError, TaskType
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -122,6 +123,16 @@ def compare(name: str, method: str, *, checkpointing: bool = False) -> tuple[Eng
         assert_all_close(gradients(model), wanted)
         engines.append(engine)
     return engines[0], engines[1]
+
+
+def test_a_model_without_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JetMoE's layers are of the class that can, and the model says that it does not support it."""
+    model = make("llama")
+    assert checkpointed_layers(model)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    assert not checkpointed_layers(model)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM does not support gradient checkpointing"):
+        enable_checkpointing(model)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from siliang.check.input import CheckInput
 from siliang.data.examples import Scored
 from siliang.data.labels import alike, joined, no_label, strange, with_known_part
 from siliang.data.numbers import as_number, has_decimal_comma, is_whole
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.secrets import shortened
 
 LARGEST_SHARE = 0.8  # of one class: above it, a model that always predicts this class looks good
@@ -62,6 +62,21 @@ def missing_classes(s: CheckInput) -> Iterator[Problem]:
                 f"{len(names)} 个类别中有 {len(missing)} 个没有训练样本：{shown}{more_zh}",
             ),
             severity=severity,
+        )
+    if s.task.data.several and len({frozenset(e.classes) for e in s.examples.train}) == 1 and len(s.examples.train) > 1:
+        shown = ", ".join(map(repr, s.examples.train[0].classes)) or Bilingual("none", "无")
+        flags = {name.lower() for name in names} <= {"0", "1", "0.0", "1.0", "true", "false"}
+        yield Problem(
+            Bilingual(
+                f"all {len(s.examples.train):,} training rows have the same labels, {shown}: nothing to learn",
+                f"全部 {len(s.examples.train):,} 条训练样本的标签都是 {local(shown, 'zh')}，没有可学的内容",
+            ),
+            fix=Bilingual(
+                "They look like a 0 or 1 for each label: write the names of the labels that are 1.",
+                "看起来是逐个标签的 0 或 1：请写出值为 1 的标签的名称。",
+            )
+            if flags
+            else None,
         )
     one_class = s.task.data.named == "label" and not s.task.data.several and len(names) > 1
     if one_class and len(held_out := _class_counts(s, "eval")) == 1:

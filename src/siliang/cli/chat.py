@@ -81,7 +81,10 @@ def _obeyed(opened: Chat, line: str) -> bool:
         case "/system":
             opened.system = rest.strip()
             opened.reset()
-            print(both("the system message is set, and a new conversation begins", "已设置系统消息，开始新的对话"))
+            if opened.system:
+                print(both("the system message is set, and a new conversation begins", "已设置系统消息，开始新的对话"))
+            else:
+                print(both("the system message is gone, and a new conversation begins", "已去掉系统消息，开始新的对话"))
         case "/save" if rest.strip():
             path = Path(rest.strip()).expanduser()
             try:

@@ -6,9 +6,10 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from types import NoneType
-from typing import Annotated, get_args, get_origin
+from typing import Annotated, cast, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from siliang import other_names
 from siliang.config.describing import describe
@@ -30,7 +31,7 @@ def assign(values: dict[str, object], assignment: str, schema: type[Settings]) -
 
     Args:
         values: The settings so far; changed in place.
-        schema: The schema of the settings. If the field is a text, a number stays text.
+        schema: The schema of the settings. If the field is a text, a number stays text, and any words stay as they are.
 
     Raises:
         ConfigError: `assignment` is not an assignment.
@@ -61,8 +62,12 @@ def assign(values: dict[str, object], assignment: str, schema: type[Settings]) -
         value = parse_yaml(text)
     except YamlError:
         value = text
-    # a commit such as 12e45, or a folder named 2024, is a text
-    values[last] = text.strip() if isinstance(value, int | float) and _is_text(key.strip(), schema) else value
+    field = _field(key.strip(), schema)
+    if isinstance(value, int | float) and _is_text(field):  # a commit such as 12e45, or a folder named 2024
+        value = text.strip()
+    elif (isinstance(value, dict) or value == text.strip()) and _is_words(field):
+        value = text  # with its blanks, and with its colon: "query: " is a prompt
+    values[last] = value
 
 
 def differences(was: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
@@ -150,14 +155,30 @@ def quoted(assignments: Iterable[str]) -> Bilingual:
     return Bilingual(" and ".join(shown), " 和 ".join(shown))
 
 
-def _is_text(name: str, schema: type[BaseModel]) -> bool:
-    """Whether the setting is a text, and cannot be a number."""
-    kind: object = schema
+def _field(name: str, schema: type[BaseModel]) -> FieldInfo | None:
+    """The field of a setting; None where there is no such setting."""
+    kind, field = cast(object, schema), None
     for part in name.split("."):
-        fields = getattr(kind, "model_fields", {})
-        kind = fields[part].annotation if part in fields else None
-    kinds = {_bare(k) for k in get_args(kind)} or {kind}
+        sections = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel)]
+        field = sections[0].model_fields.get(part) if sections else None
+        kind = None if field is None else field.annotation
+    return field
+
+
+def _is_text(field: FieldInfo | None) -> bool:
+    """Whether the setting is a text, and cannot be a number."""
+    if field is None:
+        return False
+    kinds = {_bare(k) for k in get_args(field.annotation)} or {field.annotation}
     return str in kinds and kinds <= {str, list, NoneType}
+
+
+def _is_words(field: FieldInfo | None) -> bool:
+    """Whether the setting is any text: no name of a file or of something else, which is checked."""
+    if field is None or field.metadata:
+        return False
+    kinds = set(get_args(field.annotation)) or {field.annotation}
+    return str in kinds and kinds <= {str, NoneType}
 
 
 def _bare(kind: object) -> object:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from siliang.language import Bilingual
+from siliang.types import ConfigError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -13,7 +16,18 @@ def enable_checkpointing(model: PreTrainedModel, **settings: object) -> None:
 
     Args:
         settings: For torch.utils.checkpoint; `use_reentrant` is False unless given.
+
+    Raises:
+        ConfigError: The model does not support it.
     """
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        name = type(model).__name__
+        raise ConfigError(
+            Bilingual(
+                f"{name} does not support gradient checkpointing: leave train.gradient_checkpointing out.",
+                f"{name} 不支持梯度检查点：请去掉 train.gradient_checkpointing。",
+            )
+        )
     settings = {"use_reentrant": False} | settings
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)

@@ -125,9 +125,11 @@ def layer_stack(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """Every layer that can recompute its activations, of all stacks."""
+    """Every layer that can recompute its activations, of all stacks; none of a model that does not support it."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        return []
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 

@@ -299,11 +299,13 @@ def extra_files(
     settings: EmbeddingConfig, max_length: int, folder: Path, model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
     """What sentence-transformers needs to open the folder."""
-    from siliang.tasks.embeddings.sentence_files import write_embedding
+    from siliang.tasks.embeddings.sentence_files import longest_text, write_embedding
 
     check_settled(settings)
     ending = with_end(tokenizer) if settings.pooling == "last" else tokenizer
-    write_embedding(settings, max_length, folder, model.config.get_text_config().hidden_size, ending)
+    write_embedding(
+        settings, longest_text(max_length, model), folder, model.config.get_text_config().hidden_size, ending
+    )
 
 
 FLOAT = TokenColumn(many=False, kind="float32", target=True)

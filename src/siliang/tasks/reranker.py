@@ -301,9 +301,9 @@ def extra_files(
     settings: RerankerConfig, max_length: int, folder: Path, model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
     """What sentence-transformers needs to open the folder as a CrossEncoder."""
-    from siliang.tasks.embeddings.sentence_files import write_reranker
+    from siliang.tasks.embeddings.sentence_files import longest_text, write_reranker
 
-    write_reranker(max_length, folder, tokenizer, ACTIVATIONS[settings.loss])
+    write_reranker(longest_text(max_length, model), folder, tokenizer, ACTIVATIONS[settings.loss])
 
 
 _WITHOUT_LOSS = Task(

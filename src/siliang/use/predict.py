@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from siliang.config import Columns
 from siliang.config.embedding import PromptName
-from siliang.data.cells import BadRow, as_text, given
+from siliang.data.cells import BLANKS, BadRow, as_text, given
 from siliang.data.example import Example
 from siliang.data.examples import Related, Text
 from siliang.data.find_layout import ALIASES, find_layout
@@ -108,22 +108,22 @@ def check_options(run: OpenedRun) -> None:
     if run.top > 1 and not (hooks and hooks.ranks):
         raise ConfigError(
             Bilingual(
-                f"--top is for runs of classes or several labels, and {run.folder} is not one: leave it out.",
-                f"--top 用于预测类别或多个标签的运行，而 {run.folder} 不是：请去掉。",
+                f"top is for runs of classes or several labels, and {run.folder} is not one: leave it out.",
+                f"top 用于预测类别或多个标签的运行，而 {run.folder} 不是：请去掉。",
             )
         )
     if run.min_confidence is not None and not (hooks and hooks.abstains):
         raise ConfigError(
             Bilingual(
-                f"--min-confidence is for runs of one class a text, and {run.folder} is not one: leave it out.",
-                f"--min-confidence 用于每段文本一个类别的运行，而 {run.folder} 不是：请去掉。",
+                f"min_confidence is for runs of one class a text, and {run.folder} is not one: leave it out.",
+                f"min_confidence 用于每段文本一个类别的运行，而 {run.folder} 不是：请去掉。",
             )
         )
     if run.prompt_name is not None and run.task.with_prompt is None:
         raise ConfigError(
             Bilingual(
-                f"--prompt-name is for runs that give vectors of texts, and {run.folder} is not one: leave it out.",
-                f"--prompt-name 用于给出文本向量的运行，而 {run.folder} 不是：请去掉。",
+                f"prompt_name is for runs that give vectors of texts, and {run.folder} is not one: leave it out.",
+                f"prompt_name 用于给出文本向量的运行，而 {run.folder} 不是：请去掉。",
             )
         )
     if run.prompt_name is not None and run.prompt_name not in PROMPTS:
@@ -143,9 +143,9 @@ def _check_prompt_name(run: OpenedRun, examples: Iterable[Example]) -> None:
     if run.prompt_name is not None and any(isinstance(example, Related) for example in examples):
         raise ConfigError(
             Bilingual(
-                "--prompt-name is for texts that stand alone: of two texts, the first is a query and the second a "
+                "prompt_name is for texts that stand alone: of two texts, the first is a query and the second a "
                 "document. Leave it out.",
-                "--prompt-name 用于单独的文本：两段文本中第一段是查询，第二段是文档。请去掉。",
+                "prompt_name 用于单独的文本：两段文本中第一段是查询，第二段是文档。请去掉。",
             )
         )
 
@@ -244,6 +244,10 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
         yield InputRow(row.values, input, of.task)
 
 
+def _has_text(cell: object) -> bool:
+    return given(cell) and not (isinstance(cell, str) and not cell.strip(BLANKS))
+
+
 def _header_hint(source: str) -> Bilingual:
     """Where the names of the columns come from, in a file that has them in its first line."""
     if kind_of(Path(source)) not in (".csv", ".tsv"):
@@ -290,9 +294,16 @@ def _read_by_layout(layouts: tuple[str, ...], row: DataRow, run: OpenedRun) -> I
         if "text" not in layouts or (only := _only_text(row, run)) is None:
             raise _no_columns(layouts, row, run) from None
         layout, columns = LAYOUTS["text"], columns.model_copy(update={"text": only})
-    if not all(given(row.values[getattr(columns, need)]) for need in layout.needs):
+    if not all(_has_text(row.values[getattr(columns, need)]) for need in layout.needs):
         return InputRow(row.values, "")
     found = layout.example(row.values, columns)
     if isinstance(found, str):
         raise DataError(Bilingual(f"{row.where} {found}.", f"{row.where} {local(found, 'zh')}。"))
+    if isinstance(found, Related) and (n := len(found.positives)) > 1:
+        raise DataError(
+            Bilingual(
+                f"{row.where} has {n} texts beside the first: give one in each row.",
+                f"{row.where} 的第一段文本对应 {n} 段文本：每行请只给一段。",
+            )
+        )
     return InputRow(row.values, found)

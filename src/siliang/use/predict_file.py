@@ -324,7 +324,7 @@ def _write_parquet(partial: Path, output: Path, columns: Sequence[str]) -> None:
         with pq.ParquetWriter(output, schema) as writer:
             for part in parts():
                 writer.write_table(pa.Table.from_pydict(part, schema=schema))
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         raise OutputError(
             Bilingual(
                 f"the column {column!r} cannot be written as .parquet: {first_line(error)}.\nThe predictions are kept "

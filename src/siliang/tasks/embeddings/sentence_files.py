@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from siliang.config import EmbeddingConfig
 from siliang.files import write_text
+from siliang.models.positions import table_of_positions
 from siliang.models.save import save_tokenizer
 from siliang.models.tokenizer import Tokenizer
 from siliang.safety.safe_json import dump_json
@@ -16,6 +19,12 @@ from siliang.types import ADAPTER_CONFIG
 
 CLASSES = "sentence_transformers.models"
 FLAGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
+
+
+def longest_text(max_length: int, model: nn.Module) -> int:
+    """The tokens of the longest text: `data.max_length`, or fewer if the model has no more positions."""
+    table = table_of_positions(model)
+    return max_length if table is None else min(max_length, table)
 
 
 def write_embedding(settings: EmbeddingConfig, max_length: int, folder: Path, width: int, tokenizer: Tokenizer) -> None:
