@@ -235,7 +235,7 @@ def test_every_layout_is_read_and_there_is_one_list_of_them() -> None:
         RunConfig.build(changed(f"data.layout={layout}"))
 
 
-@pytest.mark.parametrize("text", ["query: ", "the hotel ", "query:", " a", "one"])
+@pytest.mark.parametrize("text", ["query: ", "the hotel ", "query:", " a", "one", "find #1 ", "2024", "true", "[a]"])
 def test_words_stay_as_they_are(text: str) -> None:
     found = RunConfig.build(changed("task=embedding", f"embedding.query_prompt={text}", "revision=12e45")).embedding
     assert found is not None and found.query_prompt == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
@@ -103,6 +104,7 @@ def _of_result(message: Message, calls: list[Call]) -> Bilingual | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def _names(tools: str) -> set[str] | None:
     """The names of the functions that may be called; None where the tools are not known, or written in another way."""
     try:

@@ -31,7 +31,8 @@ def assign(values: dict[str, object], assignment: str, schema: type[Settings]) -
 
     Args:
         values: The settings so far; changed in place.
-        schema: The schema of the settings. If the field is a text, a number stays text, and any words stay as they are.
+        schema: The schema of the settings. If the field is a text, a number stays text, and any other words stay as
+            they are, unless they are quoted.
 
     Raises:
         ConfigError: `assignment` is not an assignment.
@@ -63,10 +64,10 @@ def assign(values: dict[str, object], assignment: str, schema: type[Settings]) -
     except YamlError:
         value = text
     field = _field(key.strip(), schema)
-    if isinstance(value, int | float) and _is_text(field):  # a commit such as 12e45, or a folder named 2024
+    if _is_words(field) and value is not None and not text.lstrip().startswith(("'", '"')):
+        value = text  # with its blanks, its colon and its #: "query: " is a prompt
+    elif isinstance(value, int | float) and _is_text(field):  # a commit such as 12e45, or a folder named 2024
         value = text.strip()
-    elif (isinstance(value, dict) or value == text.strip()) and _is_words(field):
-        value = text  # with its blanks, and with its colon: "query: " is a prompt
     values[last] = value
 
 

@@ -95,5 +95,6 @@ def _source(value: Mapping[str, object]) -> Source:
 
 
 def as_sources(value: str | list[str | Source]) -> list[Source]:
+    """The sources of a setting, each with its weight."""
     values = value if isinstance(value, list) else [value]
     return [Source(path=v) if isinstance(v, str) else v for v in values]
