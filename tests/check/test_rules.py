@@ -43,6 +43,15 @@ def calling(name: str, arguments: str, result: str = "1", system: int = 1) -> di
     return {"messages": messages, "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}]}
 
 
+def t5(folder: Path) -> Path:
+    """An encoder-decoder whose tokenizer adds no end of sequence."""
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=120, **sizes, decoder_start_token_id=0)  # pyright: ignore
+    T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    word_tokenizer().save_pretrained(folder / "t5")
+    return folder / "t5"
+
+
 CALLING = [calling("weather", '{"a": 1}') for _ in range(20)]
 TOGETHER = [{"anchor": f"the film {i}", "positive": f"good {i}"} for i in range(30)]
 ON_TEXTS: dict[str, Any] = {"task": "embedding", "model": "bert", "data": {"test_size": 0.0}}
@@ -281,6 +290,7 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
         "1 training rows have a call of 'wether', which is not among the tools (weather)",
         lambda c: c([*CALLING, calling("wether", "{}")], data={"test_size": 0.0}),
     ),
+    "SL056": ("of 36 rows 36 have no token 1", lambda c: c(task="seq_cls", model=t5(c.folder))),
     "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),
 }
 
@@ -612,11 +622,7 @@ def test_every_rule_has_a_trap() -> None:
 
 
 def test_counts_of_an_encoder_decoder(tmp_path: Path) -> None:
-    folder = tmp_path / "t5"
-    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    config = T5Config(vocab_size=120, **sizes, decoder_start_token_id=0)  # pyright: ignore
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    folder = t5(tmp_path)
     rows = [{"source": f"say {w}", "target": w} for w in WORDS[:20]]
     values = {
         "model": str(folder),

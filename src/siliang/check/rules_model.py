@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
 from siliang.language import Bilingual, local
@@ -265,6 +267,37 @@ def too_many_positions(s: CheckInput) -> Iterator[Problem]:
                 f"有样本长 {longest:,} 个词元，而模型是按 {trained:,} 个词元训练的",
             ),
             severity="warning",
+        )
+
+
+def class_read_at_the_end(s: CheckInput) -> Iterator[Problem]:
+    """The class is read at an end-of-sequence token that is not there.
+
+    Cause: Models with an encoder and a decoder (BART, T5) read the class of a text at its last end-of-sequence token.
+    Without one in each row, and as many in each, the forward pass ends with an error.
+
+    Fix: Take the model's own tokenizer, which adds the token, and texts that do not contain it; or a model with an
+    encoder alone.
+
+    读取类别的结束符不存在
+
+    原因：由编码器和解码器组成的模型（BART、T5）在文本最后一个结束符处读取类别。每条样本都要有结束符，且数目相同，否则前向
+    计算会报错。
+
+    办法：使用会添加结束符的模型自带分词器，文本中也不要含有结束符；或改用只有编码器的模型。
+    """
+    eos = getattr(s.model_config, "eos_token_id", None)
+    reads_a_class = s.task.model.auto_class == "AutoModelForSequenceClassification"
+    if not getattr(s.model_config, "is_encoder_decoder", False) or not reads_a_class or not isinstance(eos, int):
+        return
+    counts = [int((np.asarray(ids) == eos).sum()) for part in (s.train, s.eval) for ids in part.lists("input_ids")]
+    if counts and (min(counts) == 0 or min(counts) < max(counts)):
+        none, n, most = counts.count(0), len(counts), max(counts)
+        yield Problem(
+            Bilingual(
+                f"of {n:,} rows {none:,} have no token {eos}; the rows have {min(counts):,} to {most:,} of it",
+                f"{n:,} 条样本中有 {none:,} 条没有编号 {eos} 的词元；各条样本有 {min(counts):,} 到 {most:,} 个",
+            )
         )
 
 

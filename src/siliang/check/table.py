@@ -74,6 +74,7 @@ RULES: dict[str, Rule] = {
         Rule("SL053", "warning", related.classes_as_scores, "rows"),
         Rule("SL054", "warning", labels.decimal_commas, "rows"),
         Rule("SL055", "warning", conversations.turns_that_do_not_fit, "rows"),
+        Rule("SL056", "error", model.class_read_at_the_end, fatal=True),
     )
 }
 
