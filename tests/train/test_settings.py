@@ -71,6 +71,22 @@ def test_a_run_resumes_to_the_same_bits(name: str, place: Place, tmp_path: Path)
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+def test_a_run_that_was_stopped_behind_its_last_checkpoint(place: Place, tmp_path: Path) -> None:
+    """Its log has the last evaluation once, and its results are those of an undisturbed run."""
+    more = {"save_every": 3, "eval_every": 2}
+    whole = train(configured(place, tmp_path / "whole", **more))
+
+    def stop(trained: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(configured(place, tmp_path / "part", **more), Listener(trained=stop))
+    part = train(configured(place, tmp_path / "part", **more), resume=True)
+    lines = [[line.model_dump(exclude={"tokens_per_s"}) for line in record.steps] for record in (part, whole)]
+    assert lines[0] == lines[1] and part.final == whole.final
+    assert weights(tmp_path / "part") == weights(tmp_path / "whole")
+
+
 def test_patience_ends_a_run_that_gets_no_better(place: Place, tmp_path: Path) -> None:
     said: list[str] = []
     rate = 1e-9  # of which nothing comes

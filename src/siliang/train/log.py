@@ -138,6 +138,10 @@ class Log:
         self._add(StepMetrics(step=at.step, epoch=round(at.epoch, 4), eval_loss=metrics["loss"], metrics=others))
         self.show(at, measured=metrics)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an evaluation after this step, the last one, has its line."""
+        return any(line.step == step and line.eval_loss is not None for line in self.lines[-2:])
+
     def _add(self, line: StepMetrics) -> None:
         self.lines.append(line)
         self._trackers.log(line, self._memory.update() if self._memory else 0)

@@ -301,9 +301,12 @@ class Training:
         return metrics
 
     def current_metrics(self) -> dict[str, float]:
-        """The metrics of the held-out rows with the current weights; they are not computed twice for one step."""
+        """The metrics of the held-out rows with the current weights; they are not computed twice for one step, unless
+        the run was stopped behind its last checkpoint: then the log has them."""
         step, metrics = self._evaluated
-        return metrics if step == self.step else self.evaluate()
+        if step == self.step:
+            return metrics
+        return self.measure() if self.log.has_evaluation(self.step) else self.evaluate()
 
     def measure(self) -> dict[str, float]:
         """The metrics of the held-out rows."""
