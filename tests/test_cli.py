@@ -174,7 +174,7 @@ def test_pairs_are_asked_as_pairs(
     out = siliang_here("train", *flags, *QUICK, "--set", "train.max_steps=2")
     assert "text from 'premise', text_pair from 'hypothesis', 'label'; not used: 'idx'" in out
     error = siliang_here("predict", run, "the film", code=2)
-    assert "'premise' and 'hypothesis'" in error and "is not two" in error
+    assert "'premise' and 'hypothesis'" in error and "is no pair" in error
     one, row = siliang_here("predict", run, "the film\tit was good"), siliang_here("predict", run, data).splitlines()
     assert one.split("\t")[2:] == ["the film", "it was good\n"] and len(row) == 20
     assert row[0].endswith("\tthe the\tit was good")

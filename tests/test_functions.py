@@ -81,6 +81,7 @@ def test_a_section_that_is_written_as_one_value_keeps_it(tmp_path: Path) -> None
     [
         (Path("a.csv"), ["a.csv"]),
         ({"path": "a.csv", "weight": 2}, ["a.csv"]),
+        ({"train": "a.csv", "max_length": 8}, ["a.csv"]),
         ({"train": {"path": Path("a.csv")}}, ["a.csv"]),
         ({"train": [Path("a.csv"), {"path": "b.csv"}]}, ["a.csv", "b.csv"]),
     ],
@@ -300,6 +301,18 @@ def test_arguments_are_checked_before_anything_is_read(name: str, arguments: dic
 def test_numbers_of_numpy_and_one_text_are_taken() -> None:
     sampling = siliang.Sampling(temperature=np.float32(0.5), seed=np.int64(3), stop="a")
     assert sampling == siliang.Sampling(temperature=0.5, seed=3, stop=("a",)) and type(sampling.seed) is int
+
+
+def test_other_ways_to_write_a_number() -> None:
+    anything: Any = siliang
+    with pytest.raises(ConfigError, match="model is missing"):
+        anything.plan(memory=24e9)
+    with pytest.raises(ConfigError, match=r"lang = array\(.*: must be 'en' or 'zh'"):
+        anything.compare(lang=np.array(["en", "zh"]))
+    with pytest.raises(TypeError, match=r"predict\(\) missing 2 required positional arguments"):
+        anything.predict()
+    with pytest.raises(ConfigError, match=r"data\.path is not a setting"):
+        anything.run_config(model="m", task="seq_cls", output="run", data={"path": "a.csv", "max_length": 8})
 
 
 def test_options_of_generating_are_not_for_classes(result: siliang.TrainingResult, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import inspect
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,7 +69,7 @@ def _checked(name: str, value: object, kinds: tuple[Any, ...]) -> object:
         return value
     for kind in kinds:
         origin = get_origin(kind)
-        if origin is Literal and value in get_args(kind) and isinstance(value, str):
+        if origin is Literal and isinstance(value, str) and value in get_args(kind):
             return value
         if origin is Callable and callable(value):
             return value
@@ -83,9 +82,13 @@ def _checked(name: str, value: object, kinds: tuple[Any, ...]) -> object:
                     return texts
         if kind in (NoneType, bool, str) and isinstance(value, kind):
             return value
-        if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            continue
+        if kind is int and isinstance(value, Integral):
             return int(value)
-        if kind is float and isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value):
+        if kind is int and float(value).is_integer():  # such as 24e9 bytes
+            return int(float(value))
+        if kind is float:
             return float(value)
     raise wrong_kind(value, name, _in_words(kinds))
 

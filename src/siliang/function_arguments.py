@@ -29,7 +29,10 @@ def quietly(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # whose own TypeError names it
         own = {name: value for name, value in bound.arguments.items() if name != changes}
         bound.arguments.update(check_kinds(function, own))
         bound_kernel_caches()

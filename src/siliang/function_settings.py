@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from siliang.config import RunConfig
+from siliang.config import RunConfig, Source
 from siliang.function_arguments import as_path
 from siliang.language import Bilingual
 from siliang.paths import check_links
@@ -164,7 +164,9 @@ def values_of(settings: Settings | None, changes: Mapping[str, object]) -> dict[
 def _section(name: str, value: object) -> object:
     """A section that is written as its one value: `method: ia3`, `data: a.csv`."""
     alone = {"data": "train", "method": "name"}.get(name)
-    if name == "data" and isinstance(value, Mapping) and "path" in value:  # one source, with its weight
+    if (
+        name == "data" and isinstance(value, Mapping) and "path" in value and {*value} <= {*Source.model_fields}
+    ):  # one source, with its weight
         return {"train": [value]}
     return value if alone is None or value is None or isinstance(value, Mapping) else {alone: value}
 

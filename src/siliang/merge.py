@@ -103,7 +103,7 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
         samples=len(samples),
         positions=positions,
         largest_difference=_nan_is_worst(max((float((b - a).abs().max()) for b, a in pairs), default=0.0)),
-        spread=float(values.std() if values.numel() > 1 else values.abs().sum()),  # one has no deviation
+        spread=float(values.std() if values.numel() > 1 else values.abs().clamp(min=1.0).sum()),  # one alone
         top1_agreement=agreeing / positions if has_logits else None,
         dtype=str(dtype).removeprefix("torch."),
     )

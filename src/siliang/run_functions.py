@@ -212,8 +212,7 @@ def generate(
         run: Its folder, or an opened run.
         input: Of the instruction.
         system: A system message. None: none.
-        max_new_tokens: None: 128, or as many as the model has positions for, or was trained for. More than it was
-            trained for is a warning.
+        max_new_tokens: None: 128, or as many as the model has positions for. More than it was trained for is a warning.
         temperature: 0: the most probable token each time.
         top_p: Only the most probable tokens are drawn that together have this probability.
         top_k: Only so many of the most probable tokens are drawn.

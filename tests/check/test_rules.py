@@ -307,7 +307,7 @@ def test_the_trap_is_found(code: str, case: Case) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (calling("weather", "now"), "a call of 'weather' whose arguments are no JSON object: 'now'"),
+        (calling("weather", "now"), "a call of 'weather' whose arguments are not a JSON object: 'now'"),
         (
             calling("weather", "{}", result="2"),
             "a result for the call '2', which is not there (the calls before it: 1)",

@@ -154,7 +154,10 @@ def test_files_of_texts(models: dict[str, Path], tmp_path: Path) -> None:
         alone = write_jsonl(
             tmp_path / "alone.jsonl", [{"id": i, column: f"the film {'was good ' * i}"} for i in range(3)]
         )
-        done("predict", tmp_path / "run", "--data", alone, "--output", tmp_path / f"{column}.parquet")
+        more = ("--data", alone, "--output", tmp_path / f"{column}.parquet")
+        ended = command("predict", tmp_path / "run", *more)
+        assert ended.code == 2 and "one column of a pair. For its vector alone, say the prompt" in ended.err
+        done("predict", tmp_path / "run", *more, "--prompt-name", "none")
         found = pq.read_table(tmp_path / f"{column}.parquet").to_pylist()
         assert [row["predicted_vector"] for row in found] == [row["predicted_vector"] for row in table]
     blank = write_jsonl(tmp_path / "blank.jsonl", [{"text": "\u3000"}, {"text": "the film"}])

@@ -41,7 +41,6 @@ PUBLISHED: list[tuple[dict[str, Any], Example]] = [
     ({"query": "q", "document": "a", "label": 0}, Scored("q", "a", 0.0)),  # a pair with a label is no positive
     ({"query": "q", "text": "a", "label": 1}, Scored("q", "a", 1.0)),
     ({"query": "q", "text": "a", "score": "0,5"}, Scored("q", "a", 0.5, "0,5")),
-    ({"query": "q", "passages": str(PASSAGES)}, Related("q", ("b",), ("a", "c"))),
     ({"text": "q", "label": "c"}, Labelled("q", "c")),
     # ms-swift, up to version 3
     ({"query": "q", "response": "a", "rejected_response": ["b", "c"]}, Related("q", ("a",), ("b", "c"))),
@@ -76,10 +75,29 @@ def test_lists_that_csv_holds_as_text(cell: str, tmp_path: Path) -> None:
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([["query", "pos", "neg"], ["q", cell, "['c']"], ["q", "[1] a", "[]"], ["q", "[a]", ""]])
+        writer.writerow(["q", str(PASSAGES), ""])
     data = {"train": str(tmp_path / "rows.csv"), "test_size": 0.0}
     values = {"model": str(tmp_path), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
     found = list(prepare_data(RunConfig.build(values)).examples.train)
-    assert found == [Related("q", ("a", "b"), ("c",)), Related("q", ("[1] a",)), Related("q", ("[a]",))]
+    assert found == [
+        Related("q", ("a", "b"), ("c",)),
+        Related("q", ("[1] a",)),
+        Related("q", ("[a]",)),
+        Related("q", ("b",), ("a", "c")),
+    ]
+
+
+def test_lists_are_those_of_csv_alone(tmp_path: Path) -> None:
+    """In formats that have lists, such a text is a text."""
+    row = {"query": "q", "pos": "['red', 'green']", "neg": "[]"}
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", [row])), "test_size": 0.0}
+    values = {"model": str(tmp_path), "task": "embedding", "data": data, "output": str(tmp_path / "run")}
+    (found,) = prepare_data(RunConfig.build(values)).examples.train
+    assert found == Related("q", ("['red', 'green']",), ("[]",))
+    (tmp_path / "rows.csv").write_text("query,pos\nq,\"['a' 'b' ... 'c']\"\n")
+    values["data"] = {"train": str(tmp_path / "rows.csv"), "test_size": 0.0}
+    with pytest.raises(DataError, match="looks like a list in 'pos', and cannot be read as one"):
+        _ = prepare_data(RunConfig.build(values)).examples.train
 
 
 UNFIT: list[tuple[dict[str, Any], str]] = [

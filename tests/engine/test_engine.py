@@ -13,6 +13,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -20,7 +22,7 @@ from transformers import (
 import siliang
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
-from siliang.engine.padding import NotPackableError, attend
+from siliang.engine.padding import NotPackableError, PaddingFree, attend
 from siliang.engine.step import Engine
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from siliang.models.checkpointing import enable_checkpointing
@@ -123,6 +125,30 @@ def compare(name: str, method: str, *, checkpointing: bool = False) -> tuple[Eng
         assert_all_close(gradients(model), wanted)
         engines.append(engine)
     return engines[0], engines[1]
+
+
+def test_attention_within_chunks_is_not_packed() -> None:
+    """Llama 4's chunks come to a layer as a mask, which packed rows do not have; short rows would not show it."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "intermediate_size_mlp": 64, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "moe_layers": []}
+    config = Llama4TextConfig(
+        vocab_size=VOCABULARY, **sizes, attention_chunk_size=8, layer_types=["chunked_attention", "full_attention"]
+    )
+    model = Llama4ForCausalLM(config).eval()
+    with pytest.raises(NotPackableError, match="attend within chunks of 8 tokens"):
+        PaddingFree(model)
+    engine = Engine(model, CAUSAL_LM)
+    rows = rows_for(CAUSAL_LM, (30, 9, 21))
+    expected = sum(
+        model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
+        * sum(label != -100 for label in row["labels"][1:])
+        for row in rows
+    )
+    with (
+        torch.no_grad(),
+        engine.loss(model, StepCollator(PadCollator(0), CAUSAL_LM, 3, packed=False)(rows)["batches"][0]) as loss,
+    ):
+        assert_close(loss, expected)
 
 
 def test_a_model_without_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:

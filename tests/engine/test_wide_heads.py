@@ -15,21 +15,23 @@ from siliang.train.run import train
 from siliang.use.predict import predict
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("task", ["number", "seq_cls", "reranker"])
-def test_predictions_are_not_rounded_to_eight_bits(task: str, tmp_path: Path) -> None:
-    config = configured(task, make_models(tmp_path), tmp_path)
+def test_predictions_are_not_rounded_to_eight_bits(task: str, method: str, tmp_path: Path) -> None:
+    """The head is an adapter's own copy beside a base in bf16, or the model's, whose weights are in fp32."""
+    config = configured(task, make_models(tmp_path), tmp_path, method, precision="bf16")
     train(config)
-    run = replace(open_run(Path(config.output)), precision=Choice("bf16", "tested"))
+    run = open_run(Path(config.output))
     assert run.precision.autocast
     name, inputs = {
         "number": ("number", [row["text"] for row in rows_of("seq_cls", 40)]),
         "seq_cls": ("probability", [row["text"] for row in rows_of("seq_cls", 40)]),
         "reranker": ("score", [("the film", f"{row['text']}") for row in rows_of("seq_cls", 40)]),
     }[task]
-    exact = replace(run, precision=Choice("fp32", "tested"))
+    exact = replace(open_run(Path(config.output), dtype=torch.float32), precision=Choice("fp32", "tested"))
     in_bf16, in_fp32 = (
         torch.tensor([p.values()[name] for p in predict(each, inputs)], dtype=torch.float32) for each in (run, exact)
     )
-    assert len(in_bf16.unique()) == len(in_fp32.unique())
+    assert len(in_bf16.unique()) > 0.9 * len(in_fp32.unique())  # about half of them where the head rounds
     assert not torch.equal(in_bf16, in_bf16.bfloat16().float())
     assert (in_bf16 - in_fp32).abs().max() < 0.1 * max(1.0, float(in_fp32.abs().max()))

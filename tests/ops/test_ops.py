@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from siliang.ops.dense_attention import repeatable
 from siliang.ops.layout import BUCKET_RATIO, BUCKET_WASTE, Layout
-from siliang.ops.lora_linear import lora_linear
+from siliang.ops.lora_linear import Impl, lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import packed_attention, prefix_places
 from siliang.ops.place import planned_for
@@ -89,6 +89,21 @@ def test_lora_linear(shape: tuple[int, ...], bias: bool, device: str) -> None:
 
     with planned_for(device):
         same(go("fused"), go("reference"), *tensors)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_output_of_lora_may_be_changed_in_place(bias: bool) -> None:
+    """Falcon adds to it, and OLMo clamps it."""
+    x, A, B = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 8), (2, 8), (6, 2)))
+    b = torch.randn(6, requires_grad=True) if bias else None
+    wanted = [p for p in (x, A, B, b) if p is not None]
+
+    def gradients(impl: Impl) -> tuple[Tensor, ...]:
+        y = lora_linear(torch.ones(2, 5, 6), x, A, B, 0.7, bias_O=b, impl=impl)
+        return torch.autograd.grad(y.mul_(2.0).clamp_(-1.0, 3.0).square().sum(), wanted)
+
+    for found, expected in zip(gradients("fused"), gradients("reference"), strict=True):
+        assert_close(found, expected)
 
 
 def test_lora_linear_keeps_wide_factors_beside_narrow_activations() -> None:

@@ -18,7 +18,7 @@ def turns_that_do_not_fit(s: CheckInput) -> Iterator[Problem]:
     """Turns of a conversation that do not fit each other.
 
     Cause: What a model learns from such a conversation cannot work where it is used: a result that answers no call, a
-    call of a function that is not among the tools, or with arguments that are no JSON object. Of several system
+    call of a function that is not among the tools, or with arguments that are not a JSON object. Of several system
     messages many templates write the first alone, or each behind what came before it.
 
     Fix: Correct the ids of calls and results, the names and the arguments; join the system messages into one.
@@ -74,13 +74,13 @@ def _of_call(call: Call, names: set[str] | None) -> dict[str, Bilingual]:
             f"对 {name!r} 的调用，而工具列表中没有它（{there_zh}）",
         )
     try:
-        arguments: object = json.loads(call.arguments)
-    except ValueError:
+        arguments: object = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         shown = shortened(call.arguments, 40)
         found["arguments"] = Bilingual(
-            f"a call of {name!r} whose arguments are no JSON object: {shown!r}",
+            f"a call of {name!r} whose arguments are not a JSON object: {shown!r}",
             f"对 {name!r} 的调用，其参数不是 JSON 对象：{shown!r}",
         )
     return found
@@ -89,7 +89,7 @@ def _of_call(call: Call, names: set[str] | None) -> dict[str, Bilingual]:
 def _of_result(message: Message, calls: list[Call]) -> Bilingual | None:
     """What is wrong with a tool's result behind these calls."""
     if not calls:
-        return Bilingual("a result of a tool without a call before it", "没有调用在前的工具结果")
+        return Bilingual("a result of a tool without a call before it", "工具结果，之前却没有调用")
     ids = {call.id for call in calls} - {""}
     if message.call_id and ids and message.call_id not in ids:
         there, there_zh = ", ".join(sorted(ids)[:5]), "、".join(sorted(ids)[:5])
@@ -99,7 +99,7 @@ def _of_result(message: Message, calls: list[Call]) -> Bilingual | None:
         )
     if message.name and message.name not in {call.name for call in calls}:
         return Bilingual(
-            f"a result of {message.name!r}, which was not called", f"{message.name!r} 的结果，而它没有被调用"
+            f"a result of {message.name!r}, which was not called", f"工具 {message.name!r} 的结果，而它没有被调用"
         )
     return None
 
@@ -109,7 +109,7 @@ def _names(tools: str) -> set[str] | None:
     """The names of the functions that may be called; None where the tools are not known, or written in another way."""
     try:
         listed = json.loads(tools) if tools else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(listed, list):
         return None

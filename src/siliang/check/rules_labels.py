@@ -24,16 +24,18 @@ MANY_NUMBERS = 10  # with more different numbers, labels are more often measures
 
 
 def missing_classes(s: CheckInput) -> Iterator[Problem]:
-    """A class that training never sees.
+    """Classes without rows, or nothing to tell apart.
 
-    Cause: The training rows do not hold every class, and the model cannot learn a class without examples. A data.labels
-    that does not fit the label column looks the same.
+    Cause: The training rows do not hold every class, and the model cannot learn a class without examples; or all have
+    the same labels. A data.labels that does not fit the label column looks the same. Held-out rows of one class show
+    nothing of what was learned.
 
     Fix: Check data.labels and data.columns.label. If the split caused it, use data.stratify=true.
 
-    训练集中缺少某些类别
+    某些类别没有样本，或没有可区分的内容
 
-    原因：训练样本没有覆盖全部类别，模型学不到没有样本的类别。data.labels 与标签列对不上时也会出现这种情况。
+    原因：训练样本没有覆盖全部类别，模型学不到没有样本的类别；或所有样本的标签都相同。data.labels 与标签列对不上时也会出
+    现这种情况。验证样本只有一个类别时，指标看不出学到了什么。
 
     办法：检查 data.labels 和 data.columns.label；如果是划分造成的，用 data.stratify=true 分层划分。
     """
@@ -320,17 +322,19 @@ def far_numbers(s: CheckInput) -> Iterator[Problem]:
 def decimal_commas(s: CheckInput) -> Iterator[Problem]:
     """Numbers with a decimal comma.
 
-    Cause: Labels such as "3,5" are read as 3.5. Two classes by their numbers, joined by a comma, look the same.
+    Cause: Labels and scores such as "3,5" are read as 3.5. Two classes by their numbers, joined by a comma, look the
+    same.
 
     Fix: Nothing, if they are numbers (accept: [SL054]). For several labels, set classification.problem=several_labels.
 
     用逗号作小数点的数
 
-    原因：“3,5”这样的标签读作 3.5。用逗号连接的两个类别编号看起来也是这样。
+    原因：“3,5”这样的标签和分数读作 3.5。用逗号连接的两个类别编号看起来也是这样。
 
     办法：如果确实是数，不必处理（accept: [SL054]）。如果是多个标签，请设置 classification.problem=several_labels。
     """
-    if s.task.data.named is not None or s.task.data.several:
+    scored = len(s.examples.train) > 0 and isinstance(s.examples.train[0], Scored)
+    if s.task.data.named is not None or s.task.data.several or (s.task.labels is None and not scored):
         return
     counts = _class_counts(s, "train", "eval")
     both_parts = chain(s.examples.train, s.examples.eval)

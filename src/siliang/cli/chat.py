@@ -16,7 +16,7 @@ from siliang.cli.used_run import Base, Force, TaskId, check_folders, show_hint, 
 from siliang.environment import importing
 from siliang.language import Bilingual, both, local
 from siliang.terminal import StreamedText, clean_standard_streams, one_line, raw_stream
-from siliang.types import OutputError
+from siliang.types import OutputError, near
 
 if TYPE_CHECKING:
     from siliang.use.chat import Chat
@@ -71,6 +71,9 @@ def chat(
         answer(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
+COMMANDS = ("/reset", "/system", "/save")
+
+
 def _obeyed(opened: Chat, line: str) -> bool:
     """Follows a command; False for a question."""
     command, _, rest = line.partition(" ")
@@ -93,7 +96,7 @@ def _obeyed(opened: Chat, line: str) -> bool:
                 print(local(error.args[0]), file=sys.stderr)
             else:
                 print(both(f"saved      {path}", f"已保存     {path}"))
-        case _ if re.fullmatch("/[a-z]+", command):
+        case _ if command in COMMANDS or (re.fullmatch("/[a-z]+", command) and near(command, COMMANDS)):
             print(
                 both(
                     f"{command} is not a command, or lacks its text: /system TEXT, /reset, /save FILE.jsonl.",

@@ -7,15 +7,30 @@ import shutil
 import time
 from pathlib import Path
 
+from siliang.language import Bilingual
+from siliang.types import ConfigError
+
 KEEP_DAYS = 30
 
 
 def cache_folder() -> Path:
-    """SILIANG_CACHE, or siliang's folder in the user's cache; made where it is not there."""
+    """SILIANG_CACHE, or siliang's folder in the user's cache; made where it is not there.
+
+    Raises:
+        ConfigError: There is a file of that name.
+    """
     named = os.environ.get("SILIANG_CACHE")
     home = os.environ.get("XDG_CACHE_HOME")
     folder = Path(named).expanduser() if named else (Path(home) if home else Path.home() / ".cache") / "siliang"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(
+            Bilingual(
+                f"{folder} is a file, and siliang's cache is to be a folder there: set SILIANG_CACHE to a folder.",
+                f"{folder} 是文件，而 siliang 的缓存应是文件夹：请把 SILIANG_CACHE 设为文件夹。",
+            )
+        ) from None
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from siliang.data.json_stream import is_lines, json_lines, json_list
+from siliang.data.list_cells import csv_cell
 from siliang.data.reading import DataRow, Reading
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.tagged_words import tagged_rows
@@ -126,7 +127,7 @@ def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[D
             yield DataRow({}, where, has)
         else:
             quoted += kind == ".tsv" and any(map(whole_quoted, fields))
-            yield DataRow(dict(zip(names, fields, strict=True)), where)
+            yield DataRow(dict(zip(names, map(csv_cell, fields), strict=True)), where)
     if quoted:
         reading.doubts.append(
             Bilingual(

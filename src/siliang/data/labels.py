@@ -192,7 +192,7 @@ def with_known_part(found: Collection[str]) -> tuple[str, list[str]] | None:
     """The mark that separates some names into parts of which one is a name too, and these names: "a|b" beside "a". None
     where there is no such name."""
     for mark in MARKS:
-        if mark == " ":
+        if mark in " /":  # words, and a class within another: "animal/dog" beside "animal"
             continue
         several = [name for name in found if mark in name]
         parts = {name: [part.strip() for part in name.split(mark)] for name in several}

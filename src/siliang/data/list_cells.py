@@ -10,6 +10,18 @@ from collections.abc import Callable
 
 from siliang.data.cells import BLANKS
 
+
+class CsvCell(str):
+    """A cell of a csv or tsv file, which may be a list or an object: such files have none but as text."""
+
+    __slots__ = ()
+
+
+def csv_cell(text: str) -> str:
+    """A cell, marked where it may be a list or an object."""
+    return CsvCell(text) if text[:1] in ("[", "{") else text
+
+
 LONGEST = 1_000_000  # characters: ast needs some hundred times as many bytes
 
 

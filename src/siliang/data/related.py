@@ -13,19 +13,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 
 from siliang.config import Columns
 from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled, given, short
 from siliang.data.examples import Related, Scored
-from siliang.data.list_cells import held_in_text
+from siliang.data.list_cells import CsvCell, held_in_text
 from siliang.data.numbers import as_number, has_decimal_comma, with_point
 from siliang.data.refused import refuse_media
 from siliang.data.turns import listed, turns_of
 from siliang.language import Bilingual
 
 MOST_NEGATIVE_COLUMNS = 64
+BROKEN_LIST = re.compile(r"\[\s*(['\"]).*\1\s*\]|\{\s*(['\"])(is_selected|passage_text)\2.*\}", re.DOTALL)
 BESIDE_SCORES = ("rejected_response", "rejected_responses")
 NEGATIVE_COLUMNS = tuple(f"negative_{i}" for i in range(1, MOST_NEGATIVE_COLUMNS + 1))
 
@@ -34,7 +36,7 @@ def read_related(values: Values, c: Columns) -> Result:
     """A row with an anchor and its positives, and perhaps negatives."""
     refuse_media(values)
     anchor = filled(values, c.anchor)
-    value = _held(values.get(c.positive))
+    value = _held(values.get(c.positive), c.positive)
     if isinstance(value, Mapping):
         positives, negatives = _selected(value, c.positive)
     else:
@@ -161,7 +163,7 @@ def _texts(value: object, column: str) -> list[str]:
     Raises:
         BadRow: One of them is empty, or no text.
     """
-    value = _held(value)
+    value = _held(value, column)
     parts = value if isinstance(value, list | tuple) else [value]
     found = [as_text(_of_passage(part), column) for part in parts]
     if not all(text.strip(BLANKS) for text in found):
@@ -169,12 +171,27 @@ def _texts(value: object, column: str) -> list[str]:
     return found
 
 
-def _held(value: object) -> object:
-    """The texts, passages or MS MARCO's object that a cell of csv holds as text; any other value as it is."""
+def _held(value: object, column: str) -> object:
+    """The texts, passages or MS MARCO's object that a cell of csv holds as text; any other value as it is.
+
+    Raises:
+        BadRow: It looks like a list, and cannot be read as one.
+    """
+    if not isinstance(value, CsvCell):
+        return value
     found = held_in_text(value)
     if isinstance(found, list) and all(isinstance(_of_passage(part), str) for part in found):
         return found
-    return found if isinstance(found, dict) and "passage_text" in found else value
+    if isinstance(found, dict) and "passage_text" in found:
+        return found
+    if found is None and BROKEN_LIST.fullmatch(value.strip()):
+        raise BadRow(
+            Bilingual(
+                f"looks like a list in {column!r}, and cannot be read as one: {short(value)}",
+                f"的 {column!r} 像是列表，但无法读取：{short(value)}",
+            )
+        )
+    return value
 
 
 def _of_passage(part: object) -> object:

@@ -81,6 +81,13 @@ class PaddingFree:
                     "编码器-解码器模型的交叉注意力需要填充后的行",
                 )
             )
+        if (chunk := getattr(model.config.get_text_config(), "attention_chunk_size", None)) is not None:
+            raise NotPackableError(  # short rows would not detect it
+                Bilingual(
+                    f"some of its layers attend within chunks of {chunk:,} tokens",
+                    f"有的层只在每 {chunk:,} 个词元的块内做注意力",
+                )
+            )
         self._config = model.config
         try:
             self.layers = layer_stack(model)

@@ -64,17 +64,18 @@ def read_expert(model: nn.Module, name: str, folder: str, number: int) -> dict[s
                 f"adapters：{name!r} 含有 {odd}，而 X-LoRA 只组合线性层上的普通 LoRA。请另选专家。",
             )
         )
-    if (of_experts := next((path for path in found if ".experts." in path), None)) is not None:
+    modules = dict(model.named_modules())
+    if (of_experts := next((path for path in found if ".experts." in path and path not in modules), None)) is not None:
         raise ConfigError(
             Bilingual(
-                f"adapters: {name!r} has {of_experts}, a layer of experts, which are one tensor now: X-LoRA "
+                f"adapters: {name!r} has {of_experts}, no layer of this model, whose experts are one tensor: X-LoRA "
                 "mixes LoRA on linear layers. Choose another adapter.",
                 f"adapters：{name!r} 含有 {of_experts}，是混合模型中专家的层，现在合并在一个张量里："
                 "X-LoRA 只组合线性层上的 LoRA。请另选适配器。",
             )
         )
     alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, list(found)).values
-    experts, modules = dict[str, Expert](), dict(model.named_modules())
+    experts = dict[str, Expert]()
     for path, pair in found.items():
         layer, (A, B) = modules.get(path), (pair.get(factor, torch.empty(0, 0)) for factor in "AB")
         if layer is None or not is_linear(layer) or (*A.shape, *B.shape) != (len(A), *features(layer), len(A)):

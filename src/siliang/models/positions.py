@@ -76,22 +76,37 @@ def table_of_positions(model: nn.Module) -> int | None:
 
 
 def trained_length(model: nn.Module | PreTrainedConfig) -> int | None:
-    """The tokens of the longest text that a model was made for, by its config; one without a table of positions reads
-    longer ones, and worse. None where the config does not say."""
+    """The tokens of the longest text that a model was made for, by its config, its rotations' scaling included; one
+    without a table of positions reads longer ones, and worse. None where the config does not say."""
     config: Any = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
-    length = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-    return length if isinstance(length, int) and length > 0 else None
+    if config is None:
+        return None
+    config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length <= 0:
+        return None
+    scaled = [
+        int((kind.get("original_max_position_embeddings") or length) * kind["factor"])
+        for kind in _rotations(config)
+        if isinstance(kind.get("factor"), int | float)
+    ]
+    return max([length, *scaled])
+
+
+def _rotations(config: Any) -> list[Mapping[str, Any]]:
+    """The settings of the rotations: of all layers, or by their kind."""
+    found: Any = getattr(config, "rope_parameters", None) or {}
+    kinds = [found] if "rope_type" in found else list(found.values())
+    return [kind for kind in kinds if isinstance(kind, Mapping)]
 
 
 def longest_alike(config: PreTrainedConfig) -> int | None:
     """The longest text, in tokens, whose tokens are rotated as those of any shorter one; None for any length."""
     own: Any = getattr(config, "original_max_position_embeddings", None)  # where Phi-3 also drops its cache
-    rotations: Any = getattr(config, "rope_parameters", None) or {}
-    kinds = [rotations] if "rope_type" in rotations else list(rotations.values())  # of all layers, or by their kind
     limits = [
         kind.get("original_max_position_embeddings") or own or getattr(config, "max_position_embeddings", None)
-        for kind in kinds
-        if isinstance(kind, Mapping) and kind.get("rope_type") in BY_LENGTH
+        for kind in _rotations(config)
+        if kind.get("rope_type") in BY_LENGTH
     ]
     return min((limit for limit in (own, *limits) if isinstance(limit, int)), default=None)
 

@@ -95,14 +95,17 @@ class _LoraLinear(torch.autograd.Function):
             A, B = A_RI.to(dtype), B_OR.to(dtype)
             Ax_RT = _thin(A, _masked(x.to(dtype), mask_TI, dropout_p))
             y, B_RO = y_TO.reshape(-1, y_TO.shape[-1]), B.T
+            # no view of another tensor: some models change a layer's output in place
+            sum_TO = torch.empty(y_TO.shape, dtype=dtype, device=y_TO.device)
+            out = sum_TO.view(y.shape)
             if bias_O is None:
-                y = torch.addmm(y, Ax_RT.T, B_RO, alpha=s)
+                torch.addmm(y, Ax_RT.T, B_RO, alpha=s, out=out)
             else:
-                y = torch.add(y, torch.addmm(bias_O.to(dtype), Ax_RT.T, B_RO), alpha=s)
+                torch.add(y, torch.addmm(bias_O.to(dtype), Ax_RT.T, B_RO), alpha=s, out=out)
         ctx.save_for_backward(x_TI, Ax_RT, mask_TI, A, B)
         ctx.s, ctx.p, ctx.bias = s, dropout_p, None if bias_O is None else bias_O.dtype
         ctx.factors = A_RI.dtype, B_OR.dtype
-        return y.view_as(y_TO)
+        return sum_TO
 
     @staticmethod
     @torch.autograd.function.once_differentiable

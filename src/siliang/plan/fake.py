@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,18 @@ def _grouped_shape(a: Tensor, b: Tensor, ends: Tensor | None) -> tuple[int, ...]
 
 
 @contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Within the block torch does not log what fails on fake tensors: a trial of a model may, and says why."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
 def fake_mode() -> Iterator[FakeTensorMode]:
     """Within the block every new tensor is fake, and no initializer runs.
 
@@ -73,7 +86,7 @@ def fake_mode() -> Iterator[FakeTensorMode]:
     with warnings.catch_warnings():
         # torch's own deepcopy of a tensor asks for its address
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        with _SharedMode(allow_non_fake_inputs=True) as mode, no_init_weights():
+        with _SharedMode(allow_non_fake_inputs=True) as mode, no_init_weights(), _without_tracebacks():
             yield mode
 
 

@@ -16,6 +16,7 @@ from siliang.config import TrainConfig
 from siliang.data.batch import Batch
 from siliang.distributed.sharding import reshard
 from siliang.engine.step import Engine
+from siliang.engine.wide_heads import heads_in_fp32
 from siliang.hardware import Choice
 from siliang.memory.track import Peak, Tracker
 from siliang.models.introspect import cache_argument
@@ -157,7 +158,7 @@ def _own_step(
 
 def _evaluate(model: Model, engine: Engine, batches: list[Batch], autocast: Autocast) -> bool:
     running = engine.loss if engine.task.step_loss is None else engine.values
-    with autocast(), running(model, batches[0]):
+    with heads_in_fp32(model, engine.task.model.heads), autocast(), running(model, batches[0]):
         pass
     return True
 

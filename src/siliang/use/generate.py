@@ -288,8 +288,6 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
         )
     new = wanted if wanted is not None else (up_to if room is None else min(up_to, room))
     known = trained_length(run.model) if limit is None and not task.has_encoder else None
-    if known is not None and wanted is None and known > tokens + positions.virtual:
-        new = min(new, known - tokens - positions.virtual)
     if known is not None and tokens + positions.virtual + new > known:
         warnings.warn(  # the same for all texts, so that it is shown once
             Bilingual(

@@ -258,10 +258,25 @@ def _header_hint(source: str) -> Bilingual:
 
 
 def _only_text(row: DataRow, run: OpenedRun) -> str | None:
-    """The column of a text alone, in a row with one of the columns of a pair; None where it has none or both."""
+    """The column of a text alone, in a row with one of the columns of a pair; None where it has none or both.
+
+    Raises:
+        ConfigError: The user has not said that it stands alone.
+    """
     names = [name for part in PAIR for name in (run.record.columns.get(part, part), *ALIASES[part])]
     found = [name for name in dict.fromkeys(names) if name in row.values]
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    if run.prompt_name is None:  # the other column may have another name, and the prompt be another one
+        raise ConfigError(
+            Bilingual(
+                f"{row.where} has {found[0]!r}, one column of a pair. For its vector alone, say the prompt: "
+                "--prompt-name query, document or none.",
+                f"{row.where} 只有文本对的一列 {found[0]!r}。如果要单独得到它的向量，请指明提示："
+                "--prompt-name query、document 或 none。",
+            )
+        )
+    return found[0]
 
 
 def _no_columns(layouts: Sequence[str], row: DataRow, run: OpenedRun) -> DataError:

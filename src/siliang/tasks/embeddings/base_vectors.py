@@ -89,18 +89,29 @@ def resolved(config: RunConfig) -> EmbeddingConfig:
     name = settings.prompt_name
     if name == "auto":
         of_the_base = prompts and settings.query_prompt is None and settings.document_prompt is None
-        name = _of_single_texts(own.get("default_prompt_name"), "none" if of_the_base else "document")
+        name = _of_single_texts(config.model, own.get("default_prompt_name"), prompts) if of_the_base else "document"
     update = {"pooling": pooling, "query_prompt": query, "document_prompt": document, "prompt_name": name}
     return settings.model_copy(update=update)
 
 
-def _of_single_texts(default: object, without: str) -> str:
+def _of_single_texts(model: str, default: object, prompts: dict[str, Any]) -> str:
     """The prompt of a text that stands alone, by the base model's default prompt.
 
-    Args:
-        without: Where it has none.
+    Raises:
+        ConfigError: The default is neither a query's nor a document's prompt.
     """
-    return "query" if default == "query" else "document" if default in DOCUMENTS else without
+    if default == "query" or default in DOCUMENTS:
+        return "query" if default == "query" else "document"
+    if not (isinstance(default, str) and _text(prompts.get(default))):
+        return "none"
+    raise ConfigError(
+        Bilingual(
+            f"{model} puts its prompt {default!r} in front of texts that stand alone, and siliang has those of queries "
+            "and documents: set embedding.prompt_name to query, document or none (query_prompt may be any text).",
+            f"{model} 在单独的文本前加提示 {default!r}，而 siliang 只有查询和文档的提示：请把 embedding.prompt_name "
+            "设为 query、document 或 none（query_prompt 可以是任意文字）。",
+        )
+    )
 
 
 def _text(value: object) -> str:

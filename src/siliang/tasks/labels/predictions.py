@@ -133,8 +133,8 @@ def _parts(run: Trained, text: str | tuple[str, str]) -> tuple[str, str | None]:
         given = in_one_line(text)
         raise DataError(
             Bilingual(
-                f"{run.name} was trained on pairs of texts, {first!r} and {second!r}, and {given!r} is not "
-                "two.\nGive both with a tab between them, or a file with both columns: siliang "
+                f"{run.name} was trained on pairs of texts, {first!r} and {second!r}, and {given!r} is no "
+                "pair.\nGive both with a tab between them, or a file with both columns: siliang "
                 "predict RUN a.csv.",
                 f"{run.name} 是用成对的文本 {first!r} 和 {second!r} 训练的，而 {given!r} 不是两段文本。"
                 "\n"
