@@ -16,13 +16,14 @@ from test_methods_everywhere import Done, check_plan, losses_of, planned_run, sa
 from tiny import VOCABULARY, word_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from siliang import LoraConfig, get_peft_model
 from siliang.config import RunConfig
 from siliang.run_folder import open_run
 from siliang.train.log import Progress
 from siliang.train.run import train
 from siliang.train.start_adapter import filled_in
 from siliang.train.types import Listener
-from siliang.types import InterruptedRunError
+from siliang.types import InterruptedRunError, TargetError
 from siliang.use.merge import merge
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -130,6 +131,13 @@ def test_an_adapter_of_transformers_4_is_trained_further(
     config = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())
     assert config["target_parameters"] == ["down_proj", "gate_up_proj"] and config["target_modules"] == ["q_proj"]
     assert config["rank_pattern"] == {r".*\.gate_up_proj": 4}
+
+
+def test_a_wrong_name_on_a_mixture_is_told_of_its_experts(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(configured(tmp_path / "run").model)
+    says = r"The weights of experts are parameters \(target_parameters of LoRA\): .*experts.gate_up_proj"
+    with pytest.raises(TargetError, match=says):
+        get_peft_model(model, LoraConfig(target_modules=["expert_proj"]))
 
 
 def test_all_linear_says_once_what_it_leaves_out(configured: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -104,6 +104,19 @@ def test_what_is_there_is_not_overwritten(opened: OpenedRun, tmp_path: Path) -> 
         predict_file(opened, str(source), tmp_path / "none" / "b.csv")
 
 
+def test_stopped_before_the_first_rows(opened: OpenedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file is named that is not there."""
+
+    def stop(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "predict", stop)
+    source = write_jsonl(tmp_path / "all.jsonl", reviews())
+    with pytest.raises(InterruptedRunError, match="before the first rows were written"):
+        predict_file(opened, str(source), tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["all.jsonl"]
+
+
 def test_a_number_that_parquet_has_no_type_for(opened: OpenedRun, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "all.jsonl", [{"text": "the film", "n": 2**70}])
     with pytest.raises(OutputError, match="the column 'n' cannot be written"):

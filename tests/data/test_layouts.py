@@ -4,6 +4,8 @@ import json
 import os
 import re
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from tiny import write_jsonl
 from siliang.config import DataConfig
 from siliang.data import example_set
 from siliang.data.cache import prune, used
+from siliang.data.cells import BadRow
 from siliang.data.example_set import ExampleSet
 from siliang.data.examples import Labelled, Text
+from siliang.data.label_cells import a_number, several_labels
 from siliang.data.labels import alike, joined, strange
 from siliang.data.load import Examples, load_examples, load_rows
 from siliang.data.numbers import as_number, is_whole
@@ -35,6 +39,27 @@ def load(path: Path, content: str | None = None, task: DataSpec = CLASSES, **set
 
 
 # ---- labels ----
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("1 000 527", "has '1 000 527' in 'label', a number with marks between its thousands: write it as 1000527"),
+        ("1\u202f000,5", "write it as 1000.5"),
+        ([0.3, 0.7], "has a list of 2 numbers in 'label', and classification.problem = number takes one number"),
+    ],
+)
+def test_what_is_no_number(label: object, says: str) -> None:
+    with pytest.raises(BadRow) as refused:
+        a_number({"label": label}, "label")
+    assert says in str(refused.value)
+
+
+def test_probabilities_of_classes(tmp_path: Path) -> None:
+    rows = [{"text": f"t {i}", "label": [0.3, 0.7]} for i in range(30)]
+    spec = replace(CLASSES, several=True, read_label=partial(several_labels, separator=None))
+    with pytest.raises(DataError, match=r"holds lists of numbers such as 0.3, 0.7: a probability for each class"):
+        load(write_jsonl(tmp_path / "a.jsonl", rows), task=spec)
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,17 @@ def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:
     assert sentences(recommend(summarize(data), data), data, words("en"))[0] == words("en")["none_alone"]
 
 
+def test_runs_without_the_metric(tmp_path: Path) -> None:
+    """Such as runs without held-out rows: nothing is said of what they learned."""
+    bare = record(0.5, trained=1000, memory=400, seed=3, method="lora")
+    bare.final = {"train_loss": 0.5}
+    (tmp_path / "a").mkdir()
+    bare.write(tmp_path / "a")
+    data = gather([tmp_path / "a"])
+    said = sentences(recommend(summarize(data), data), data, words("en"))[0]
+    assert said == "No run has its accuracy yet: it is not finished, failed, or has no held-out rows."
+
+
 def test_commands_can_be_pasted_and_are_possible(tmp_path: Path) -> None:
     for method, merges in (("lora", True), ("full", False), ("prompt_tuning", False), ("bitfit", True)):
         folder = tmp_path / f"my {method}"
