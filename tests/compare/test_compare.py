@@ -330,6 +330,7 @@ def test_search_sees_validation_rows_alone(
     ]
     given = [part for text in sets for part in ("--set", text)]
     printed = here("compare", *flags, "--methods", "lora,bitfit,prompt", "--seeds", 1, "--jobs", 2, *given)
+    assert ("--jobs 2 on 1 threads" in printed) == (torch.get_num_threads() == 1 and not torch.cuda.is_available())
     comparison = Comparison.open(out / "comparison.json")
     searched = [t for t in comparison.trials if t.purpose == "search"]
     assert len(searched) == 4 + 2 + 2

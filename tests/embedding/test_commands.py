@@ -71,6 +71,10 @@ def test_every_command(case: str, models: dict[str, Path], tmp_path: Path) -> No
     assert measured[quality] == pytest.approx(final[quality], abs=1e-9)
     pair = json.loads(done("predict", tmp_path / "part", "the film\twas good", "--json"))
     assert isinstance(pair["similarity" if task == "embedding" else "score"], float)
+    opener = "SentenceTransformer" if task == "embedding" else "CrossEncoder"
+    assert f"load it with sentence_transformers.{opener}('" in done(
+        "merge", tmp_path / "part", "--output", tmp_path / "m"
+    )
 
 
 def as_messages(row: dict[str, Any]) -> dict[str, Any]:
