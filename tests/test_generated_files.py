@@ -15,10 +15,11 @@ import torch
 from commands import refused, run
 from every_task import configured, make_models
 from tiny import write_jsonl
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
 from siliang.data.messages import Conversation, Message
 from siliang.engine.one_answer import without_padding
+from siliang.models.positions import trained_length
 from siliang.run_folder import OpenedRun, open_run
 from siliang.train.run import train
 from siliang.types import ConfigError, DataError, InterruptedRunError, ModelError, OutputError
@@ -137,6 +138,19 @@ def test_beyond_the_length_that_the_model_was_trained_for(opened: dict[str, Open
     says = f"more than the {known:,} tokens that the model was trained for: what"
     with pytest.warns(UserWarning, match=says):
         generate(own, prompt, max_new_tokens=known - asked_for + 1)
+
+
+@pytest.mark.parametrize(
+    ("rotations", "tokens"),
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+    ],
+)
+def test_the_trained_length_of_scaled_rotations(rotations: dict[str, Any], tokens: int) -> None:
+    sizes: dict[str, Any] = {"max_position_embeddings": 64, "rope_parameters": {"rope_theta": 1e4, **rotations}}
+    assert trained_length(LlamaConfig(**sizes)) == tokens
 
 
 def test_a_system_message_is_read_as_that_of_a_row(opened: dict[str, OpenedRun], tmp_path: Path) -> None:

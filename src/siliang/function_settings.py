@@ -164,9 +164,8 @@ def values_of(settings: Settings | None, changes: Mapping[str, object]) -> dict[
 def _section(name: str, value: object) -> object:
     """A section that is written as its one value: `method: ia3`, `data: a.csv`."""
     alone = {"data": "train", "method": "name"}.get(name)
-    if (
-        name == "data" and isinstance(value, Mapping) and "path" in value and {*value} <= {*Source.model_fields}
-    ):  # one source, with its weight
+    # one source, with its weight
+    if name == "data" and isinstance(value, Mapping) and "path" in value and {*value} <= {*Source.model_fields}:
         return {"train": [value]}
     return value if alone is None or value is None or isinstance(value, Mapping) else {alone: value}
 
