@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from siliang.data.example_set import first_rows
@@ -164,3 +165,11 @@ def rows_with(s: CheckInput, pattern: re.Pattern[str]) -> tuple[Counter[str], li
             counts.update(matches)
             rows.append(i)
     return counts, rows
+
+
+def class_counts(s: CheckInput, *parts: str) -> Counter[str]:
+    """The number of rows of each class in these parts; without parts, in the training rows."""
+    counts: Counter[str] = Counter()
+    for example in chain.from_iterable(getattr(s.examples, part) for part in parts or ("train",)):
+        counts.update(example.classes)
+    return counts

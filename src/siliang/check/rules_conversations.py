@@ -9,9 +9,13 @@ from functools import lru_cache
 from siliang.check.finding import Problem
 from siliang.check.input import CheckInput
 from siliang.data.example import Example
+from siliang.data.examples import Labelled, Related, Scored, SeveralLabels, SourceTarget, Span, Tagged
 from siliang.data.messages import Call, Conversation, Message, Ranked, Rated
 from siliang.language import Bilingual
 from siliang.secrets import shortened
+
+WITH_TURNS = Conversation | Ranked | Rated  # kinds of rows
+WITHOUT_TURNS = Labelled | SeveralLabels | Tagged | Span | SourceTarget | Related | Scored  # kinds that are never mixed
 
 
 def turns_that_do_not_fit(s: CheckInput) -> Iterator[Problem]:
@@ -30,8 +34,11 @@ def turns_that_do_not_fit(s: CheckInput) -> Iterator[Problem]:
 
     办法：改正调用与结果的 id、函数名和参数；把多条系统消息合并成一条。
     """
+    train = s.examples.train
+    if not len(train) or isinstance(train[0], WITHOUT_TURNS):
+        return
     found: dict[str, tuple[list[int], Bilingual]] = {}
-    for i, example in enumerate(s.examples.train):
+    for i, example in enumerate(train):
         for kind, what in _misfits(example).items():
             found.setdefault(kind, ([], what))[0].append(i)
     for rows, what in found.values():
@@ -42,7 +49,7 @@ def turns_that_do_not_fit(s: CheckInput) -> Iterator[Problem]:
 
 def _misfits(example: Example) -> dict[str, Bilingual]:
     """What does not fit in a conversation: by its kind, the first of it in words."""
-    if not isinstance(example, Conversation | Ranked | Rated):
+    if not isinstance(example, WITH_TURNS):
         return {}
     talks = [example] if isinstance(example, Conversation) else _talks(example)
     found: dict[str, Bilingual] = {}

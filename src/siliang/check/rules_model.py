@@ -291,12 +291,12 @@ def class_read_at_the_end(s: CheckInput) -> Iterator[Problem]:
     if not getattr(s.model_config, "is_encoder_decoder", False) or not reads_a_class or not isinstance(eos, int):
         return
     counts = [int((np.asarray(ids) == eos).sum()) for part in (s.train, s.eval) for ids in part.lists("input_ids")]
-    if counts and (min(counts) == 0 or min(counts) < max(counts)):
-        none, n, most = counts.count(0), len(counts), max(counts)
+    none, n, least, most = counts.count(0), len(counts), min(counts, default=0), max(counts, default=0)
+    if none or least < most:
         yield Problem(
             Bilingual(
-                f"of {n:,} rows {none:,} have no token {eos}; the rows have {min(counts):,} to {most:,} of it",
-                f"{n:,} 条样本中有 {none:,} 条没有编号 {eos} 的词元；各条样本有 {min(counts):,} 到 {most:,} 个",
+                f"of {n:,} rows {none:,} have no token {eos}; the rows have {least:,} to {most:,} of it",
+                f"{n:,} 条样本中有 {none:,} 条没有编号 {eos} 的词元；各条样本有 {least:,} 到 {most:,} 个",
             )
         )
 

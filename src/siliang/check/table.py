@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from siliang.check import rules_conversations as conversations
 from siliang.check import rules_labels as labels
 from siliang.check import rules_model as model
+from siliang.check import rules_numbers as numbers
 from siliang.check import rules_preferences as preferences
 from siliang.check import rules_related as related
 from siliang.check import rules_rows as rows
@@ -66,13 +67,13 @@ RULES: dict[str, Rule] = {
         Rule("SL045", "warning", preferences.length_decides, "rows"),
         Rule("SL046", "warning", preferences.refusals_preferred, "rows"),
         Rule("SL047", "warning", labels.rare_labels, "rows"),
-        Rule("SL048", "warning", labels.far_numbers),
+        Rule("SL048", "warning", numbers.far_numbers),
         Rule("SL049", "error", preferences.one_kind_of_answer),
         Rule("SL050", "warning", related.same_texts, "rows"),
         Rule("SL051", "warning", related.wrong_negatives, "rows"),
         Rule("SL052", "error", related.nothing_to_compare, "rows"),
         Rule("SL053", "warning", related.classes_as_scores, "rows"),
-        Rule("SL054", "warning", labels.decimal_commas, "rows"),
+        Rule("SL054", "warning", numbers.decimal_commas, "rows"),
         Rule("SL055", "warning", conversations.turns_that_do_not_fit, "rows"),
         Rule("SL056", "error", model.class_read_at_the_end, fatal=True),
     )

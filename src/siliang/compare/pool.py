@@ -288,6 +288,18 @@ def _gpu_of(number: int) -> dict[str, str]:
     return {}
 
 
+def too_many(jobs: int) -> Bilingual | None:
+    """What so many runs at once cost, where they are more than the CPU's threads; None where they are not."""
+    import torch
+
+    if torch.cuda.is_available() or jobs <= (threads := torch.get_num_threads()):
+        return None
+    return Bilingual(
+        f"--jobs {jobs} on {threads} threads: each run is slower, and takes its own memory",
+        f"--jobs {jobs} 多于 {threads} 个线程：每次运行都更慢，且各占一份内存",
+    )
+
+
 def threads_each(jobs: int) -> int:
     """The CPU threads of each run if `jobs` runs share this machine."""
     import torch

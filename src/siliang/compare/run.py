@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from siliang.check import find, gather_input, stop_on_errors
-from siliang.compare.pool import Event, Pool
+from siliang.compare.pool import Event, Pool, too_many
 from siliang.compare.received import Message
 from siliang.compare.resume import can_resume, changed_files, open_comparison, recorded_trial
 from siliang.compare.trials import MAX_ATTEMPTS, TIMED_STEPS, run_config, search_trials, test_trials
@@ -152,15 +152,8 @@ class _ComparisonRun:
 
     def _check(self) -> None:
         """Raises the errors that every run would raise."""
-        import torch
-
-        if self.ray is None and not torch.cuda.is_available() and self.jobs > (threads := torch.get_num_threads()):
-            self._warn_once(
-                both(
-                    f"warning    --jobs {self.jobs} on {threads} threads: each run is slower, and takes its own memory",
-                    f"警告       --jobs {self.jobs} 多于 {threads} 个线程：每次运行都更慢，且各占一份内存",
-                )
-            )
+        if self.ray is None and (warning := too_many(self.jobs)) is not None:
+            self._warn_once(both("warning    ", "警告       ") + local(warning))
         trial = test_trials(self.config, {})[0]
         config = run_config(self.config, trial, self.folder, {})
         subject = gather_input(config, machine(), prepare_data(config, self.why))

@@ -27,7 +27,7 @@ def heads_in_fp32(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     Args:
         names: Of the head's modules.
     """
-    with patched(list(_wide_forwards(model, set(names)))):
+    with patched(list(_wide_forwards(model, set(names))) if names else []):
         yield
 
 

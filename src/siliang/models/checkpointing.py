@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from siliang.language import Bilingual
+from siliang.models.introspect import supports_checkpointing
 from siliang.types import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def enable_checkpointing(model: PreTrainedModel, **settings: object) -> None:
     Raises:
         ConfigError: The model does not support it.
     """
-    if not getattr(model, "supports_gradient_checkpointing", True):
+    if not supports_checkpointing(model):
         name = type(model).__name__
         raise ConfigError(
             Bilingual(

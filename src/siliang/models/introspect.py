@@ -124,11 +124,16 @@ def layer_stack(model: nn.Module) -> list[nn.Module]:
     return list(stacks[0])
 
 
+def supports_checkpointing(model: nn.Module) -> bool:
+    """Whether transformers lets the model's layers recompute their activations."""
+    return getattr(model, "supports_gradient_checkpointing", True)
+
+
 def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """Every layer that can recompute its activations, of all stacks; none of a model that does not support it."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    if not getattr(model, "supports_gradient_checkpointing", True):
+    if not supports_checkpointing(model):
         return []
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
