@@ -135,6 +135,7 @@ def predict(
         )
     with importing():
         from siliang.cli.show import quiet_loading
+        from siliang.data.cells import is_blank
         from siliang.hardware import find_device
         from siliang.run_folder import find_run_or_model, open_trained
         from siliang.types import DataError
@@ -178,8 +179,8 @@ def predict(
                     "--context 只用于 question_ans 的运行，而这次运行不是。",
                 )
             )
-        given = [(text, context) if isinstance(text, str) and text.strip() else text for text in given]
-    wanted = [i for i, text in enumerate(given) if not isinstance(text, str) or text.strip()]
+        given = [(text, context) if isinstance(text, str) and not is_blank(text) else text for text in given]
+    wanted = [i for i, text in enumerate(given) if not isinstance(text, str) or not is_blank(text)]
     asked = [given[i] for i in wanted]
     if not asked:
         raise DataError(
@@ -191,7 +192,7 @@ def predict(
     of_tasks = [tasks[i] for i in wanted]
     found = predict_tasks(opened, asked, of_tasks) if any(t is not None for t in of_tasks) else make(opened, asked)
     for text in given:
-        blank = isinstance(text, str) and not text.strip()
+        blank = isinstance(text, str) and is_blank(text)
         _show(None if blank else next(found), task, as_json=json)
 
 

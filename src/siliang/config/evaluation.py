@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from siliang.config.section import Section, as_list
+from siliang.config.section import Section, as_names
 
 MeasureName = Literal["rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "exact_match"]
 BleuTokenizer = Literal["auto", "13a", "zh", "char", "intl"]
@@ -15,7 +15,7 @@ BleuTokenizer = Literal["auto", "13a", "zh", "char", "intl"]
 class EvaluationConfig(Section):
     """The measures of written texts, for causal_lm and seq_2_seq_lm (docs/measures.md)."""
 
-    measures: Annotated[list[MeasureName], BeforeValidator(as_list)] = Field(default_factory=list)
+    measures: Annotated[list[MeasureName], BeforeValidator(as_names)] = Field(default_factory=list)
     """The measures of the texts that the model writes for held-out rows, at each evaluation: rouge_1, rouge_2, rouge_l,
     bleu, chrf, exact_match. The measure of train.best is one of them without being named. Empty: none in training;
     `siliang eval` measures rouge_l for seq_2_seq_lm.

@@ -48,7 +48,7 @@ def is_recorded(info: ValidationInfo) -> bool:
     return info.context == RECORDED
 
 
-def as_list(value: object) -> object:
+def as_names(value: object) -> object:
     """Converts `a,b` to [a, b]: a list of names on the command line."""
     return split_names(value) if isinstance(value, str) else value
 
@@ -85,5 +85,5 @@ def as_name(value: object) -> object:
 
 
 Name = Annotated[str, BeforeValidator(as_name)]
-Names = Annotated[list[str], BeforeValidator(as_list)]
+Names = Annotated[list[str], BeforeValidator(as_names)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as numpy takes it

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NewType
 
 from pydantic import BeforeValidator, Field
 
-from siliang.config.section import Section, Seed, as_list
+from siliang.config.section import Section, Seed, as_names
 from siliang.language import Bilingual, together
 from siliang.types import ConfigError
 from siliang.units import parse_bytes, parse_duration
@@ -219,7 +219,7 @@ class TrainConfig(Section):
     """Steps between two lines of the log.
 
     每隔多少步写一行日志。"""
-    trackers: Annotated[list[TrackerName], BeforeValidator(as_list)] = Field(default_factory=list)
+    trackers: Annotated[list[TrackerName], BeforeValidator(as_names)] = Field(default_factory=list)
     """Experiment trackers that receive the log: tensorboard, wandb, swanlab, mlflow, trackio. They write into
     `trackers` in the run's folder. Nothing is sent unless an environment variable names a server (docs/tracking.md).
 

@@ -18,7 +18,11 @@ from siliang.secrets import shortened
 Values = dict[str, object]
 Result = Example | str  # an example, or what is wrong with the row
 
-BLANKS = " \t\r\n\v\f\xa0\u3000" + INVISIBLE
+# what str.strip() takes for white space, and characters without a width
+BLANKS = (
+    " \t\r\n\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+) + INVISIBLE
 
 
 class BadRow(Exception):  # noqa: N818  # the reader of the row catches it, and adds the place
@@ -108,6 +112,11 @@ def given(value: object) -> bool:
     return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
 
 
+def is_blank(value: object) -> bool:
+    """Whether a cell has nothing to read: null, empty, or a text of white space and invisible characters."""
+    return not given(value) or (isinstance(value, str) and not value.strip(BLANKS))
+
+
 def filled(values: Values, name: str) -> str:
     """A cell that must hold a text.
 
@@ -117,7 +126,7 @@ def filled(values: Values, name: str) -> str:
     if name not in values:
         raise BadRow(Bilingual(f"has no field {name!r}", f"缺少字段 {name!r}"))
     text = as_text(values[name], name)
-    if not text.strip(BLANKS):
+    if is_blank(text):
         raise BadRow(Bilingual(f"has an empty {name!r}", f"的 {name!r} 为空"))
     return text
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from siliang.config import DataConfig, Problem
-from siliang.data.cells import BLANKS, as_text
+from siliang.data.cells import BLANKS, as_text, is_blank
 from siliang.data.find_layout import find_layout
 from siliang.data.label_cells import listed
 from siliang.data.labels import FEW_ROWS, MARKS, joined
@@ -66,7 +66,7 @@ def look_at(cells: Sequence[object], labels: Sequence[str] | None = None) -> Lab
     Args:
         labels: The classes, where the settings name them.
     """
-    there = [cell for cell in cells if cell is not None and not (isinstance(cell, str) and not cell.strip(BLANKS))]
+    there = [cell for cell in cells if cell is not None and not (isinstance(cell, str) and is_blank(cell))]
     lists = [cell for cell in there if isinstance(cell, list | tuple) or listed(cell) is not None]
     if len(lists) * 2 > len(there):
         shown = short_repr(next((cell for cell in lists if cell and cell != "[]"), lists[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from siliang.data.cells import BLANKS, BadRow, Values, as_text, filled
+from siliang.data.cells import BLANKS, BadRow, Values, as_text, filled, is_blank
 from siliang.data.list_cells import held_in_text
 from siliang.data.numbers import as_number, has_comma_groups, has_decimal_comma, has_thousands, with_point
 from siliang.language import Bilingual
@@ -45,14 +45,14 @@ def several_labels(values: Values, column: str, separator: str | None) -> tuple[
     if column not in values:
         raise BadRow(Bilingual(f"has no field {column!r}", f"缺少字段 {column!r}"))
     value = values[column]
-    if value is None or (isinstance(value, str) and not value.strip(BLANKS)):
+    if value is None or (isinstance(value, str) and is_blank(value)):
         return ()
     parts: Sequence[object] | None = value if isinstance(value, list | tuple) else listed(value)
     if parts is None:
         text = as_text(value, column)
         parts = [text] if separator is None else [part.strip(BLANKS) for part in text.split(separator)]
     names = tuple(as_text(part, column) for part in parts)
-    if not all(name.strip(BLANKS) for name in names):
+    if any(map(is_blank, names)):
         raise BadRow(
             Bilingual(
                 f"has an empty label in {column!r}: {short_repr(value)}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from siliang.config import Columns, LayoutName
-from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled
+from siliang.data.cells import BadRow, Result, Values, as_text, filled, is_blank
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Labelled, Prepared, SeveralLabels, SourceTarget, Span, Tagged, Text
 from siliang.data.label_cells import LabelReader, one_label
@@ -100,7 +100,7 @@ def _tagged(values: Values, c: Columns) -> Result:
     if None in tokens:
         return Bilingual(f"has null in {c.tokens!r}", f"的 {c.tokens!r} 中有 null")
     made = Tagged(tuple(as_text(t, c.tokens) for t in tokens), tuple(as_text(t, c.tags) for t in tags))
-    if all(tag.strip(BLANKS) for tag in made.tags):
+    if not any(map(is_blank, made.tags)):
         return made
     return Bilingual(f"has an empty tag in {c.tags!r}", f"的 {c.tags!r} 中有空的标注")
 

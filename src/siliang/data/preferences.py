@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 
 from siliang.config import Columns
-from siliang.data.cells import BadRow, Result, Values, as_text, cell, given
+from siliang.data.cells import BadRow, Result, Values, as_text, cell, given, is_blank
 from siliang.data.messages import Message, Ranked
 from siliang.data.refused import refuse_media
 from siliang.data.turns import history_of, text_or_turns, tools_of, turns_of
@@ -66,7 +66,7 @@ def answer_of(value: object, column: str) -> list[Message]:
     if isinstance(value, list | tuple):
         return turns_of(value, column)
     text = as_text(value)
-    if not text.strip():
+    if is_blank(text):
         raise BadRow(Bilingual(f"has an empty {column!r}", f"的 {column!r} 为空"))
     return _of_speakers(text) or [Message("assistant", text)]
 
@@ -87,14 +87,14 @@ def prompt_of(values: Values, c: Columns) -> list[Message]:
     about, history = cell(values, c.input), history_of(values)
     if column is not None and isinstance(turns := text_or_turns(values.get(column)), list | tuple):
         prompt = turns_of(turns, column)
-        if about.strip() or history:
+        if not is_blank(about) or history:
             raise BadRow(
                 Bilingual(
                     f"has turns in {column!r} and also {c.input!r} or 'history': write them into the turns",
                     f"的 {column!r} 是多轮对话，又有 {c.input!r} 或 'history'：请写进对话中",
                 )
             )
-    elif column is not None and (text := cell(values, column)).strip():
+    elif column is not None and not is_blank(text := cell(values, column)):
         before = [m for q, a in history for m in (Message("user", q), Message("assistant", a))]
         prompt = [*before, Message("user", text, about)]
     return prompt
@@ -175,7 +175,7 @@ def checked(ranked: Ranked, values: Values, c: Columns, columns: Sequence[str]) 
                 f"has whole conversations in {name!r}, where answers alone belong",
                 f"的 {name!r} 应只有回答，而不是整段对话",
             )
-        if any(m.role == "assistant" and not m.content.strip() and not m.calls for m in answer):
+        if any(m.role == "assistant" and is_blank(m.content) and not m.calls for m in answer):
             return Bilingual(f"has an empty answer in {name!r}", f"的 {name!r} 中有空的回答")
     if len(ranked.answers) > 1 and not ranked.pairs:
         return Bilingual(f"has the same text in {where}: neither is better", f"的 {where_zh} 文本相同，分不出好坏")

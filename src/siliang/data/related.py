@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 
 from siliang.config import Columns
-from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled, given, short
+from siliang.data.cells import BadRow, Result, Values, as_text, filled, given, is_blank, short
 from siliang.data.examples import Related, Scored
 from siliang.data.list_cells import CsvCell, held_in_text
 from siliang.data.numbers import as_number, has_decimal_comma, with_point
@@ -152,7 +152,7 @@ def _only_turn(turns: object, column: str) -> str:
                 "embedding.query_prompt 或 document_prompt）",
             )
         )
-    if not found[0].text.strip(BLANKS):
+    if is_blank(found[0].text):
         raise BadRow(Bilingual(f"has an empty text in {column!r}", f"的 {column!r} 中有空的文本"))
     return found[0].text
 
@@ -166,7 +166,7 @@ def _texts(value: object, column: str) -> list[str]:
     value = _held(value, column)
     parts = value if isinstance(value, list | tuple) else [value]
     found = [as_text(_of_passage(part), column) for part in parts]
-    if not all(text.strip(BLANKS) for text in found):
+    if any(map(is_blank, found)):
         raise BadRow(Bilingual(f"has an empty text in {column!r}", f"的 {column!r} 中有空的文本"))
     return found
 

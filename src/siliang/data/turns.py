@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from siliang.config import Columns
-from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, short
+from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, is_blank, short
 from siliang.data.list_cells import as_list
 from siliang.data.messages import Call, Conversation, Message, Role
 from siliang.data.refused import MEDIA, media_in, refuse_other_lessons, text_only
@@ -304,9 +304,9 @@ def as_conversation(messages: list[Message], tools: str = "") -> Result:
         first = talk[0].role
         return Bilingual(f"begins with the {first}, not with the user", f"以 {first} 开头，而不是 user")
     for number, m in enumerate(messages, start=1):
-        if m.role == "assistant" and not m.content.strip() and not m.calls:
+        if m.role == "assistant" and is_blank(m.content) and not m.calls:
             return Bilingual(f"has an empty answer in turn {number}", f"第 {number} 轮的回答为空")
-        if m.role == "user" and not m.text.strip():
+        if m.role == "user" and is_blank(m.text):
             return Bilingual(f"has an empty question in turn {number}", f"第 {number} 轮的问题为空")
     if talk[-1].role != "assistant":
         last = talk[-1].role
@@ -327,9 +327,9 @@ def read_pair(instruction: str, output: str) -> Callable[[Values, Columns], Resu
             return _prompt_and_completion(values, c, asked, answered)
         about = "" if c.input == asked else cell(values, c.input)
         question, answer = cell(values, asked), cell(values, answered)
-        if not answer.strip():
+        if is_blank(answer):
             return Bilingual(f"has an empty {answered!r}", f"的 {answered!r} 为空")
-        if not question.strip() and not about.strip():
+        if is_blank(question) and is_blank(about):
             return Bilingual(f"has an empty {asked!r}", f"的 {asked!r} 为空")
         if mark := media_in(f"{question}\n{about}"):
             return _not_text(mark)
@@ -353,7 +353,7 @@ def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str
         after = [Message("assistant", cell(values, answered))]
     if system := cell(values, c.system).strip():
         before.insert(0, Message("system", system))
-    if c.input != asked and cell(values, c.input).strip():
+    if c.input != asked and not is_blank(cell(values, c.input)):
         raise BadRow(
             Bilingual(
                 f"has turns and also a text in {c.input!r}: write the text into the turn that it belongs to",

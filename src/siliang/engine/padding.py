@@ -12,7 +12,7 @@ Shapes: S sequences, W columns of the padded batch, T tokens, V virtual tokens i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
@@ -39,11 +39,11 @@ from siliang.ops.read_attention import attention
 from siliang.types import message_of
 
 ATTENTION = "siliang_packed"
-UNSUPPORTED = (
-    "softcap",
-    "s_aux",
-    "position_bias",
-)  # arguments of some attentions
+UNSUPPORTED = {  # arguments of some attentions, and what they do
+    "softcap": Bilingual("caps the scores of its attention (softcap)", "对注意力分数做软截断（softcap）"),
+    "s_aux": Bilingual("has attention sinks (s_aux)", "使用注意力汇（attention sink，s_aux）"),
+    "position_bias": Bilingual("adds a bias of positions to the scores of its attention", "在注意力分数上加位置偏置"),
+}
 
 
 class NotPackableError(WayRefusedError):
@@ -223,6 +223,18 @@ class PaddingFree:
         return self._packed[id(value)][1]
 
 
+def refuse_unsupported(module: nn.Module, arguments: Mapping[str, object]) -> None:
+    """Refuses what packed rows and shared keys do not compute.
+
+    Raises:
+        NotPackableError: The attention does one of `UNSUPPORTED`.
+    """
+    for argument, what in UNSUPPORTED.items():
+        if arguments.get(argument) is not None:
+            name = type(module).__name__
+            raise NotPackableError(Bilingual(f"{name} {what}", f"{name} {what.zh}"))
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -239,13 +251,11 @@ def attend(
     if not isinstance(attention_mask, Layout):
         raise NotPackableError(
             Bilingual(
-                f"{type(module).__name__} lost the layout on the way", f"{type(module).__name__} 中途丢失了打包布局"
+                f"{type(module).__name__} does not take the mask that its layer is given",
+                f"{type(module).__name__} 没有使用所在层得到的掩码",
             )
         )
-    if wanted := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
-        raise NotPackableError(
-            Bilingual(f"{type(module).__name__} wants {wanted[0]}", f"{type(module).__name__} 需要 {wanted[0]}")
-        )
+    refuse_unsupported(module, kwargs)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if attention_mask.on_attention is not None:
         attention_mask.on_attention(causal)

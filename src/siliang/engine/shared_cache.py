@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from siliang.engine.padding import UNSUPPORTED, NotPackableError
+from siliang.engine.padding import NotPackableError, refuse_unsupported
 from siliang.engine.patches import attention_implementation
 from siliang.language import Bilingual
 from siliang.models.introspect import cache_in, layer_number
@@ -111,17 +111,14 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function for transformers' interface: (B, H, N, K) in, (B, N, H, K) out."""
-    if wanted := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
-        raise NotPackableError(
-            Bilingual(f"{type(module).__name__} wants {wanted[0]}", f"{type(module).__name__} 需要 {wanted[0]}")
-        )
+    refuse_unsupported(module, kwargs)
     if query.shape[2] > 1:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     cache, number = _cache.get(), layer_number(module)
     layer = None if cache is None or number is None else cache.layers[number]
     if not isinstance(layer, SharedLayer) or key is not layer.keys:
         name = type(module).__name__
-        raise NotPackableError(Bilingual(f"{name} lost the shared keys on the way", f"{name} 中途丢失了共用的键"))
+        raise NotPackableError(Bilingual(f"{name} changes the keys that it keeps", f"{name} 改动了所保存的键"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention_to_shared(query, key, value, *layer.beginning, attention_mask, scaling=scale), None
 

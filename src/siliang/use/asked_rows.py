@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from siliang.config import Columns
-from siliang.data.cells import BadRow, given
+from siliang.data.cells import BadRow, is_blank
 from siliang.data.examples import SourceTarget, Text
 from siliang.data.find_layout import find_layout
 from siliang.data.layouts import LAYOUTS
@@ -63,7 +63,7 @@ def read_asked(run: OpenedRun, source: str, system: str = "") -> Iterator[AskedR
         if is_lines:
             text = str(row.values.get("text", ""))
             asked = Text(text) if plain else Conversation((Message("user", text),))
-            found: Conversation | Text | None = asked if text.strip() else None
+            found: Conversation | Text | None = None if is_blank(text) else asked
         else:
             found = _asked(run, row)
         if system and isinstance(found, Text):
@@ -106,12 +106,12 @@ def _asked(run: OpenedRun, row: DataRow) -> Conversation | Text | None:
         if not read_by:
             raise _no_question(row, _question_columns(layouts, columns)) from None
         answers = [value for name, value in row.values.items() if name not in values]
-        if answers and all(map(_is_blank, answers)):
+        if answers and all(map(is_blank, answers)):
             return None
         names = (columns.prompt, columns.instruction, columns.messages, "conversations")
         raise _no_question(row, names) from None
     cells = [values.get(name) for name in (*layout.fixed, *(getattr(columns, need) for need in layout.needs))]
-    if all(cell == ANSWER or _is_blank(cell) for cell in cells):
+    if all(cell == ANSWER or is_blank(cell) for cell in cells):
         return None
     try:
         found = layout.example(values, columns)
@@ -146,10 +146,6 @@ def _question(layouts: Sequence[str], values: dict[str, object], columns: Column
             if isinstance(found, Ranked | Rated):
                 return Conversation(found.prompt_messages, found.tools)
     return None
-
-
-def _is_blank(cell: object) -> bool:
-    return not given(cell) or (isinstance(cell, str) and not cell.strip())
 
 
 def _question_columns(layouts: Sequence[str], columns: Columns) -> list[str]:

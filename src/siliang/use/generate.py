@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from siliang.config import RunConfig
+from siliang.data.cells import is_blank
 from siliang.data.examples import Text
 from siliang.data.messages import Conversation, Message
 from siliang.engine.one_answer import check_beams, one_plain_answer, without_padding
@@ -88,7 +89,7 @@ def as_asked(
                 f"不用模板直接续写时没有 {unused} 的位置：请去掉，或使用 --template（Python 中为 plain=False）。",
             )
         )
-    if not plain and not instruction.strip() and not input.strip():
+    if not plain and is_blank(instruction) and is_blank(input):
         raise ConfigError(
             Bilingual("the instruction is blank: there is nothing to answer.", "指令为空：没有可回答的内容。")
         )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from siliang.config import Columns
 from siliang.config.embedding import PromptName
-from siliang.data.cells import BLANKS, BadRow, as_text, given
+from siliang.data.cells import BadRow, as_text, is_blank
 from siliang.data.example import Example
 from siliang.data.examples import Related, Text
 from siliang.data.find_layout import ALIASES, find_layout
@@ -187,7 +187,7 @@ class InputRow:
     @property
     def is_blank(self) -> bool:
         """There is nothing to predict."""
-        return isinstance(self.input, str) and not self.input.strip()
+        return isinstance(self.input, str) and is_blank(self.input)
 
 
 def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
@@ -239,13 +239,9 @@ def read_rows(run: OpenedRun, source: str) -> Iterator[InputRow]:
             raise DataError(
                 Bilingual(f"{row.where} {problem}.", f"{row.where} {local(message_of(problem), 'zh')}。")
             ) from None
-        whole = all(map(str.strip, cells))  # half a pair is as little as an empty line
-        input = "" if not whole else (cells[0], cells[1]) if len(cells) > 1 else cells[0]
+        blank = any(map(is_blank, cells))  # half a pair is as little as an empty line
+        input = "" if blank else (cells[0], cells[1]) if len(cells) > 1 else cells[0]
         yield InputRow(row.values, input, of.task)
-
-
-def _has_text(cell: object) -> bool:
-    return given(cell) and not (isinstance(cell, str) and not cell.strip(BLANKS))
 
 
 def _header_hint(source: str) -> Bilingual:
@@ -309,7 +305,7 @@ def _read_by_layout(layouts: tuple[str, ...], row: DataRow, run: OpenedRun) -> I
         if "text" not in layouts or (only := _only_text(row, run)) is None:
             raise _no_columns(layouts, row, run) from None
         layout, columns = LAYOUTS["text"], columns.model_copy(update={"text": only})
-    if not all(_has_text(row.values[getattr(columns, need)]) for need in layout.needs):
+    if any(is_blank(row.values[getattr(columns, need)]) for need in layout.needs):
         return InputRow(row.values, "")
     found = layout.example(row.values, columns)
     if isinstance(found, str):
