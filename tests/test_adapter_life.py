@@ -9,6 +9,7 @@ from closeness import assert_all_close, assert_close
 from tiny import TASK, batch, make, word_tokenizer
 
 import siliang
+from siliang.merge import merge_with_proof
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.types import AdapterError, ConfigError, MergeError
 
@@ -106,6 +107,20 @@ def test_a_broken_adapter_is_not_merged() -> None:
     assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
     with pytest.raises(MergeError, match="cannot be merged"):
         attach("llama", siliang.PromptTuningConfig(num_virtual_tokens=3)).merge_and_unload()
+
+
+def test_a_merge_is_proved_by_a_single_value() -> None:
+    """The score of one text has no deviation to measure a difference by: its size does, and 1 for a smaller one."""
+    for shift in (0.0, 50.0):
+        base = make("bert")
+        base.classifier, base.num_labels, base.config.num_labels = torch.nn.Linear(32, 1), 1, 1
+        base.classifier.bias.data += shift
+        model = siliang.get_peft_model(base, siliang.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
+        sample = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+        score = float(model(**sample).logits.detach())
+        _, proof = merge_with_proof(model, [sample])
+        assert proof.holds and proof.positions == 1
+        assert proof.spread == pytest.approx(max(1.0, abs(score)), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "ln"])

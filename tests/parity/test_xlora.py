@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from closeness import assert_all_close, assert_close
+from safetensors.torch import load_file, save_file
 from tiny import TASK, batch, make
 from torch import nn
 
@@ -217,6 +218,14 @@ def test_experts_that_cannot_be(experts: dict[str, dict[str, str]], tmp_path: Pa
     ):
         with pytest.raises(ConfigError, match=said):
             siliang.get_peft_model(make("llama"), siliang.XLoraConfig(task_type="CAUSAL_LM", adapters={"x": folder}))
+    former = tmp_path / "former"  # an adapter of each expert's own layers, as models had them
+    shutil.copytree(experts["llama"]["0"], former)
+    tensors = load_file(former / "adapter_model.safetensors")
+    save_file(
+        {k.replace("self_attn.", "mlp.experts.3."): t for k, t in tensors.items()}, former / "adapter_model.safetensors"
+    )
+    with pytest.raises(ConfigError, match=r"'x' has model.layers.0.mlp.experts.3.q_proj, no layer of this model"):
+        siliang.get_peft_model(make("llama"), siliang.XLoraConfig(task_type="CAUSAL_LM", adapters={"x": str(former)}))
     with pytest.raises(ConfigError, match="T5ForConditionalGeneration is neither"):
         siliang.get_peft_model(make("t5"), siliang.XLoraConfig(adapters=experts["llama"]))
 
