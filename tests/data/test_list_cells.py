@@ -27,12 +27,26 @@ def test_any_texts(texts: list[str]) -> None:
     assert held_in_text(str(np.array(texts, dtype=object))) == texts
 
 
+@given(TEXTS)
+def test_any_arrays_in_objects(texts: list[str]) -> None:
+    held = {"text": np.array(texts, dtype=object), "answer_start": np.array([*range(len(texts))], np.int32)}
+    assert held_in_text(str(held)) == {"text": texts, "answer_start": [*range(len(texts))]}
+
+
+def test_arrays_that_numpy_shortened() -> None:
+    assert held_in_text(str({"a": np.arange(2000)})) is None
+    assert held_in_text(str([*map(str, range(3))])[:-1] + ", ...]") is None
+
+
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=8))
 def test_any_numbers(numbers: list[int]) -> None:
     assert held_in_text(str(numbers)) == held_in_text(str(np.array(numbers))) == numbers
 
 
-@pytest.mark.parametrize("text", ["", "a", "[1] a", "[a]", "[a, b]", "[", "[1, 2", "{a}", "[-1 -2]", "[x for x in y]"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "[1] a", "[a]", "[a, b]", "[", "[1, 2", "{a}", "[-1 -2]", "[x for x in y]", "[array(1, 2)]", "[f([1])]"],
+)
 def test_other_texts(text: str) -> None:
     assert held_in_text(text) is None
 
@@ -53,10 +67,8 @@ def test_tags_and_answers_in_csv(writer: str, tmp_path: Path) -> None:
         path = tmp_path / "rows.csv"
         if writer == "pandas":
             pd.DataFrame(own).to_csv(path, index=False)
-        elif task is TOKEN_CLS:  # of objects datasets writes NumPy's arrays by their names
+        else:  # of objects datasets writes NumPy's arrays by their names
             Dataset.from_list(own).to_csv(str(path))
-        else:
-            continue
         found, expected = (
             load_examples(DataConfig(train=str(p), test_size=0.0), task.data, seed=0).train for p in (path, plain)
         )

@@ -52,11 +52,24 @@ def as_list(value: object) -> object:
 
 
 def _of_python(text: str) -> object:
-    """A literal of Python. In NumPy's ['a' 'b'], a list of two texts, Python would join them; so commas are added."""
+    """A literal of Python, with NumPy's arrays as lists. In NumPy's ['a' 'b'], a list of two texts, Python would join
+    them; so commas are added."""
     tokens: list[tuple[int, str]] = []
     for kind, word, *_ in tokenize.generate_tokens(io.StringIO(text).readline):
         if kind in (tokenize.STRING, tokenize.NUMBER) and tokens and tokens[-1][0] == kind:
             tokens.append((tokenize.OP, ","))
         if kind not in (tokenize.NL, tokenize.NEWLINE):
             tokens.append((kind, word))
-    return ast.literal_eval(" ".join(word for _, word in tokens).strip())
+    tree = ast.parse(" ".join(word for _, word in tokens).strip(), mode="eval")
+    if any(isinstance(node, ast.Constant) and node.value is ... for node in ast.walk(tree)):
+        raise ValueError("NumPy left some of it out")
+    return ast.literal_eval(_ArraysAsLists().visit(tree))
+
+
+class _ArraysAsLists(ast.NodeTransformer):
+    """Of array(['a', 'b'], dtype=object), as NumPy writes an array in an object, the list."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        is_array = isinstance(node.func, ast.Name) and node.func.id == "array" and len(node.args) == 1
+        return node.args[0] if is_array else node
