@@ -76,6 +76,8 @@ def test_runs_that_do_different_things(
     flags = ("--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls", "--output", tmp_path / "c")
     assert run("train", *flags, *QUICK).code == 0
     assert "one after the other" in refused("chat", folders["llama"], tmp_path / "c")
+    ended = run("chat", tmp_path / "c", stdin=f"the film\n/save {tmp_path}/said.jsonl\n".encode())
+    assert "keep no conversation" in ended.err and not (tmp_path / "said.jsonl").exists(), ended
 
 
 def test_wishes_that_cannot_be_followed(folders: dict[str, Path]) -> None:
@@ -91,7 +93,7 @@ def test_a_chat_keeps_its_turns(folders: dict[str, Path], tmp_path: Path) -> Non
     lines = f"say one\nsay two\n/save {saved}\n/save {saved}\n/reset\nsay two\n/save\n/rest\n/system is\nsay two\n"
     ended = run("chat", folders["llama"], "--max-new-tokens", 4, stdin=lines.encode())
     assert ended.code == 0 and "exists already" in ended.err, ended
-    assert "/save is not a command, or lacks its text" in ended.err and "/rest is not a command" in ended.err
+    assert "/save lacks the name of a file" in ended.err and "/rest is not a command" in ended.err
     name = str(folders["llama"])
     answers = [line.removeprefix(f"{name}:").strip() for line in ended.out.splitlines() if line.startswith(name)]
     rows = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
@@ -104,3 +106,38 @@ def test_a_chat_keeps_its_turns(folders: dict[str, Path], tmp_path: Path) -> Non
     third = generate(opened, "say two", max_new_tokens=4)
     fourth = generate(opened, "say two", system="is", max_new_tokens=4)
     assert answers == [text.strip() for text in (first, second, third, fourth)]
+
+
+def test_what_is_a_command(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A slash and letters, in any case: what is none, or has words too many, is refused and asked of no model."""
+    (folders["base"] / "generation_config.json").unlink(missing_ok=True)
+    refusals = {
+        "/foo bar": "/foo is not a command. There are /system TEXT, /reset, /save FILE.jsonl, /help, /exit and /quit",
+        "/sys hi": "/sys is not a command",
+        "/systemX hi": "/systemX is not a command",
+        "/帮助": "/帮助 is not a command",
+        "/reset now": "/reset takes no words behind it",
+        "/EXIT now": "/EXIT takes no words behind it",
+        f"/save {tmp_path}/early.jsonl": "there is no conversation to save yet",
+    }
+    asked = ["/usr/bin/x", "/ 3", "//", " /foo bar"]
+    saved = tmp_path / "said.jsonl"
+    ends = {
+        f"/save {tmp_path}/said.json": "choose a name that ends with .jsonl",
+        f"/save {tmp_path}/none/said.jsonl": "There is no folder",
+        f"/SAVE\t{saved}": "",
+        f"/save {saved}": "exists already",
+    }
+    lines = [*refusals, "/HELP", "/System is", "/Reset", *asked, *ends, "/Quit", "never asked"]
+    ended = run("chat", folders["llama"], "--max-new-tokens", 1, stdin="\n".join(lines).encode())
+    said = ended.err.strip().splitlines()
+    wanted = [words for words in (*refusals.values(), *ends.values()) if words]
+    assert ended.code == 0 and len(said) == len(wanted), ended
+    assert all(words in line for words, line in zip(wanted, said, strict=True)), said
+    assert "a blank in front sends the line to the models" in said[0] and "/exit, /quit " in ended.out
+    assert "never asked" not in ended.out
+    rows = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
+    turns = [[m["content"] for m in row["messages"] if m["role"] != "assistant"] for row in rows]
+    assert turns == [["is", *(text.strip() for text in asked)]] * 2
+    read = run("check", "--model", folders["base"], "--data", saved, "--task", "causal_lm", "--strict", "--json")
+    assert read.code < 2, read  # what is saved is data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from siliang.cli.used_run import Base, Force, TaskId, check_folders, show_hint, 
 from siliang.environment import importing
 from siliang.language import Bilingual, both, local
 from siliang.terminal import StreamedText, clean_standard_streams, one_line, raw_stream
-from siliang.types import OutputError, near
+from siliang.types import OutputError
 
 if TYPE_CHECKING:
     from siliang.use.chat import Chat
@@ -47,8 +48,9 @@ def chat(
 ) -> None:
     """Ask the base model and any number of runs the same questions, and show the answers side by side.
 
-    Each model keeps its own conversation. /reset begins a new one, /system TEXT sets the system message, /save FILE
-    writes the conversations. Without a terminal, questions are read from standard input. An empty line ends the chat.
+    Each model keeps its own conversation. /reset begins a new one, /system TEXT sets the system message, /save
+    FILE.jsonl writes the conversations, /help lists the commands. Without a terminal, questions are read from standard
+    input. An empty line, or /exit, ends the chat.
     """
     check_folders(*runs, or_models=True)
     with importing():
@@ -62,66 +64,100 @@ def chat(
     for run, how in opened.how.items():
         show_hint(run, how)
     side_by_side = sys.stdout.isatty()
-    for prompt in _prompts():
+    for line in _lines():
+        prompt = line.strip()
         if not sys.stdin.isatty():
             print(f"> {prompt}", flush=True)
-        if _obeyed(opened, prompt):
+        if (command := COMMAND.match(line)) is not None:
+            if command["name"].lower() in ENDS and not command["rest"]:
+                return
+            _obey(opened, command["name"], command["rest"])
             continue
         answer = _columns if side_by_side else _one_by_one
         answer(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
-COMMANDS = ("/reset", "/system", "/save")
+# A word of a slash and letters at the beginning of the line: neither a path (/usr/bin) nor " /help" behind a blank.
+COMMAND = re.compile(r"(?P<name>/[^\W\d_]+)(?:\s+|$)(?P<rest>.*)", re.DOTALL)
+ENDS = ("/exit", "/quit")
+COMMANDS = Bilingual(
+    "/system TEXT, /reset, /save FILE.jsonl, /help, /exit and /quit",
+    "/system 文本、/reset、/save 文件.jsonl、/help、/exit 和 /quit",
+)
 
 
-def _obeyed(opened: Chat, line: str) -> bool:
-    """Follows a command; False for a question."""
-    command, _, rest = line.partition(" ")
-    match command:
-        case "/reset":
-            opened.reset()
-            print(both("a new conversation begins", "开始新的对话"))
+def _obey(opened: Chat, name: str, rest: str) -> None:
+    """Follows a command, or refuses it."""
+    rest = rest.strip()
+    match name.lower():
         case "/system":
-            opened.system = rest.strip()
+            opened.system = rest
             opened.reset()
             if opened.system:
                 print(both("the system message is set, and a new conversation begins", "已设置系统消息，开始新的对话"))
             else:
                 print(both("the system message is gone, and a new conversation begins", "已去掉系统消息，开始新的对话"))
-        case "/save" if rest.strip():
-            path = Path(rest.strip()).expanduser()
+        case "/save" if rest:
+            path = Path(os.path.expanduser(rest))  # noqa: PTH111 (which fails where there is no such user)
             try:
                 opened.save(path)
             except OutputError as error:  # the chat continues
                 print(local(error.args[0]), file=sys.stderr)
             else:
                 print(both(f"saved      {path}", f"已保存     {path}"))
-        case _ if command in COMMANDS or (re.fullmatch("/[a-z]+", command) and near(command, COMMANDS)):
+        case "/save":
+            _refuse(Bilingual(f"{name} lacks the name of a file.", f"{name} 缺少文件名。"))
+        case "/reset" | "/help" | "/exit" | "/quit" if rest:
+            _refuse(Bilingual(f"{name} takes no words behind it.", f"{name} 之后不能有其他内容。"))
+        case "/reset":
+            opened.reset()
+            print(both("a new conversation begins", "开始新的对话"))
+        case "/help":
             print(
                 both(
-                    f"{command} is not a command, or lacks its text: /system TEXT, /reset, /save FILE.jsonl.",
-                    f"{command} 不是命令，或缺少内容：/system 文本、/reset、/save 文件.jsonl。",
-                ),
-                file=sys.stderr,
+                    "/system TEXT      sets the system message, or takes it out, and begins a new conversation\n"
+                    "/reset            begins a new conversation\n"
+                    "/save FILE.jsonl  writes the conversation with each model as a row of data\n"
+                    "/help             shows this list\n"
+                    "/exit, /quit      end the chat, as an empty line does\n"
+                    "A blank in front of a line sends it to the models as it is.",
+                    "/system 文本      设置系统消息（不写文本则去掉），并开始新的对话\n"
+                    "/reset            开始新的对话\n"
+                    "/save 文件.jsonl  把与每个模型的对话保存为一行数据\n"
+                    "/help             显示本列表\n"
+                    "/exit、/quit      结束对话，与空行相同\n"
+                    "在行首加一个空格，该行就原样发给模型。",
+                )
             )
         case _:
-            return False
-    return True
+            _refuse(Bilingual(f"{name} is not a command.", f"{name} 不是命令。"))
 
 
-def _prompts() -> Iterator[str]:
+def _refuse(what: Bilingual) -> None:
+    """Says, in one line, what is wrong with a command, which there are, and how such a line becomes a question."""
+    print(
+        both(
+            f"{what} There are {COMMANDS}; a blank in front sends the line to the models.",
+            f"{what.zh}命令有 {COMMANDS.zh}；在行首加一个空格，该行就发给模型。",
+        ),
+        file=sys.stderr,
+    )
+
+
+def _lines() -> Iterator[str]:
+    """The lines that are not empty, with the blanks in front of them."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in input_lines() if line.strip())
+        yield from (line for line in input_lines() if line.strip())
         return
     while True:
         try:
-            prompt = as_text(input("> ").strip(), Bilingual("the question", "问题"))
+            line = as_text(input("> "), Bilingual("the question", "问题"))
         except EOFError:
             print()
             return
-        if not prompt:
+        if not line.strip():
             return
-        yield prompt
+        yield line
 
 
 def _one_by_one(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperature: float) -> None:

@@ -112,13 +112,26 @@ class Chat:
         """Writes the conversation with each model as a line of JSON, as rows of the layout messages.
 
         Raises:
-            OutputError: The file exists, or its folder does not.
+            OutputError: There is no conversation, or the file is of another kind, exists, or cannot be written.
         """
-        if path.exists() or not path.parent.is_dir():
+        if not any(run.keeps for run in self._runs):
             raise OutputError(
                 Bilingual(
-                    f"{path} exists already, or has no folder: choose another name.",
-                    f"{path} 已存在，或所在的文件夹不存在：请换个名称。",
+                    "there is nothing to save: models that classify, translate or continue texts keep no conversation.",
+                    "没有可保存的内容：分类、翻译或续写文本的模型不保留对话。",
+                )
+            )
+        if not self._turns:
+            raise OutputError(
+                Bilingual(
+                    "there is no conversation to save yet: ask something first.", "还没有可保存的对话：请先提问。"
+                )
+            )
+        if path.suffix.lower() != ".jsonl":  # .json would be read as one list
+            raise OutputError(
+                Bilingual(
+                    f"{path}: a conversation is saved as a row of a .jsonl file: choose a name that ends with .jsonl.",
+                    f"{path}：对话逐行保存在 .jsonl 文件中：请用以 .jsonl 结尾的名称。",
                 )
             )
         system = [Message("system", self.system)] if self.system else []
@@ -126,7 +139,23 @@ class Chat:
             {"model": name, "messages": [{"role": m.role, "content": m.content} for m in (*system, *turns)]}
             for name, turns in self._turns.items()
         ]
-        write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+        try:
+            if path.exists():
+                raise OutputError(
+                    Bilingual(f"{path} exists already: choose another name.", f"{path} 已存在：请换个名称。")
+                )
+            if not path.parent.is_dir():
+                raise OutputError(Bilingual(f"There is no folder {path.parent}.", f"找不到文件夹 {path.parent}。"))
+            write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+        except OutputError:
+            raise
+        except OSError as error:  # the conversation is not lost: it can be saved elsewhere
+            why = error.strerror or error
+            raise OutputError(
+                Bilingual(
+                    f"{path} cannot be written: {why}. Choose another name.", f"{path} 无法写入：{why}。请换个名称。"
+                )
+            ) from error
 
     def _history(self, name: str, run: OpenedRun, prompt: str, new: int, *, base: bool) -> list[Message]:
         """The turns with a model that fit in front of a question and its answer; the oldest go first."""
@@ -154,7 +183,7 @@ class Chat:
         closed = self._of_base[name] if of_base else self._by_name[name]
         with self._open(closed) as run:
             if self.writes:
-                keeps = run.task.decoder_only and not run.record.of_texts
+                keeps = closed.keeps
                 room = max_new_tokens or NEW_TOKENS
                 text = generate(
                     run,
@@ -219,6 +248,11 @@ class _Closed:
     def task(self) -> Task:
         """The task, with the run's settings."""
         return task_of(self.config, self.record.layout, self.record.classification)
+
+    @property
+    def keeps(self) -> bool:
+        """A question is asked with the turns before."""
+        return self.task.writes and self.task.decoder_only and not self.record.of_texts
 
     @property
     def key(self) -> str:
