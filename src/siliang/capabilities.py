@@ -48,6 +48,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "packed rows",
         (
             "transformers:AttentionInterface.register(key, value)",
+            "transformers:AttentionMaskInterface.register(key, value)",
             "transformers:PreTrainedConfig._attn_implementation",
             "transformers.modeling_layers:GradientCheckpointingLayer",
         ),
@@ -72,6 +73,7 @@ CAPABILITIES: tuple[Capability, ...] = (
             "transformers.cache_utils:DynamicLayer.get_mask_sizes(query_length)",
             "transformers.cache_utils:DynamicSlidingWindowLayer",
             "transformers:AttentionInterface.register(key, value)",
+            "transformers:AttentionMaskInterface.register(key, value)",
             "transformers:AttentionMaskInterface.register(key, value)",
             "transformers:PreTrainedConfig._attn_implementation",
         ),

@@ -9,20 +9,23 @@ from stepping import gradients, padded, rows_for
 from tiny import TASK, VOCABULARY, make, without_dropout
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
-    Llama4ForCausalLM,
     Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
+    PhimoeConfig,
+    Qwen2MoeConfig,
 )
 
 import siliang
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
-from siliang.engine.padding import NotPackableError, PaddingFree, attend
+from siliang.engine.padding import NotPackableError, attend
 from siliang.engine.step import Engine
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from siliang.models.checkpointing import enable_checkpointing
@@ -127,27 +130,56 @@ def compare(name: str, method: str, *, checkpointing: bool = False) -> tuple[Eng
     return engines[0], engines[1]
 
 
-def test_attention_within_chunks_is_not_packed() -> None:
-    """Llama 4's chunks come to a layer as a mask, which packed rows do not have; short rows would not show it."""
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "intermediate_size_mlp": 64, "head_dim": 8}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "moe_layers": []}
-    config = Llama4TextConfig(
-        vocab_size=VOCABULARY, **sizes, attention_chunk_size=8, layer_types=["chunked_attention", "full_attention"]
-    )
-    model = Llama4ForCausalLM(config).eval()
-    with pytest.raises(NotPackableError, match="attend within chunks of 8 tokens"):
-        PaddingFree(model)
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MIXTURE: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "is_packed"),
+    [
+        (
+            Llama4TextConfig(
+                **SIZES,
+                intermediate_size_mlp=64,
+                head_dim=8,
+                moe_layers=[],
+                attention_chunk_size=8,
+                layer_types=["chunked_attention", "full_attention"],
+            ),
+            False,
+        ),
+        (Qwen2MoeConfig(**SIZES, **MIXTURE, sliding_window=8, use_sliding_window=True, max_window_layers=1), False),
+        (Qwen2MoeConfig(**SIZES, **MIXTURE, sliding_window=8, use_sliding_window=False), True),
+        (PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=8), False),
+        (PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=None), True),
+        (MistralConfig(**SIZES, sliding_window=8), True),
+        (Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=8), True),
+    ],
+    ids=["chunks", "mask-by-layer", "no-window", "mask", "no-mask", "attention", "attention-by-layer"],
+)
+def test_windows_that_masks_alone_know_are_not_packed(config: Any, is_packed: bool) -> None:
+    """Packed rows have no masks, and the trial's rows are too short to show a window."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
     engine = Engine(model, CAUSAL_LM)
+    assert (engine.padding is not None) == is_packed
+    if not is_packed:
+        assert engine.notes[0].startswith("packing is off: some of its layers see windows of 8 tokens, which their")
     rows = rows_for(CAUSAL_LM, (30, 9, 21))
     expected = sum(
         model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
         * sum(label != -100 for label in row["labels"][1:])
         for row in rows
     )
-    with (
-        torch.no_grad(),
-        engine.loss(model, StepCollator(PadCollator(0), CAUSAL_LM, 3, packed=False)(rows)["batches"][0]) as loss,
-    ):
+    (batch,) = StepCollator(PadCollator(0), CAUSAL_LM, 3, packed=is_packed)(rows)["batches"]
+    with torch.no_grad(), engine.loss(model, batch) as loss:
         assert_close(loss, expected)
 
 

@@ -246,7 +246,8 @@ class ForwardPass:
                 f"{mixed[0]} takes a mean over the whole padded batch", f"{mixed[0]} 对整个填充后的批次取平均"
             )
         else:
-            reason = self._compare_packed(trial, padding)
+            reason = self._compare_packed(trial, padding) or padding.why_windows_are_lost()
+            padding.is_tried = True
         if reason is not None:
             padding.close()
             self.padding = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -39,6 +40,7 @@ from siliang.ops.read_attention import attention
 from siliang.types import message_of
 
 ATTENTION = "siliang_packed"
+TRIED = "siliang_tried"  # the same attention, of a model that is tried: it makes its masks, whose windows are noted
 UNSUPPORTED = {  # arguments of some attentions, and what they do
     "softcap": Bilingual("caps the scores of its attention (softcap)", "对注意力分数做软截断（softcap）"),
     "s_aux": Bilingual("has attention sinks (s_aux)", "使用注意力汇（attention sink，s_aux）"),
@@ -62,6 +64,7 @@ class PaddingFree:
         head_takes_packed: The modules after the layers work on packed rows, too (GPT-2 reshapes to the padded batch):
             a trial shows it.
         looks_ahead: An attention that has run sees later tokens: no state depends on the beginning alone.
+        is_tried: The trial is over: the model makes no masks any more.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -81,13 +84,6 @@ class PaddingFree:
                     "编码器-解码器模型的交叉注意力需要填充后的行",
                 )
             )
-        if (chunk := getattr(model.config.get_text_config(), "attention_chunk_size", None)) is not None:
-            raise NotPackableError(  # short rows would not detect it
-                Bilingual(
-                    f"some of its layers attend within chunks of {chunk:,} tokens",
-                    f"有的层只在每 {chunk:,} 个词元的块内做注意力",
-                )
-            )
         self._config = model.config
         try:
             self.layers = layer_stack(model)
@@ -95,8 +91,10 @@ class PaddingFree:
             raise NotPackableError(message_of(error)) from None
         self.frozen: FrozenCache | None = None
         register_attention(ATTENTION, attend)
+        register_attention(TRIED, attend, masks=_note_window)
+        self._of_masks, self._of_attentions = set[int](), set[int]()  # windows
         self.layout: Layout | None = None
-        self.head_takes_packed = self.looks_ahead = False
+        self.head_takes_packed = self.looks_ahead = self.is_tried = False
         self.readers: list[BatchRows] = []
         self._rows: tuple[tuple[int, ...], int] | None = None
         self._keep_packed = self._share = False
@@ -145,13 +143,15 @@ class PaddingFree:
         """
         self._rows, self._keep_packed = (lengths, width), keep_packed
         self._share, self._tree = share, tree
+        noted = _windows.set(self._of_masks)
         try:
             with (
-                attention_implementation(self._config, ATTENTION),
+                attention_implementation(self._config, ATTENTION if self.is_tried else TRIED),
                 self.last.reading(read) if read else nullcontext(),
             ):
                 yield
         finally:
+            _windows.reset(noted)
             self.layout = self._rows = self._tree = None
             for reader in self.readers:
                 reader.layout = None
@@ -183,8 +183,26 @@ class PaddingFree:
             packed["attention_mask"] = self.layout
         return (hidden,), packed
 
-    def _note_attention(self, causal: bool) -> None:
+    def _note_attention(self, causal: bool, window: int | None) -> None:
         self.looks_ahead |= not causal
+        if window is not None:
+            self._of_attentions.add(window)
+
+    def why_windows_are_lost(self) -> str | None:
+        """Of a model that has run in a trial: why packed rows attend too far, or None. Short rows would not show it.
+
+        A window or a chunk that is in the mask alone, and that no attention is told, is lost with the mask.
+        """
+        types = getattr(self._config.get_text_config(), "layer_types", None)
+        if types and not any(part in kind for kind in types for part in ("sliding", "chunked", "local")):
+            return None  # the model makes a mask that no layer takes
+        lost = min(self._of_masks - self._of_attentions, default=None)
+        if lost is None:
+            return None
+        return Bilingual(
+            f"some of its layers see windows of {lost:,} tokens, which their masks alone know",
+            f"有的层只看 {lost:,} 个词元的窗口，而窗口只写在掩码里",
+        )
 
     def _tree_behind(self, virtual: int, lengths: tuple[int, ...]) -> Beginnings | None:
         """The tree behind so many virtual tokens, which are the same in all sequences of these lengths."""
@@ -223,6 +241,15 @@ class PaddingFree:
         return self._packed[id(value)][1]
 
 
+_windows: ContextVar[set[int]] = ContextVar("windows of masks")
+
+
+def _note_window(*, local_size: int | None = None, **arguments: object) -> None:
+    """A function of masks for transformers' interface, which makes none."""
+    if local_size is not None:
+        _windows.get().add(local_size)
+
+
 def refuse_unsupported(module: nn.Module, arguments: Mapping[str, object]) -> None:
     """Refuses what packed rows and shared keys do not compute.
 
@@ -258,7 +285,7 @@ def attend(
     refuse_unsupported(module, kwargs)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if attention_mask.on_attention is not None:
-        attention_mask.on_attention(causal)
+        attention_mask.on_attention(causal, sliding_window)
     if attention_mask.tree is not None and not causal:
         raise NotPackableError(
             Bilingual(f"{type(module).__name__} sees later tokens", f"{type(module).__name__} 能看到后面的词元")

@@ -75,17 +75,19 @@ def patched(forwards: Iterable[tuple[nn.Module, Callable[..., object]]]) -> Iter
             restore()
 
 
-def register_attention(name: str, function: Callable[..., object], *, masks: str | None = None) -> None:
+def register_attention(
+    name: str, function: Callable[..., object], *, masks: str | Callable[..., object] | None = None
+) -> None:
     """Registers an attention function with transformers, by name.
 
     Args:
-        masks: The name of another function, whose masks it gets; None: models make no mask for it.
+        masks: What makes its masks, or the name of another function, whose masks it gets; None: models make none.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, function)
     if masks is not None:
-        AttentionMaskInterface.register(name, AttentionMaskInterface()[masks])
+        AttentionMaskInterface.register(name, AttentionMaskInterface()[masks] if isinstance(masks, str) else masks)
 
 
 @contextmanager

@@ -78,14 +78,14 @@ class Layout:
         width: Columns of the padded batch.
         index: The place of each token in the flattened batch, (T,); of a shared one, that in one of its sequences.
         tree: The tree of the sequences; None where each token is of one sequence.
-        on_attention: Called by each attention that computes with it, with whether that is causal.
+        on_attention: Called by each attention that computes with it, with whether that is causal, and with its window.
     """
 
     lengths: tuple[int, ...]
     width: int
     index: Tensor
     tree: Beginnings | None = None
-    on_attention: Callable[[bool], None] | None = None
+    on_attention: Callable[[bool, int | None], None] | None = None
 
     @classmethod
     def of(
@@ -94,7 +94,7 @@ class Layout:
         width: int,
         device: torch.device,
         tree: Beginnings | None = None,
-        on_attention: Callable[[bool], None] | None = None,
+        on_attention: Callable[[bool, int | None], None] | None = None,
     ) -> Layout:
         """Of a batch that is padded on the right."""
         if tree is not None:
