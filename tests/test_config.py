@@ -235,7 +235,9 @@ def test_every_layout_is_read_and_there_is_one_list_of_them() -> None:
         RunConfig.build(changed(f"data.layout={layout}"))
 
 
-@pytest.mark.parametrize("text", ["query: ", "the hotel ", "query:", " a", "one", "find #1 ", "2024", "true", "[a]"])
+@pytest.mark.parametrize(
+    "text", ["query: ", "the hotel ", "query:", " a", "one", "find #1 ", "# ", "2024", "true", "[a]"]
+)
 def test_words_stay_as_they_are(text: str) -> None:
     found = RunConfig.build(changed("task=embedding", f"embedding.query_prompt={text}", "revision=12e45")).embedding
     assert found is not None and found.query_prompt == text
@@ -243,6 +245,25 @@ def test_words_stay_as_they_are(text: str) -> None:
     none = RunConfig.build(changed("task=embedding", "embedding.query_prompt=null")).embedding
     assert quoted == found and none is not None and none.query_prompt is None
     assert RunConfig.build(changed("data.train= a.csv ")).data.train == "a.csv"
+
+
+def test_only_prompts_keep_the_blanks_at_their_ends() -> None:
+    """A blank behind the = is of the notation: ' review' is no column of anybody's."""
+    texts = {s.name for s in describe(RunConfig) if s.kind in ("str", "str | null")}
+    kept = {"embedding.query_prompt", "embedding.document_prompt"}
+    assert kept < texts and {"data.columns.text", "train.best", "revision"} < texts
+    for name in sorted(texts):
+        values: dict[str, object] = {}
+        assign(values, f"{name} = f1 ", RunConfig)
+        (found,) = flat(values)
+        assert found == (" f1 " if name in kept else "f1"), name
+    columns = RunConfig.build(changed("data.columns.text = Unnamed: 0", "data.columns.label=#1")).data.columns
+    assert (columns.text, columns.label) == ("Unnamed: 0", "#1")
+
+
+def flat(values: dict[str, object]) -> list[object]:
+    """The values of a mapping and of those in it."""
+    return [x for v in values.values() for x in (flat(v) if isinstance(v, dict) else [v])]
 
 
 def test_what_is_no_number_of_layers() -> None:

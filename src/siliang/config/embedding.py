@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from siliang.config.section import Section
+from siliang.config.section import Section, Verbatim
 from siliang.language import Bilingual
 from siliang.types import ConfigError
 
@@ -69,12 +69,12 @@ class EmbeddingConfig(Section):
     """The weight of the loss of each of matryoshka_dims. Empty: 1 each.
 
     matryoshka_dims 中各维数的损失的权重。空：各为 1。"""
-    query_prompt: str | None = None
+    query_prompt: Annotated[str | None, Verbatim()] = None
     """What is put in front of a query, the first text of a pair. null: that of the base model, if it is one of
     sentence-transformers; otherwise nothing.
 
     加在查询（每对文本的第一段）之前的文字。null：基座模型若是 sentence-transformers 的模型，与它相同；否则不加。"""
-    document_prompt: str | None = None
+    document_prompt: Annotated[str | None, Verbatim()] = None
     """What is put in front of a document: of the other texts of a row. null: as query_prompt.
 
     加在文档（一条样本的其余文本）之前的文字。null：与 query_prompt 相同的规则。"""

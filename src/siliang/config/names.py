@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from siliang import other_names
 from siliang.config.describing import describe
-from siliang.config.section import Settings
+from siliang.config.section import Settings, Verbatim
 from siliang.language import Bilingual, local, together
 from siliang.safety.safe_yaml import YamlError, parse_yaml
 from siliang.terminal import shell_command
@@ -31,8 +31,8 @@ def assign(values: dict[str, object], assignment: str, schema: type[Settings]) -
 
     Args:
         values: The settings so far; changed in place.
-        schema: The schema of the settings. If the field is a text, a number stays text, and any other words stay as
-            they are, unless they are quoted.
+        schema: The schema of the settings. If the field is a text, a number stays text. Words that are not quoted keep
+            their colon and their #, and lose blanks at their ends, unless the field is marked `Verbatim`.
 
     Raises:
         ConfigError: `assignment` is not an assignment.
@@ -64,8 +64,10 @@ def assign(values: dict[str, object], assignment: str, schema: type[Settings]) -
     except YamlError:
         value = text
     field = _field(key.strip(), schema)
-    if _is_words(field) and value is not None and not text.lstrip().startswith(("'", '"')):
-        value = text  # with its blanks, its colon and its #: "query: " is a prompt
+    beginning = text.lstrip()[:1]
+    if field and _is_words(field) and beginning not in ("'", '"') and (value is not None or beginning == "#"):
+        # with its colon and its #: "Unnamed: 0" is a column, and "query: " a prompt
+        value = text if any(isinstance(mark, Verbatim) for mark in field.metadata) else text.strip()
     elif isinstance(value, int | float) and _is_text(field):  # a commit such as 12e45, or a folder named 2024
         value = text.strip()
     values[last] = value
@@ -174,9 +176,9 @@ def _is_text(field: FieldInfo | None) -> bool:
     return str in kinds and kinds <= {str, list, NoneType}
 
 
-def _is_words(field: FieldInfo | None) -> bool:
-    """Whether the setting is any text: no name of a file or of something else, which is checked."""
-    if field is None or field.metadata:
+def _is_words(field: FieldInfo) -> bool:
+    """Whether the setting is a text that its field does not read in a way of its own: a column, a commit, a prompt."""
+    if any(not isinstance(mark, Verbatim) for mark in field.metadata):
         return False
     kinds = set(get_args(field.annotation)) or {field.annotation}
     return str in kinds and kinds <= {str, NoneType}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
@@ -82,6 +83,11 @@ def as_name(value: object) -> object:
         )
     name = os.path.expanduser(value) if value.startswith("~/") else value  # noqa: PTH111
     return restore_name(name)
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """Marks a text whose blanks at its beginning and its end count, also in `--set field=text`."""
 
 
 Name = Annotated[str, BeforeValidator(as_name)]
