@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,29 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("predict", {"inputs": "a", "prompt_name": "a"}, "prompt_name = 'a' .*: must be 'query', 'document', 'none' or"),
     ("generate", {"instruction": "a", "temperature": "1"}, "temperature = '1' .*: must be a number"),
     ("generate", {"instruction": "a", "temperature": math.inf}, "temperature = inf: must be 0 or more"),
+    (
+        "generate",
+        {"instruction": "a", "temperature": 10**400},
+        "temperature is too large or too small: must be between -1.8e.308 and",
+    ),
+    ("generate", {"instruction": "a", "top_p": -(10**5000)}, "top_p is too large or too small"),
+    (
+        "generate",
+        {"instruction": "a", "max_new_tokens": 10**5000},
+        "max_new_tokens is too large or too small: must be between -9,223,",
+    ),
+    ("predict", {"inputs": "a", "batch_size": Fraction(-(10**5000), 3)}, "batch_size is too large or too small"),
+    ("plan", {"memory": 1e300}, "memory is too large or too small"),
+    (
+        "predict",
+        {"inputs": "a", "min_confidence": math.nan},
+        r"min_confidence = nan \(float\): must be a number or None",
+    ),
+    ("predict", {"inputs": "a", "top": math.nan}, r"top = nan \(float\): must be a whole number or None"),
+    *(
+        ("generate", {"instruction": "a", name: math.nan}, rf"{name} = nan \(float\): must be a (whole )?number")
+        for name in ("temperature", "top_p", "repetition_penalty", "max_new_tokens", "top_k", "seed")
+    ),
     ("generate", {"instruction": "a", "max_new_tokens": 2.5}, "max_new_tokens = 2.5 .*: must be a whole number"),
     ("generate", {"instruction": "a", "seed": -1}, "seed = -1: must be 0 or more"),
     ("generate", {"instruction": "a", "stop": [5]}, r"stop = \[5\] .*: must be a list of texts"),

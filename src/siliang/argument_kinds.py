@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,13 +85,43 @@ def _checked(name: str, value: object, kinds: tuple[Any, ...]) -> object:
             return value
         if not isinstance(value, Real) or isinstance(value, bool):
             continue
-        if kind is int and isinstance(value, Integral):
-            return int(value)
-        if kind is int and float(value).is_integer():  # such as 24e9 bytes
-            return int(float(value))
-        if kind is float:
-            return float(value)
+        if kind is int and (isinstance(value, Integral) or _as_float(name, value).is_integer()):  # 24e9 bytes, too
+            return _as_int(name, value)
+        if kind is float and not math.isnan(number := _as_float(name, value)):  # NaN is no number, in any range
+            return number
     raise wrong_kind(value, name, _in_words(kinds))
+
+
+def _as_int(name: str, value: Real) -> int:
+    """
+    Raises:
+        ConfigError: It has more bits than a whole number of the libraries below.
+    """
+    number = int(value) if isinstance(value, Integral) else int(float(value))
+    if not -(2**63) <= number < 2**63:
+        raise _too_large(name, f"{2**63 - 1:,}")
+    return number
+
+
+def _as_float(name: str, value: Real) -> float:
+    """
+    Raises:
+        ConfigError: It is larger than any floating-point number.
+    """
+    try:
+        return float(value)
+    except OverflowError:  # of int and Fraction
+        raise _too_large(name, f"{sys.float_info.max:.2g}") from None
+
+
+def _too_large(name: str, most: str) -> ConfigError:
+    """The error of a number whose digits cannot all be shown."""
+    return ConfigError(
+        Bilingual(
+            f"{name} is too large or too small: must be between -{most} and {most}.",
+            f"{name} 过大或过小：应在 -{most} 与 {most} 之间。",
+        )
+    )
 
 
 def _in_words(kinds: tuple[Any, ...]) -> Bilingual:
