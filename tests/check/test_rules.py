@@ -336,12 +336,16 @@ def test_several_labels_of_which_one_is_never_alone(case: Case) -> None:
         ([[0, 1], [1, 0]], "look like a 0 or 1 for each label"),
         ([[True, False], [False, True]], "look like a 0 or 1 for each label"),
         ([["a", "b"], ["b", "a"]], "Check data.labels"),
+        ([["true"], ["true"]], "Check data.labels"),  # one value only: the name of a label
+        ([[], []], "Check data.labels"),
+        ([["0"], ["0"]], "Check data.labels"),
     ],
 )
 def test_rows_that_all_have_the_same_labels(labels: list[list[object]], says: str, case: Case) -> None:
     """One column for each of two labels is read as both labels in every row."""
     rows = [row | {"label": labels[i % 2]} for i, row in enumerate(REVIEWS)]
-    found = next(f for f in case(rows, task="seq_cls", model="bert") if f.code == "SL005")
+    data: dict[str, Any] = {} if labels[0] else {"labels": ["0", "1"]}
+    (found,) = (f for f in case(rows, task="seq_cls", model="bert", data=data) if f.code == "SL005")
     assert found.severity == "error" and "training rows have the same labels" in found.message and says in found.fix
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from siliang.check.finding import Problem, class_counts
 from siliang.check.input import CheckInput
-from siliang.data.labels import alike, joined, no_label, strange, with_known_part
+from siliang.data.labels import TRUTHS, alike, alike_key, joined, no_label, strange, with_known_part
 from siliang.data.numbers import as_number, is_whole
 from siliang.language import Bilingual, local
 from siliang.secrets import shortened
@@ -38,7 +38,22 @@ def missing_classes(s: CheckInput) -> Iterator[Problem]:
         return
     counts = class_counts(s)
     missing = [name for name in names if not counts[name]]
-    if len(names) - len(missing) < 2 and not s.task.data.several:
+    if s.task.data.several and len({frozenset(e.classes) for e in s.examples.train}) == 1 and len(s.examples.train) > 1:
+        own = s.examples.train[0].classes
+        shown = ", ".join(map(repr, own)) or Bilingual("none", "无")
+        yield Problem(
+            Bilingual(
+                f"all {len(s.examples.train):,} training rows have the same labels, {shown}: nothing to learn",
+                f"全部 {len(s.examples.train):,} 条训练样本的标签都是 {local(shown, 'zh')}，没有可学的内容",
+            ),
+            fix=Bilingual(
+                "They look like a 0 or 1 for each label: write the names of the labels that are 1.",
+                "看起来是逐个标签的 0 或 1：请写出值为 1 的标签的名称。",
+            )
+            if _are_flags(own)
+            else None,
+        )
+    elif len(names) - len(missing) < 2 and not s.task.data.several:
         seen = [name for name in names if counts[name]]
         named = ", ".join(map(repr, seen))
         yield Problem(
@@ -59,21 +74,6 @@ def missing_classes(s: CheckInput) -> Iterator[Problem]:
             ),
             severity=severity,
         )
-    if s.task.data.several and len({frozenset(e.classes) for e in s.examples.train}) == 1 and len(s.examples.train) > 1:
-        shown = ", ".join(map(repr, s.examples.train[0].classes)) or Bilingual("none", "无")
-        flags = {name.lower() for name in names} <= {"0", "1", "0.0", "1.0", "true", "false"}
-        yield Problem(
-            Bilingual(
-                f"all {len(s.examples.train):,} training rows have the same labels, {shown}: nothing to learn",
-                f"全部 {len(s.examples.train):,} 条训练样本的标签都是 {local(shown, 'zh')}，没有可学的内容",
-            ),
-            fix=Bilingual(
-                "They look like a 0 or 1 for each label: write the names of the labels that are 1.",
-                "看起来是逐个标签的 0 或 1：请写出值为 1 的标签的名称。",
-            )
-            if flags
-            else None,
-        )
     one_class = s.task.data.named == "label" and not s.task.data.several and len(names) > 1
     if one_class and len(held_out := class_counts(s, "eval")) == 1:
         only = next(iter(held_out))
@@ -88,6 +88,12 @@ def missing_classes(s: CheckInput) -> Iterator[Problem]:
                 "请给出包含各个类别的验证数据（data.eval），或用 data.stratify=true 按类别划分。",
             ),
         )
+
+
+def _are_flags(labels: Iterable[str]) -> bool:
+    """Whether the labels of a row are both values of a column of 0 and 1 for each label, and nothing else."""
+    keys = {alike_key(name) for name in labels}
+    return {TRUTHS.get(key, key) for key in keys} == set(TRUTHS.values())
 
 
 def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
