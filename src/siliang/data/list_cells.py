@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import io
-import json
 import tokenize
-from collections.abc import Callable
+from functools import partial
 
 from siliang.data.cells import BLANKS
+from siliang.safety.safe_json import JsonError, parse_json
 
 
 class CsvCell(str):
@@ -22,23 +22,23 @@ def csv_cell(text: str) -> str:
     return CsvCell(text) if text[:1] in ("[", "{") else text
 
 
-LONGEST = 1_000_000  # characters: ast needs some hundred times as many bytes
+LONGEST = 1_000_000  # characters that Python's parser is given: it needs some hundred times as many bytes
+ENDS, BEGINS = (tokenize.STRING, tokenize.NUMBER, tokenize.NAME), ("[", "{", "-", "+")
 
 
-def held_in_text(value: object, *, longest: int = LONGEST) -> list[object] | dict[object, object] | None:
+def held_in_text(value: object, *, longest: int | None = None) -> list[object] | dict[object, object] | None:
     """The list or the object that a text is; None for anything else.
 
     Args:
         longest: Characters; a longer text is none.
     """
     text = value.strip(BLANKS) if isinstance(value, str) else ""
-    if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")) or len(text) > longest:
+    if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")) or (longest is not None and len(text) > longest):
         return None
-    parsers: tuple[Callable[[str], object], ...] = (json.loads, _of_python)
-    for parse in parsers:
+    for parse in (partial(parse_json, foreign=True), _of_python):
         try:
             found = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+        except (JsonError, ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             continue
         if isinstance(found, list | dict):
             return found
@@ -52,24 +52,50 @@ def as_list(value: object) -> object:
 
 
 def _of_python(text: str) -> object:
-    """A literal of Python, with NumPy's arrays as lists. In NumPy's ['a' 'b'], a list of two texts, Python would join
-    them; so commas are added."""
-    tokens: list[tuple[int, str]] = []
-    for kind, word, *_ in tokenize.generate_tokens(io.StringIO(text).readline):
-        if kind in (tokenize.STRING, tokenize.NUMBER) and tokens and tokens[-1][0] == kind:
-            tokens.append((tokenize.OP, ","))
-        if kind not in (tokenize.NL, tokenize.NEWLINE):
-            tokens.append((kind, word))
-    tree = ast.parse(" ".join(word for _, word in tokens).strip(), mode="eval")
+    """A literal of Python, with NumPy's values as Python's.
+
+    NumPy writes no commas, so they are added: ['a' 'b'] is a list of two texts, which Python would join, and [1 -2] has
+    two numbers.
+    """
+    if len(text) > LONGEST:
+        raise ValueError("too long")
+    words: list[str] = []
+    last: tokenize.TokenInfo | None = None
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.NL, tokenize.NEWLINE):
+            continue
+        if last is not None and _are_two_values(last, token):
+            words.append(",")
+        words.append(token.string)
+        last = token
+    tree = _AsPython().visit(ast.parse(" ".join(words).strip(), mode="eval"))
     if any(isinstance(node, ast.Constant) and node.value is ... for node in ast.walk(tree)):
         raise ValueError("NumPy left some of it out")
-    return ast.literal_eval(_ArraysAsLists().visit(tree))
+    return ast.literal_eval(tree)
 
 
-class _ArraysAsLists(ast.NodeTransformer):
-    """Of array(['a', 'b'], dtype=object), as NumPy writes an array in an object, the list."""
+def _are_two_values(before: tokenize.TokenInfo, token: tokenize.TokenInfo) -> bool:
+    """Whether one ends in front of this token, and another begins with it."""
+    if before.type not in ENDS and before.string not in ("]", "}", ")"):
+        return False
+    if token.string in ("-", "+"):  # a sign, with a blank in front of it alone: 1 -2, and not 1 - 2 or 1-2
+        return before.end != token.start and token.line[token.end[1] : token.end[1] + 1].strip() != ""
+    return token.type in ENDS or token.string in BEGINS
+
+
+class _AsPython(ast.NodeTransformer):
+    """Of NumPy's array(['a', 'b'], dtype=object) the list, of its np.float64(0.5) the number, of np.True_ True."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        is_array = isinstance(node.func, ast.Name) and node.func.id == "array" and len(node.args) == 1
-        return node.args[0] if is_array else node
+        is_array = isinstance(node.func, ast.Name) and node.func.id == "array"
+        is_value = isinstance(node.func, ast.Attribute) and _is_numpy(node.func)
+        return node.args[0] if (is_array or is_value) and len(node.args) == 1 else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        is_truth = _is_numpy(node) and node.attr in ("True_", "False_")
+        return ast.Constant(node.attr == "True_") if is_truth else node
+
+
+def _is_numpy(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id == "np"

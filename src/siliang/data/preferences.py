@@ -60,7 +60,7 @@ def _messages_rejected(column: str, values: Values, c: Columns) -> Result:
 
 def answer_of(value: object, column: str) -> list[Message]:
     """The turns of an answer, or of a conversation that ends with it."""
-    value = text_or_turns(value)
+    value = text_or_turns(value, column)
     if isinstance(value, dict):  # one turn
         value = [value]
     if isinstance(value, list | tuple):
@@ -85,7 +85,7 @@ def prompt_of(values: Values, c: Columns) -> list[Message]:
     prompt: list[Message] = []
     column = next((n for n in (c.prompt, c.instruction, c.messages, "conversations") if given(values.get(n))), None)
     about, history = cell(values, c.input), history_of(values)
-    if column is not None and isinstance(turns := text_or_turns(values.get(column)), list | tuple):
+    if column is not None and isinstance(turns := text_or_turns(values.get(column), column), list | tuple):
         prompt = turns_of(turns, column)
         if not is_blank(about) or history:
             raise BadRow(

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, given
+from siliang.data.list_cells import as_list
 from siliang.data.messages import Ranked
 from siliang.data.numbers import as_number
 from siliang.data.preferences import answer_of, checked, prompt_of
 from siliang.data.refused import refuse_media
-from siliang.data.turns import listed, tools_of
+from siliang.data.turns import tools_of
 from siliang.language import Bilingual
 
 TEXTS = ("response", "answer", "text", "content", "value", "completion", "output")  # of an answer that is an object
@@ -31,7 +32,7 @@ def read_ranking(values: Values, c: Columns) -> Result:
     """A row whose answers are a list in the column `responses`."""
     refuse_media(values)
     answers = _listed(values, c.responses)
-    scores = listed(values.get(c.scores)) if given(values.get(c.scores)) else None
+    scores = as_list(values.get(c.scores)) if given(values.get(c.scores)) else None
     if scores is None and all(isinstance(answer, dict) and "role" not in answer for answer in answers):
         return _of_objects(values, c, answers)
     if scores is None:
@@ -50,7 +51,7 @@ def read_ranking(values: Values, c: Columns) -> Result:
 def read_output_list(values: Values, c: Columns) -> Result:
     """A row whose output is a list of answers, the best first."""
     refuse_media(values)
-    if isinstance(listed(values.get(c.output)), str):
+    if isinstance(as_list(values.get(c.output)), str):
         return Bilingual(
             f"has one answer in {c.output!r}, not a list, the best first; task=causal_lm learns single answers",
             f"的 {c.output!r} 只有一个回答，应为从好到坏的列表；单个回答请用 task=causal_lm 学习",
@@ -60,7 +61,7 @@ def read_output_list(values: Values, c: Columns) -> Result:
 
 
 def _listed(values: Values, column: str) -> Sequence[object]:
-    answers = listed(values.get(column))
+    answers = as_list(values.get(column))
     if not isinstance(answers, list | tuple) or len(answers) < 2:
         raise BadRow(
             Bilingual(f"has no list of two answers or more in {column!r}", f"的 {column!r} 不是两个以上回答的列表")

@@ -20,10 +20,10 @@ from decimal import Decimal
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_text, filled, given, is_blank, short
 from siliang.data.examples import Related, Scored
-from siliang.data.list_cells import CsvCell, held_in_text
+from siliang.data.list_cells import CsvCell, as_list, held_in_text
 from siliang.data.numbers import as_number, has_decimal_comma, with_point
 from siliang.data.refused import refuse_media
-from siliang.data.turns import listed, turns_of
+from siliang.data.turns import turns_of
 from siliang.language import Bilingual
 
 MOST_NEGATIVE_COLUMNS = 64
@@ -122,7 +122,7 @@ def _negatives_and_score(negatives: str, score: str) -> Bilingual:
 
 def _texts_of_messages(value: object, column: str) -> list[str]:
     """The texts of a list of conversations of one turn each; none of an empty cell."""
-    value = listed(value)
+    value = as_list(value)
     if not given(value):
         return []
     if not isinstance(value, list | tuple) or not all(isinstance(turns, list | tuple) for turns in value):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, is_blank, short
-from siliang.data.list_cells import as_list
+from siliang.data.list_cells import CsvCell, as_list
 from siliang.data.messages import Call, Conversation, Message, Role
 from siliang.data.refused import MEDIA, media_in, refuse_other_lessons, text_only
 from siliang.language import Bilingual, local
@@ -40,6 +41,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 USED = frozenset(
     ("role", "from", "content", "value", "tool_calls", "function_call", *MARKS, *DETAILS, "mask", *REASONING, *MEDIA)
 )
+LIKE_TURNS = re.compile(r"\s*\[\s*\{\s*(['\"])(role|from|content|value)\1\s*:")
 USED_OF = {"tool": ("name", "tool_call_id"), "system": ("tools",)}  # fields that only turns of this role may have
 
 
@@ -47,7 +49,7 @@ def unused_fields(values: Values, c: Columns) -> set[str]:
     """The fields of a row's turns that siliang does not use, as "messages[].name"."""
     found: set[str] = set()
     for column in (c.messages, "conversations", c.prompt, c.completion):
-        turns = listed(values.get(column)) if column in (c.messages, "conversations") else values.get(column)
+        turns = as_list(values.get(column))
         for turn in turns if isinstance(turns, list | tuple) else ():
             if isinstance(turn, dict):
                 role = ROLES.get(str(_first(turn, "role", "from")).lower(), "user")
@@ -67,7 +69,7 @@ def read_messages(values: Values, c: Columns, column: str) -> Result:
     if system := cell(values, c.system).strip():
         messages.append(Message("system", system))
     messages += turns_of(values.get(column), column)
-    tools, turns = _first(values, c.tools, "functions"), listed(values.get(column))
+    tools, turns = _first(values, c.tools, "functions"), as_list(values.get(column))
     if not given(tools) and isinstance(turns, list):  # ChatGLM3 keeps them in the system's turn
         tools = next((t["tools"] for t in turns if given(t.get("tools"))), None)
     return as_conversation(messages, _as_tools(tools))
@@ -85,25 +87,27 @@ def _as_tools(tools: object) -> str:
     return as_json(tools) if tools else ""
 
 
-def listed(turns: object) -> object:
-    """A list that csv and some databases hold as text, in JSON or as Python writes it; any other value as it is."""
-    if isinstance(turns, str) and turns.strip().startswith("["):
-        try:
-            return parse_json(turns, foreign=True)
-        except JsonError:
-            return as_list(turns)
-    return turns
+def text_or_turns(value: object, column: str) -> object:
+    """The turns that a text holds; any other value as it is: a text such as [1, 2, 3] is a text.
 
-
-def text_or_turns(value: object) -> object:
-    """The turns that a text holds; any other value as it is: a text such as [1, 2, 3] is a text."""
-    found = listed(value)
-    has_turns = isinstance(found, list) and bool(found) and all(isinstance(turn, dict) for turn in found)
-    return found if has_turns else value
+    Raises:
+        BadRow: It looks like turns, and cannot be read as a list.
+    """
+    found = as_list(value)
+    if isinstance(found, list) and found and all(isinstance(t, dict) and ("role" in t or "from" in t) for t in found):
+        return found
+    if isinstance(value, CsvCell) and LIKE_TURNS.match(value):
+        raise BadRow(
+            Bilingual(
+                f"looks like turns in {column!r}, and cannot be read as a list: {short(value)}",
+                f"的 {column!r} 像是多轮对话，但无法作为列表读取：{short(value)}",
+            )
+        )
+    return value
 
 
 def turns_of(turns: object, column: str) -> list[Message]:
-    turns = listed(turns)
+    turns = as_list(turns)
     if isinstance(turns, list | tuple) and turns and all(isinstance(turn, str) for turn in turns):
         raise BadRow(
             Bilingual(
@@ -323,8 +327,9 @@ def read_pair(instruction: str, output: str) -> Callable[[Values, Columns], Resu
     def read(values: Values, c: Columns) -> Result:
         asked, answered = getattr(c, instruction), getattr(c, output)
         refuse_other_lessons(values, c, (asked, answered))
-        if any(isinstance(values.get(column), list | tuple) for column in (asked, answered)):
-            return _prompt_and_completion(values, c, asked, answered)
+        turns = {column: text_or_turns(values.get(column), column) for column in (asked, answered)}
+        if any(isinstance(held, list | tuple) for held in turns.values()):
+            return _prompt_and_completion({**values, **turns}, c, asked, answered)
         about = "" if c.input == asked else cell(values, c.input)
         question, answer = cell(values, asked), cell(values, answered)
         if is_blank(answer):
@@ -365,18 +370,8 @@ def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str
 
 def history_of(values: Values) -> list[tuple[str, str]]:
     """LLaMA-Factory's `history`: earlier rounds as [question, answer]."""
-    history = values.get("history")
-    if isinstance(history, str) and history.strip():
-        try:
-            history = parse_json(history, foreign=True)
-        except JsonError:
-            raise BadRow(
-                Bilingual(
-                    f"has a 'history' that is not a list of [question, answer]: {short(history)}",
-                    f"的 'history' 不是 [问，答] 的列表：{short(history)}",
-                )
-            ) from None
-    if not given(history):
+    history = as_list(values.get("history"))
+    if is_blank(history):
         return []
     rounds = history if isinstance(history, list | tuple) else [history]
     pairs = [held for held in rounds if isinstance(held, list | tuple) and len(held) == 2]

@@ -11,12 +11,12 @@ from siliang.data.cells import BadRow, is_blank
 from siliang.data.examples import SourceTarget, Text
 from siliang.data.find_layout import find_layout
 from siliang.data.layouts import LAYOUTS
+from siliang.data.list_cells import as_list
 from siliang.data.messages import Conversation, Message, Ranked, Rated
 from siliang.data.reading import DataRow, Reading
 from siliang.data.refused import PREFERENCES, WANTED
 from siliang.data.sources import open_source
 from siliang.data.text_files import kind_of
-from siliang.data.turns import listed
 from siliang.language import Bilingual, local
 from siliang.run_folder import OpenedRun
 from siliang.secrets import short_repr
@@ -97,7 +97,7 @@ def _asked(run: OpenedRun, row: DataRow) -> Conversation | Text | None:
         if read_by or name in known or column in values:
             values[column] = ANSWER
     for name in (columns.messages, "conversations"):
-        if name in values and isinstance(turns := listed(values[name]), list):
+        if name in values and isinstance(turns := as_list(values[name]), list):
             values[name] = _answered(turns)
     name = layouts[0] if len(layouts) == 1 else "auto"
     try:
