@@ -15,7 +15,7 @@ import torch
 from commands import refused, run
 from every_task import configured, make_models
 from tiny import write_jsonl
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma3TextConfig, LlamaConfig
 
 from siliang.data.messages import Conversation, Message
 from siliang.engine.one_answer import without_padding
@@ -140,17 +140,33 @@ def test_beyond_the_length_that_the_model_was_trained_for(opened: dict[str, Open
         generate(own, prompt, max_new_tokens=known - asked_for + 1)
 
 
+ORIGINAL = {"original_max_position_embeddings": 16}
+
+
 @pytest.mark.parametrize(
     ("rotations", "tokens"),
     [
         ({"rope_type": "default"}, 64),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
         ({"rope_type": "linear", "factor": 2.0}, 128),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, **ORIGINAL}, 64),
+        ({"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}, 64),
     ],
 )
 def test_the_trained_length_of_scaled_rotations(rotations: dict[str, Any], tokens: int) -> None:
     sizes: dict[str, Any] = {"max_position_embeddings": 64, "rope_parameters": {"rope_theta": 1e4, **rotations}}
     assert trained_length(LlamaConfig(**sizes)) == tokens
+
+
+def test_the_trained_length_of_rotations_by_layer() -> None:
+    """Gemma 3's factor is in the length already."""
+    rotations = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = Gemma3TextConfig(max_position_embeddings=64, rope_parameters=rotations)
+    assert trained_length(config) == 64
 
 
 def test_a_system_message_is_read_as_that_of_a_row(opened: dict[str, OpenedRun], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import WORDS, make, word_tokenizer, write_jsonl
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration, T5GemmaConfig, T5GemmaForConditionalGeneration
 
 from siliang.check import RULES, Finding, find, gather_input, stop_on_errors
 from siliang.check.counts import count
@@ -347,6 +347,16 @@ def test_rows_that_all_have_the_same_labels(labels: list[list[object]], says: st
     data: dict[str, Any] = {} if labels[0] else {"labels": ["0", "1"]}
     (found,) = (f for f in case(rows, task="seq_cls", model="bert", data=data) if f.code == "SL005")
     assert found.severity == "error" and "training rows have the same labels" in found.message and says in found.fix
+
+
+def test_a_class_that_is_read_at_the_last_token(case: Case) -> None:
+    """T5Gemma has an encoder and a decoder, and needs no end of sequence."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 120}
+    config = T5GemmaConfig(encoder=sizes, decoder=sizes, vocab_size=120)
+    T5GemmaForConditionalGeneration(config).save_pretrained(case.folder / "t5gemma")
+    word_tokenizer().save_pretrained(case.folder / "t5gemma")
+    assert "SL056" not in codes(case(task="seq_cls", model=case.folder / "t5gemma"))
 
 
 def test_held_out_rows_of_one_class(case: Case) -> None:

@@ -146,7 +146,7 @@ def test_what_bloom_attention_holds() -> None:
 @pytest.mark.parametrize("name", ["llama", "bloom", "bert"])
 def test_checkpointing_is_turned_on_and_off(name: str) -> None:
     model = make(name).train()
-    layers, calls = introspect.checkpointed_layers(model), list[int]()
+    layers, calls = introspect.transformer_layers(model), list[int]()
     part = next(m for m in layers[0].modules() if isinstance(m, nn.Linear))
     part.register_forward_hook(lambda *_: calls.append(1))
     undo = checkpoint_layers(model)

@@ -29,7 +29,7 @@ from siliang.engine.padding import NotPackableError, attend
 from siliang.engine.step import Engine
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from siliang.models.checkpointing import enable_checkpointing
-from siliang.models.introspect import checkpointed_layers
+from siliang.models.introspect import transformer_layers
 from siliang.ops.layout import Layout
 from siliang.tasks import CAUSAL_LM, TASKS, Task
 from siliang.types import ConfigError, TaskType
@@ -186,9 +186,10 @@ def test_windows_that_masks_alone_know_are_not_packed(config: Any, is_packed: bo
 def test_a_model_without_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
     """JetMoE's layers are of the class that can, and the model says that it does not support it."""
     model = make("llama")
-    assert checkpointed_layers(model)
+    assert len(Engine(model, CAUSAL_LM).recompute.layers) == 2
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
-    assert not checkpointed_layers(model)
+    assert not Engine(model, CAUSAL_LM).recompute.layers
+    assert len(transformer_layers(model)) == 2  # for rates by layer, and for shards
     with pytest.raises(ConfigError, match=r"LlamaForCausalLM does not support gradient checkpointing"):
         enable_checkpointing(model)
 

@@ -270,6 +270,9 @@ def too_many_positions(s: CheckInput) -> Iterator[Problem]:
         )
 
 
+READ_AT_EOS = ("bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5")
+
+
 def class_read_at_the_end(s: CheckInput) -> Iterator[Problem]:
     """The class is read at an end-of-sequence token that is not there.
 
@@ -288,9 +291,14 @@ def class_read_at_the_end(s: CheckInput) -> Iterator[Problem]:
     """
     eos = getattr(s.model_config, "eos_token_id", None)
     reads_a_class = s.task.model.auto_class == "AutoModelForSequenceClassification"
-    if not getattr(s.model_config, "is_encoder_decoder", False) or not reads_a_class or not isinstance(eos, int):
+    if getattr(s.model_config, "model_type", None) not in READ_AT_EOS or not reads_a_class or not isinstance(eos, int):
         return
-    counts = [int((np.asarray(ids) == eos).sum()) for part in (s.train, s.eval) for ids in part.lists("input_ids")]
+    counts = [
+        int((sequence == eos).sum())
+        for part in (s.train, s.eval)
+        for ids, lengths in zip(part.lists("input_ids"), part.lengths_by_entry, strict=True)
+        for sequence in np.split(np.asarray(ids), np.cumsum(lengths)[:-1])
+    ]
     none, n, least, most = counts.count(0), len(counts), min(counts, default=0), max(counts, default=0)
     if none or least < most:
         yield Problem(

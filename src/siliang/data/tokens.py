@@ -109,6 +109,11 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         return np.concatenate(self._sequences or [np.zeros(0, np.int64)]) if self.spec.sequences else self.lengths
 
     @property
+    def lengths_by_entry(self) -> Iterator[np.ndarray]:
+        """Tokens of each sequence, entry by entry."""
+        return iter(self._sequences if self.spec.sequences else self.lengths[:, None])
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence; 0 if there is none."""
         return int(self.sequence_lengths.max(initial=0))

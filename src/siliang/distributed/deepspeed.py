@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from siliang.config import RunConfig
 from siliang.config.distributed import SET_BY
 from siliang.language import Bilingual
-from siliang.models.introspect import checkpointed_layers
+from siliang.models.introspect import transformer_layers
 from siliang.types import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -110,7 +110,7 @@ def make_plugin(config: RunConfig, ranks: int) -> DeepSpeedPlugin:
 def gather_by_layer(model: nn.Module) -> None:
     """Has ZeRO-3 gather a whole layer's weights where the layer's forward begins. Left alone it gathers those of each
     module by itself, and siliang's forwards also read the weights of modules within."""
-    for layer in checkpointed_layers(model):
+    for layer in transformer_layers(model):
         _deepspeed().utils.set_z3_leaf_module(layer, True)
 
 

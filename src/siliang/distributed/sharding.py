@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from siliang.capabilities import why_missing
 from siliang.language import Bilingual, local
-from siliang.models.introspect import checkpointed_layers
+from siliang.models.introspect import transformer_layers
 from siliang.models.quantized import keep_states
 from siliang.peft_api.model import PeftModel
 from siliang.types import ConfigError
@@ -80,7 +80,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
         whole |= _of_adapters(model)
     for p in whole:
         p.data = p.data.to(device)
-    for layer in checkpointed_layers(model):
+    for layer in transformer_layers(model):
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     # embeddings, the last norm and the output layer are gathered once a step: the loss reads the output layer after
     # the model's forward

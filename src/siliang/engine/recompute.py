@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import checkpoint_layers
-from siliang.models.introspect import checkpointed_layers
+from siliang.models.introspect import supports_checkpointing, transformer_layers
 from siliang.ops.stored import as_kept
 
 FLAG = "gradient_checkpointing"  # of transformers' modules that can recompute
@@ -40,7 +40,7 @@ class Recompute:
             budget: The memory budget; without a limit every layer keeps its activations.
             always: Recompute every layer.
         """
-        self.layers = checkpointed_layers(model)
+        self.layers = transformer_layers(model) if supports_checkpointing(model) else []
         self.recomputed = self.most = 0
         self.bytes_per_token: list[float] = []
         self._model, self._budget, self._always = model, budget, always

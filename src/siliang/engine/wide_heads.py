@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper
 from siliang.engine.patches import has_own_forward, patched
+from siliang.types import OTHER_HEADS
 
 
 @contextmanager
@@ -25,9 +26,9 @@ def heads_in_fp32(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Within the block, which is without gradients, a task's head computes in fp32, where its weights are in fp32.
 
     Args:
-        names: Of the head's modules.
+        names: Of the head's modules, by the task.
     """
-    with patched(list(_wide_forwards(model, set(names))) if names else []):
+    with patched(list(_wide_forwards(model, {*names, *OTHER_HEADS})) if names else []):
         yield
 
 

@@ -129,12 +129,10 @@ def supports_checkpointing(model: nn.Module) -> bool:
     return getattr(model, "supports_gradient_checkpointing", True)
 
 
-def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """Every layer that can recompute its activations, of all stacks; none of a model that does not support it."""
+def transformer_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Every transformer layer, of all stacks: modules of the class that can recompute its activations."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    if not supports_checkpointing(model):
-        return []
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 

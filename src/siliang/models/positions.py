@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 from siliang.language import Bilingual
 from siliang.models.introspect import decoder, encoder, is_encoder_decoder
 
+# rotations whose factor is not in max_position_embeddings; Llama 3's and Phi-3's is, and that of Gemma 3, by layer
+STRETCHED = ("linear", "dynamic", "yarn")
 BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on the length of the text
 TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding", "positions_embed", "pos_encoding")
 
@@ -85,12 +87,10 @@ def trained_length(model: nn.Module | PreTrainedConfig) -> int | None:
     length = getattr(config, "max_position_embeddings", None)
     if not isinstance(length, int) or length <= 0:
         return None
-    scaled = [
-        int((kind.get("original_max_position_embeddings") or length) * kind["factor"])
-        for kind in _rotations(config)
-        if isinstance(kind.get("factor"), int | float)
-    ]
-    return max([length, *scaled])
+    kinds = _rotations(config)
+    if len(kinds) != 1 or kinds[0].get("rope_type") not in STRETCHED:
+        return length
+    return max(length, int((kinds[0].get("original_max_position_embeddings") or length) * kinds[0].get("factor", 1)))
 
 
 def _rotations(config: Any) -> list[Mapping[str, Any]]:

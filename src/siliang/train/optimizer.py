@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from siliang.config import TrainConfig
 from siliang.language import Bilingual
-from siliang.models.introspect import checkpointed_layers, output_layer, unwrapped
+from siliang.models.introspect import output_layer, transformer_layers, unwrapped
 from siliang.peft_api.model import PeftModel
 from siliang.types import OTHER_HEADS, ConfigError
 
@@ -136,7 +136,7 @@ def rate_factors(model: nn.Module, settings: TrainConfig) -> dict[str, float]:
     """
     factors: dict[str, float] = {}
     if (decay := settings.layerwise_decay) is not None:
-        layers = checkpointed_layers(model)
+        layers = transformer_layers(model)
         depth = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
         below = {id(p) for p in _embedding_weights(model)}
         for name, p in model.named_parameters():
