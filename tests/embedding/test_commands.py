@@ -159,11 +159,14 @@ def test_files_of_texts(models: dict[str, Path], tmp_path: Path) -> None:
             tmp_path / "alone.jsonl", [{"id": i, column: f"the film {'was good ' * i}"} for i in range(3)]
         )
         more = ("--data", alone, "--output", tmp_path / f"{column}.parquet")
-        ended = command("predict", tmp_path / "run", *more)
-        assert ended.code == 2 and "one column of a pair. For its vector alone, say the prompt" in ended.err
-        done("predict", tmp_path / "run", *more, "--prompt-name", "none")
+        done("predict", tmp_path / "run", *more)  # without prompts, there is none to name
         found = pq.read_table(tmp_path / f"{column}.parquet").to_pylist()
         assert [row["predicted_vector"] for row in found] == [row["predicted_vector"] for row in table]
+    own = EmbeddingConfig(pooling="mean", query_prompt="we ", document_prompt="", prompt_name="document")
+    prompted = replace(of_scores, config=of_scores.config.model_copy(update={"embedding": own}), record=record)
+    with pytest.raises(ConfigError, match=r"of a pair.* say the prompt: --prompt-name query.* \(prompt_name in Python"):
+        predict_file(prompted, str(alone), tmp_path / "none.jsonl")
+    assert predict_file(replace(prompted, prompt_name="query"), str(alone), tmp_path / "named.jsonl") == 3
     blank = write_jsonl(tmp_path / "blank.jsonl", [{"text": "\u3000"}, {"text": "the film"}])
     done("predict", tmp_path / "run", "--data", blank, "--output", tmp_path / "blank-out.jsonl")
     found = [json.loads(line) for line in (tmp_path / "blank-out.jsonl").read_text().splitlines()]
@@ -173,7 +176,7 @@ def test_files_of_texts(models: dict[str, Path], tmp_path: Path) -> None:
     ended = command("predict", tmp_path / "run", "--data", other, *out)
     assert ended.code == 2 and "'anchor' and 'positive', or 'text'; it has 'id', 'words'. Rename them" in ended.err
     ended = command("predict", tmp_path / "run", "--prompt-name", "query", "--data", pairs, *out)
-    assert ended.code == 2 and "prompt_name is for texts that stand alone" in ended.err
+    assert ended.code == 2 and "--prompt-name (prompt_name in Python) is for texts that stand alone" in ended.err
     ended = command("predict", tmp_path / "run", "the film", "--temperature", 1)
     assert ended.code == 2 and "does not generate text" in ended.err
 

@@ -102,7 +102,9 @@ def test_the_prompt_of_a_single_text(case: str, models: dict[str, Path], tmp_pat
         assert (np.abs(found - vectors(tmp_path / "run", TEXTS)).max() < 1e-6) == (name == alone)
     found = np.array([p.values()["vector"] for p in predict(replace(run, prompt_name="none"), TEXTS)])
     assert np.abs(opened.encode(TEXTS, prompt="") - found).max() < 1e-5
-    with pytest.raises(ConfigError, match=r"prompt_name = .passage.: must be query, document or none"):
+    with pytest.raises(
+        ConfigError, match=r"--prompt-name \(prompt_name in Python\) = .passage.: must be query, document or none"
+    ):
         list(predict(replace(run, prompt_name="passage"), TEXTS))
     if case == "classes":
         entry, legend = prepare_data(run.config).train[0], run.tokenizer
@@ -111,7 +113,7 @@ def test_the_prompt_of_a_single_text(case: str, models: dict[str, Path], tmp_pat
 
 def test_a_prompt_of_another_task(models: dict[str, Path], tmp_path: Path) -> None:
     trained("reranker", models["seq_cls"], models, tmp_path)
-    with pytest.raises(ConfigError, match="prompt_name is for runs that give vectors"):
+    with pytest.raises(ConfigError, match=r"--prompt-name \(prompt_name in Python\) is for runs that give vectors"):
         list(predict(replace(open_run(tmp_path / "run"), prompt_name="query"), [(TEXTS[0], TEXTS[1])]))
 
 

@@ -123,8 +123,8 @@ def write_texts(
     if task.prompt is None:
         raise ConfigError(
             Bilingual(
-                f"{run.folder} was not trained to write text: use `siliang predict`.",
-                f"{run.folder} 不是生成文本的运行：请用 `siliang predict`。",
+                f"{run.folder} was not trained to write text: use `siliang predict` (predict in Python).",
+                f"{run.folder} 不是生成文本的运行：请用 `siliang predict`（Python 中为 predict）。",
             )
         )
     if base and not isinstance(run.model, PeftModel):

@@ -88,8 +88,10 @@ def check_predicts(run: OpenedRun) -> None:
     if run.task.predict is None:
         raise ConfigError(
             Bilingual(
-                f"{run.folder} was trained to write text: use `siliang generate`, or --data FILE --output FILE.",
-                f"{run.folder} 是生成文本的运行：请用 `siliang generate`，或 --data FILE --output FILE。",
+                f"{run.folder} was trained to write text: use `siliang generate`, or --data FILE --output FILE "
+                "(generate or predict_file in Python).",
+                f"{run.folder} 是生成文本的运行：请用 `siliang generate`，或 --data FILE --output FILE"
+                "（Python 中为 generate 或 predict_file）。",
             )
         )
 
@@ -103,36 +105,45 @@ def check_options(run: OpenedRun) -> None:
     if run.top < 1:
         raise ConfigError(Bilingual(f"top = {run.top}: must be 1 or more.", f"top = {run.top}：至少为 1。"))
     if run.min_confidence is not None and not 0 <= run.min_confidence <= 1:
-        shown = f"min_confidence = {run.min_confidence:g}"
-        raise ConfigError(Bilingual(f"{shown}: must be 0 to 1.", f"{shown}：应为 0 到 1。"))
+        shown, value = _option("min_confidence"), f"{run.min_confidence:g}"
+        raise ConfigError(Bilingual(f"{shown} = {value}: must be 0 to 1.", f"{shown.zh} = {value}：应为 0 到 1。"))
     if run.top > 1 and not (hooks and hooks.ranks):
         raise ConfigError(
             Bilingual(
-                f"top is for runs of classes or several labels, and {run.folder} is not one: leave it out.",
-                f"top 用于预测类别或多个标签的运行，而 {run.folder} 不是：请去掉。",
+                f"{_option('top')} is for runs of classes or several labels, and {run.folder} is not one: leave it "
+                "out.",
+                f"{_option('top').zh}用于预测类别或多个标签的运行，而 {run.folder} 不是：请去掉。",
             )
         )
     if run.min_confidence is not None and not (hooks and hooks.abstains):
         raise ConfigError(
             Bilingual(
-                f"min_confidence is for runs of one class a text, and {run.folder} is not one: leave it out.",
-                f"min_confidence 用于每段文本一个类别的运行，而 {run.folder} 不是：请去掉。",
+                f"{_option('min_confidence')} is for runs of one class a text, and {run.folder} is not one: leave it "
+                "out.",
+                f"{_option('min_confidence').zh}用于每段文本一个类别的运行，而 {run.folder} 不是：请去掉。",
             )
         )
     if run.prompt_name is not None and run.task.with_prompt is None:
         raise ConfigError(
             Bilingual(
-                f"prompt_name is for runs that give vectors of texts, and {run.folder} is not one: leave it out.",
-                f"prompt_name 用于给出文本向量的运行，而 {run.folder} 不是：请去掉。",
+                f"{_option('prompt_name')} is for runs that give vectors of texts, and {run.folder} is not one: leave "
+                "it out.",
+                f"{_option('prompt_name').zh}用于给出文本向量的运行，而 {run.folder} 不是：请去掉。",
             )
         )
     if run.prompt_name is not None and run.prompt_name not in PROMPTS:
         raise ConfigError(
             Bilingual(
-                f"prompt_name = {run.prompt_name!r}: must be {', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}.",
-                f"prompt_name = {run.prompt_name!r}：应为 {'、'.join(PROMPTS)} 之一。",
+                f"{_option('prompt_name')} = {run.prompt_name!r}: must be {', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}.",
+                f"{_option('prompt_name').zh} = {run.prompt_name!r}：应为 {'、'.join(PROMPTS)} 之一。",
             )
         )
+
+
+def _option(name: str) -> Bilingual:
+    """An option of predictions, as the command and Python call it."""
+    flag = f"--{name.replace('_', '-')}"
+    return Bilingual(f"{flag} ({name} in Python)", f"{flag}（Python 中为 {name}）")
 
 
 def _check_prompt_name(run: OpenedRun, examples: Iterable[Example]) -> None:
@@ -143,9 +154,9 @@ def _check_prompt_name(run: OpenedRun, examples: Iterable[Example]) -> None:
     if run.prompt_name is not None and any(isinstance(example, Related) for example in examples):
         raise ConfigError(
             Bilingual(
-                "prompt_name is for texts that stand alone: of two texts, the first is a query and the second a "
-                "document. Leave it out.",
-                "prompt_name 用于单独的文本：两段文本中第一段是查询，第二段是文档。请去掉。",
+                f"{_option('prompt_name')} is for texts that stand alone: of two texts, the first is a query and "
+                "the second a document. Leave it out.",
+                f"{_option('prompt_name').zh}用于单独的文本：两段文本中第一段是查询，第二段是文档。请去掉。",
             )
         )
 
@@ -257,22 +268,29 @@ def _only_text(row: DataRow, run: OpenedRun) -> str | None:
     """The column of a text alone, in a row with one of the columns of a pair; None where it has none or both.
 
     Raises:
-        ConfigError: The user has not said that it stands alone.
+        ConfigError: The run has prompts, and the user has not said with which the text stands alone.
     """
     names = [name for part in PAIR for name in (run.record.columns.get(part, part), *ALIASES[part])]
     found = [name for name in dict.fromkeys(names) if name in row.values]
     if len(found) != 1:
         return None
-    if run.prompt_name is None:  # the other column may have another name, and the prompt be another one
+    # the other column may have another name, and the prompt be another one
+    if run.prompt_name is None and _has_prompts(run):
         raise ConfigError(
             Bilingual(
                 f"{row.where} has {found[0]!r}, one column of a pair. For its vector alone, say the prompt: "
-                "--prompt-name query, document or none.",
+                "--prompt-name query, document or none (prompt_name in Python).",
                 f"{row.where} 只有文本对的一列 {found[0]!r}。如果要单独得到它的向量，请指明提示："
-                "--prompt-name query、document 或 none。",
+                "--prompt-name query、document 或 none（Python 中为 prompt_name）。",
             )
         )
     return found[0]
+
+
+def _has_prompts(run: OpenedRun) -> bool:
+    """Whether texts of the run have a prompt, so that it matters which a text alone has."""
+    settings = run.config.embedding
+    return settings is not None and bool(settings.query_prompt or settings.document_prompt)
 
 
 def _no_columns(layouts: Sequence[str], row: DataRow, run: OpenedRun) -> DataError:

@@ -120,10 +120,10 @@ def check_no_writing(run: OpenedRun, sampling: Sampling, system: str, batch_size
     if sampling != Sampling() or system or batch_size is not None:
         raise ConfigError(
             Bilingual(
-                f"{run.folder} does not generate text: it has no use for max_new_tokens, temperature, top_p, top_k, "
-                "repetition_penalty, stop, system, seed and batch_size. Leave them out.",
-                f"{run.folder} 不生成文本：max_new_tokens、temperature、top_p、top_k、repetition_penalty、stop、"
-                "system、seed 和 batch_size 不适用，请去掉。",
+                f"{run.folder} does not generate text: it has no use for --temperature and the other options of "
+                "sampling, --system and --batch-size (sampling, system and batch_size in Python). Leave them out.",
+                f"{run.folder} 不生成文本：--temperature 等采样选项、--system 和 --batch-size 不适用（Python 中为 "
+                "sampling、system 和 batch_size），请去掉。",
             )
         )
 
@@ -137,8 +137,8 @@ def check_output(output: Path) -> None:
     if output.suffix not in KINDS:
         raise ConfigError(
             Bilingual(
-                f"--output {output}: must end with one of {', '.join(KINDS)}.",
-                f"--output {output}：扩展名应为 {'、'.join(KINDS)} 之一。",
+                f"{output}: must end with one of {', '.join(KINDS)}.",
+                f"{output}：扩展名应为 {'、'.join(KINDS)} 之一。",
             )
         )
     if output.exists():
