@@ -193,6 +193,8 @@ def test_what_is_written_replaces_a_link_and_is_never_written_through_it(tmp_pat
     assert not (folder / "report.html").is_symlink() and "<html" in (folder / "report.html").read_text()
     # the user's own choice of a name is a name too
     (tmp_path / "page.html").symlink_to(outside.folder / "key")
+    assert "exists already" in refused("report", folder, "--output", tmp_path / "page.html")
+    (tmp_path / "page.html").unlink()
     assert run("report", folder, "--output", tmp_path / "page.html").code == 0
     assert outside.now() == outside.was and "<html" in (tmp_path / "page.html").read_text()
 

@@ -226,6 +226,7 @@ def test_a_classifier(places: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "run", run_folder)
     for words in (("eval", run_folder), ("report", run_folder, "--output", tmp_path / "page.html")):
         for terminal in (False, True):
+            (tmp_path / "page.html").unlink(missing_ok=True)
             ended = run(*words, terminal=terminal)
             check_clean(ended, drawn=terminal)
             assert ended.code == 0, ended
@@ -315,6 +316,7 @@ def test_suggestions_of_commands_are_quoted(
         assert run("report", f"./{name}", "--output", "page.html").code == 0
         page = (tmp_path / "page.html").read_text()
         assert shell_command(Path(name)).replace("'", "&#39;") in page
+        (tmp_path / "page.html").unlink()
     method = json.dumps([{"name": "lora", "label": "$(touch X)"}, {"name": "lora", "r": 4, "label": "b"}])
     flags = ("--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls")
     ended = run("plan", *flags, "--set", f"methods={method}", "--memory", "1MB", "--device", "cpu")

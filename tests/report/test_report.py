@@ -7,6 +7,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from commands import refused, run
 from records import SCORES, comparison, record
 
 from siliang.cli.main import main
@@ -141,6 +142,23 @@ def test_the_command_prints_and_writes(
     assert stopped.value.code == 0
     assert "准确率" in printed and "lora ★" in printed and "没有学到东西" in printed
     assert '<html lang="zh-CN">' in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_of_runs_replaces_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison's own page is made again from its records."""
+    folder = comparison(tmp_path / "out", SCORES)
+    lora, here = folder / "runs" / "lora" / "seed-0", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert run("report", lora).code == 0 and (here / "report.html").is_file()
+    was = (here / "report.html").read_bytes()
+    for output in ([], ["--output", "report.html"]):
+        says = refused("report", lora, lora.with_name("seed-1"), *output)
+        assert "report.html exists already: remove it, or choose another name with --output" in says
+    assert (here / "report.html").read_bytes() == was
+    for output in ([], [], ["--output", folder / "report.html"]):
+        assert run("report", folder, *output).code == 0
+    assert "exists already" in refused("report", folder, "--output", "report.html")
 
 
 def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def _of_call(call: Call, names: set[str] | None) -> dict[str, Bilingual]:
 def _of_result(message: Message, calls: list[Call]) -> Bilingual | None:
     """What is wrong with a tool's result behind these calls."""
     if not calls:
-        return Bilingual("a result of a tool without a call before it", "工具结果，之前却没有调用")
+        return Bilingual("a result of a tool without a call before it", "之前没有对应调用的工具结果")
     ids = {call.id for call in calls} - {""}
     if message.call_id and ids and message.call_id not in ids:
         there, there_zh = ", ".join(sorted(ids)[:5]), "、".join(sorted(ids)[:5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,10 @@ def report(
         Path | None,
         typer.Option(
             help=both(
-                "The page. Default: report.html in the folder of the comparison; for runs, in the current folder.",
-                "网页文件。默认为 report.html：比较时在它的文件夹中，运行时在当前文件夹。",
+                "The page, a new file. Default: report.html in the folder of the comparison, which replaces its page; "
+                "for runs, in the current folder.",
+                "网页文件，须是新文件。默认为 report.html：比较时在它的文件夹中，并替换其中的网页；"
+                "运行时在当前文件夹。",
             )
         ),
     ] = None,
@@ -35,12 +38,20 @@ def report(
     from siliang.types import OutputError
 
     data = gather(runs)
-    page = output or (runs[0] / "report.html" if data.is_comparison else Path("report.html"))
+    own = runs[0] / "report.html" if data.is_comparison else None  # a comparison's page is made again from its records
+    page = output or own or Path("report.html")
     if page.is_dir() or not page.parent.is_dir():
         raise OutputError(
             Bilingual(
                 f"--output {page}: give a file name in an existing folder, such as report.html.",
                 f"--output {page}：请给出已有文件夹中的文件名，例如 report.html。",
+            )
+        )
+    if page != own and os.path.lexists(page):  # a broken link too
+        raise OutputError(
+            Bilingual(
+                f"{page} exists already: remove it, or choose another name with --output.",
+                f"{page} 已存在：请删除，或用 --output 换个名称。",
             )
         )
     lang = lang or language()

@@ -27,8 +27,8 @@ def cache_folder() -> Path:
     except FileExistsError:
         raise ConfigError(
             Bilingual(
-                f"{folder} is a file, and siliang's cache is to be a folder there: set SILIANG_CACHE to a folder.",
-                f"{folder} 是文件，而 siliang 的缓存应是文件夹：请把 SILIANG_CACHE 设为文件夹。",
+                f"{folder} is a file, and siliang needs a folder there: set SILIANG_CACHE to a folder.",
+                f"{folder} 是文件，而 siliang 需要在这里建立文件夹：请把 SILIANG_CACHE 设为文件夹。",
             )
         ) from None
     return folder
