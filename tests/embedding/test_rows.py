@@ -10,9 +10,12 @@ import pytest
 from every_task import make_models
 from tiny import write_jsonl
 
-from siliang.config import EmbeddingConfig, RunConfig
+from siliang.config import Columns, EmbeddingConfig, RunConfig
+from siliang.data.cells import BadRow
 from siliang.data.example import Example
 from siliang.data.examples import Labelled, Related, Scored
+from siliang.data.list_cells import CsvCell
+from siliang.data.related import read_related
 from siliang.tasks import settled
 from siliang.tasks.embedding import EMBEDDING, with_vectors
 from siliang.tasks.embeddings.tokens import texts_of
@@ -98,6 +101,30 @@ def test_lists_are_those_of_csv_alone(tmp_path: Path) -> None:
     values["data"] = {"train": str(tmp_path / "rows.csv"), "test_size": 0.0}
     with pytest.raises(DataError, match="looks like a list in 'pos', and cannot be read as one"):
         _ = prepare_data(RunConfig.build(values)).examples.train
+
+
+@pytest.mark.parametrize(
+    ("cell", "broken"),
+    [
+        ("['quoted'] text ['here']", False),
+        ("['a'], ['b']", False),
+        ('["a"] or ["b]"]', False),
+        ("{'is_selected'} and {b}", False),
+        ("['a' ... 'b']", True),
+        ("['a [1] b' ... 'c]']", True),
+        ("['it's', 'b']", True),
+        ("['a' ... 'b']\u3000\ufeff", True),
+        ("{'is_selected': [0, 1], 'passage_text': ['a' ... 'b']}", True),
+    ],
+)
+def test_what_was_written_as_a_list(cell: str, broken: bool) -> None:
+    """A passage with quotes in brackets at both ends is a text, and no bad row."""
+    values: dict[str, object] = {"anchor": "q", "positive": CsvCell(cell)}
+    if broken:
+        with pytest.raises(BadRow, match="looks like a list in 'positive'"):
+            read_related(values, Columns())
+    else:
+        assert read_related(values, Columns()) == Related("q", (cell,), ())
 
 
 UNFIT: list[tuple[dict[str, Any], str]] = [

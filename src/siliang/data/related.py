@@ -16,9 +16,10 @@ import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal
+from itertools import accumulate
 
 from siliang.config import Columns
-from siliang.data.cells import BadRow, Result, Values, as_text, filled, given, is_blank, short
+from siliang.data.cells import BLANKS, BadRow, Result, Values, as_text, filled, given, is_blank, short
 from siliang.data.examples import Related, Scored
 from siliang.data.list_cells import CsvCell, as_list, held_in_text
 from siliang.data.numbers import as_number, has_decimal_comma, with_point
@@ -28,6 +29,7 @@ from siliang.language import Bilingual
 
 MOST_NEGATIVE_COLUMNS = 64
 BROKEN_LIST = re.compile(r"\[\s*(['\"]).*\1\s*\]|\{\s*(['\"])(is_selected|passage_text)\2.*\}", re.DOTALL)
+QUOTED = re.compile(r"(['\"])(?:\\.|(?!\1).)*(?:\1|\Z)", re.DOTALL)  # to the end if it is never closed: in one pass
 BESIDE_SCORES = ("rejected_response", "rejected_responses")
 NEGATIVE_COLUMNS = tuple(f"negative_{i}" for i in range(1, MOST_NEGATIVE_COLUMNS + 1))
 
@@ -184,7 +186,7 @@ def _held(value: object, column: str) -> object:
         return found
     if isinstance(found, dict) and "passage_text" in found:
         return found
-    if found is None and BROKEN_LIST.fullmatch(value.strip()):
+    if found is None and _is_broken_list(value.strip(BLANKS)):
         raise BadRow(
             Bilingual(
                 f"looks like a list in {column!r}, and cannot be read as one: {short(value)}",
@@ -192,6 +194,19 @@ def _held(value: object, column: str) -> object:
             )
         )
     return value
+
+
+def _is_broken_list(text: str) -> bool:
+    """Whether a text that is no list was written as one: a bracket and quotes at both ends, and the first bracket is
+    closed by the last one. "['a'] and ['b']" is a passage. Brackets in quotes count only where quotes are broken, too.
+    """
+    return BROKEN_LIST.fullmatch(text) is not None and (_is_one(QUOTED.sub("", text)) or _is_one(text))
+
+
+def _is_one(text: str) -> bool:
+    """Whether the first bracket of a text is closed by its last character."""
+    depth = list(accumulate((c in "[{") - (c in "]}") for c in text))
+    return depth[-1] == 0 and 0 not in depth[:-1]
 
 
 def _of_passage(part: object) -> object:
