@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from commands import run
 from tiny import word_tokenizer, write_jsonl
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from siliang.run_folder import open_run
 from siliang.use.generate import generate
@@ -78,3 +80,30 @@ def test_a_named_one_stays_and_its_arguments_are_recorded(base: Path, tmp_path: 
     assert record["config"]["data"]["template_arguments"] == {"enable_thinking": False}  # type: ignore[index]
     merged = run("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert 'qwen3, with which it was trained, with {"enable_thinking": false}' in merged.out
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_transformers_stops_where_an_answer_was_learned_to_end(base: Path, tmp_path: Path, method: str) -> None:
+    """The base ends at </s>, an answer in ChatML at <|im_end|>."""
+    tok = word_tokenizer()
+    tok.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tok.save_pretrained(base)
+    own = GenerationConfig.from_pretrained(base).eos_token_id
+    trained(base, tmp_path / "run", "--set", "data.template=chatml", "--method", method)
+    saved = tmp_path / "run" / "model"
+    if method == "lora":
+        saved = tmp_path / "merged"
+        assert run("merge", tmp_path / "run", "--output", saved).code == 0
+    ends = GenerationConfig.from_pretrained(saved).eos_token_id
+    assert ends == [own, tok.convert_tokens_to_ids("<|im_end|>")]
+    model, ids = AutoModelForCausalLM.from_pretrained(saved), torch.tensor([[5, 6]])
+    written = model.generate(ids, max_new_tokens=9, prefix_allowed_tokens_fn=lambda batch, ids: [ends[1]])
+    assert written.tolist() == [[5, 6, ends[1]]]
+
+
+def test_a_run_of_texts_ends_as_its_base(base: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"one two {i}"} for i in range(12)])
+    more = ("--set", "train.max_steps=2", "--method", "full", "--output", tmp_path / "run")
+    assert run("train", "--model", base, "--data", rows, "--task", "causal_lm", *more).code == 0
+    saved = GenerationConfig.from_pretrained(tmp_path / "run" / "model")
+    assert saved.eos_token_id == GenerationConfig.from_pretrained(base).eos_token_id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from siliang.config import DataConfig
 from siliang.data.chat import ChatTemplate, Written
@@ -10,7 +10,7 @@ from siliang.data.encode import IGNORED, Encoder
 from siliang.data.entries import Rows, TokenEntry, dropped, token_labels
 from siliang.data.example import Example
 from siliang.data.examples import Prepared, Text
-from siliang.data.jinja import Arguments
+from siliang.data.jinja import SERVED_LAYOUTS, Arguments
 from siliang.data.messages import Conversation, Message
 from siliang.data.templates import Piece, find_template, template_for
 from siliang.language import Bilingual
@@ -60,6 +60,17 @@ def stop_tokens(tokenizer: Tokenizer, *, template: str, arguments: Arguments | N
     for _, labels in encoder.rows([entry.pieces for entry in entries], own_spacing=write.own_spacing):
         ends += [a for a, b in zip(labels, [*labels[1:], IGNORED], strict=True) if a != IGNORED and b == IGNORED]
     return list(dict.fromkeys([ends[-1], *ends, encoder.need_eos()]))
+
+
+def served_ends(tokenizer: Tokenizer, data: DataConfig, layouts: Collection[str]) -> list[int]:
+    """The tokens at which a program that serves the trained model stops; none where no answers were learned.
+
+    Args:
+        layouts: Of the rows of the training.
+    """
+    if all(layout in SERVED_LAYOUTS for layout in layouts):
+        return []
+    return stop_tokens(tokenizer, template=data.template, arguments=data.template_arguments)
 
 
 def encode(

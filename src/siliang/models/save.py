@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,8 @@ from siliang.safety.safe_json import dump_json
 from siliang.secrets import redacted
 
 # The settings files that libraries write into a model's folder.
-SETTINGS = ("config.json", "generation_config.json")
+GENERATION = "generation_config.json"
+SETTINGS = ("config.json", GENERATION)
 TOKENIZER = "tokenizer_config.json"
 NAMES = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "merges_file")
 
@@ -26,13 +28,16 @@ def save_model(
     tokenizer: Tokenizer,
     *,
     state_dict: dict[str, Tensor] | None = None,
+    ends: Sequence[int] = (),
 ) -> None:
     """Writes a model and its tokenizer.
 
     Args:
         state_dict: The weights, if they are not those of the model.
+        ends: Tokens that end what it writes, besides those of its generation_config.
     """
     model.save_pretrained(folder, state_dict=state_dict)
+    _add_ends(folder / GENERATION, ends)
     write_own_code(model.config, folder)
     tokenizer.save_pretrained(folder)
     _hide_secrets(folder)
@@ -49,6 +54,17 @@ def save_config(folder: Path, config: PreTrainedConfig) -> None:
     config.save_pretrained(folder)
     write_own_code(config, folder)
     _hide_secrets(folder)
+
+
+def _add_ends(path: Path, ends: Sequence[int]) -> None:
+    """Adds tokens to those at which a generation_config ends a text."""
+    if not ends or not path.is_file():
+        return
+    values = json.loads(path.read_text(encoding="utf-8"))
+    known = values.get("eos_token_id")
+    known = [known] if isinstance(known, int) else list(known or [])
+    if not set(ends) <= set(known):
+        write_text(path, dump_json(values | {"eos_token_id": list(dict.fromkeys([*known, *ends]))}, indent=2) + "\n")
 
 
 def _hide_secrets(folder: Path) -> None:

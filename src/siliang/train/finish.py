@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from siliang.data.conversations import served_ends
 from siliang.data.jinja import with_chat_template
 from siliang.files import find_damage, replacing_folder
 from siliang.language import both
@@ -133,11 +134,13 @@ def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
             base = run.model.get_base_model()
         else:
             tokenizer, data = run.tokenizer, run.config.data
+            ends: list[int] = []
             if run.task.decoder_only:  # what serves it writes conversations as training did
+                ends = served_ends(tokenizer, data, run.examples.layouts)
                 tokenizer, _ = with_chat_template(
                     tokenizer, data.template, run.examples.layouts, data.template_arguments
                 )
-            save_model(temporary, run.model, tokenizer, state_dict=weights)
+            save_model(temporary, run.model, tokenizer, state_dict=weights, ends=ends)
             base = run.model
         if (more := run.task.extra_files) is not None:
             assert isinstance(base, PreTrainedModel)

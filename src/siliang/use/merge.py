@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from siliang.data.collate import PadCollator
+from siliang.data.conversations import served_ends
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import sequences_of
 from siliang.files import creating_folder
@@ -70,7 +71,8 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
         assert isinstance(merged, PreTrainedModel)  # as it was loaded
         with creating_folder(output) as temporary:
             tokenizer = served_tokenizer(run)[0]
-            save_model(temporary, merged, tokenizer)
+            ends = served_ends(run.tokenizer, run.config.data, run.record.layouts) if run.task.decoder_only else ()
+            save_model(temporary, merged, tokenizer, ends=ends)
             if (more := run.task.extra_files) is not None:
                 more(temporary, merged, tokenizer)
     except BaseException:
