@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from siliang.data import hashes
+from siliang.data.cache import cache_folder
 from siliang.data.hashes import file_sha256, source_sha256
+from siliang.types import ConfigError
 
 
 def test_hash_follows_the_bytes(tmp_path: Path) -> None:
@@ -43,3 +45,10 @@ def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     os.utime(weights)
     file_sha256(weights), file_sha256(weights)
     assert len(read) == 5
+
+
+def test_a_file_where_the_cache_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="is a file, and siliang needs a folder there: set SILIANG_CACHE"):
+        cache_folder()
