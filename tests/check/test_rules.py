@@ -14,8 +14,10 @@ from transformers import T5Config, T5ForConditionalGeneration, T5GemmaConfig, T5
 from siliang.check import RULES, Finding, find, gather_input, stop_on_errors
 from siliang.check.counts import count
 from siliang.check.input import Machine
-from siliang.config import RunConfig
+from siliang.config import DataConfig, RunConfig
+from siliang.data.load import load_rows
 from siliang.language import local
+from siliang.tasks import QUESTION_ANS
 from siliang.types import ConfigError, DataError, ModelError
 
 CLEAN = [{"instruction": f"say {a} {b}", "output": f"{b} {a}"} for a in WORDS[28:38] for b in WORDS[28:38]]
@@ -594,6 +596,21 @@ def test_labels_that_teach_nothing(case: Case) -> None:
     asked = [{"context": f"the {w} was good", "question": f"say {w}", "answers": empty} for w in WORDS[:20]]
     found = case(asked, task="question_ans", **bert)
     assert ("SL008", "none of the 18 windows holds an answer") in {(f.code, f.message) for f in found}
+
+
+def test_a_held_out_answer_that_is_not_at_its_start(case: Case) -> None:
+    rows = [
+        {"context": f"the {w} was good", "question": f"say {w}", "answers": {"text": [w], "answer_start": [4]}}
+        for w in WORDS[:24]
+    ]
+    wrong = [rows[20] | {"answers": {"text": [WORDS[20]], "answer_start": [3]}}, *rows[21:]]
+    (found,) = [f for f in case(rows[:20], held_out=wrong, task="question_ans", model="bert") if f.code == "SL018"]
+    assert found.message == "1 held-out rows have an answer that is not at its answer_start"
+    bad = str(write_jsonl(case.folder / "bad.jsonl", wrong))  # rows that no check sees
+    with pytest.raises(DataError, match=rf"bad.jsonl:1 has the answer '{WORDS[20]}', which is not at its start \(3\)"):
+        load_rows(DataConfig(train="x"), QUESTION_ANS.data, bad)
+    left = load_rows(DataConfig(train="x", skip_bad_rows=True), QUESTION_ANS.data, bad)
+    assert len(left.eval) == 3
 
 
 def test_every_kind_of_bad_row_can_be_left_out(case: Case) -> None:

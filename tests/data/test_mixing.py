@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from siliang.config import DataConfig, RunConfig
 from siliang.data.layouts import LAYOUTS
 from siliang.data.layouts_in_words import IN_WORDS
 from siliang.data.load import load_examples, load_rows
-from siliang.data.splitting import mixed
+from siliang.data.splitting import mixed, weighted
 from siliang.run_folder import open_run
 from siliang.tasks import TASKS
 from siliang.train.run import train
@@ -52,6 +53,25 @@ def test_shares_follow_the_formula(sizes: list[int], temperature: float, data: s
     for found, part in zip(rows, wanted, strict=True):
         assert math.isclose(found / sum(rows), part / sum(wanted), rel_tol=1e-9)
     assert mixed(sizes, weights, 1.0) == pytest.approx(weights)
+
+
+@given(
+    sources=st.lists(st.tuples(st.integers(0, 60), st.floats(0.05, 3.5)), min_size=1, max_size=5),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_has_the_rows_that_the_weights_say(sources: list[tuple[int, float]], seed: int) -> None:
+    sizes, weights = [n for n, _ in sources], [w for _, w in sources]
+    ends = np.cumsum(sizes)
+    chosen = [i for i in range(sum(sizes)) if i % 7]  # the others are held out
+    found = Counter(weighted(chosen, sizes, weights, seed))
+    kept = np.bincount(np.searchsorted(ends, chosen, side="right"), minlength=len(sizes))
+    assert abs(sum(found.values()) - float(kept @ weights)) <= 0.5 + 1e-6
+    for start, end, w in zip(ends - sizes, ends, weights, strict=True):
+        own = [i for i in chosen if start <= i < end]
+        assert {found[i] for i in own} <= {math.floor(w), math.ceil(w)}
+        assert abs(sum(found[i] for i in own) - w * len(own)) < 1 + 1e-6
+    assert Counter(weighted(chosen, sizes, weights, seed)) == found and set(found) <= set(chosen)
 
 
 def test_a_mixture_is_the_same_for_a_seed(tmp_path: Path) -> None:

@@ -285,13 +285,14 @@ def misplaced_answers(s: CheckInput) -> Iterator[Problem]:
     """
     if not s.finds_spans:
         return
-    rows = [i for i, e in enumerate(s.examples.train) if e.problem]
-    if rows:
-        message = Bilingual(
-            f"{len(rows):,} training rows have an answer that is not at its answer_start",
-            f"{len(rows):,} 条训练样本的答案不在 answer_start 处",
-        )
-        yield Problem(message, s.places(rows), len(rows))
+    for part, examples in (("train", s.examples.train), ("eval", s.examples.eval)):
+        rows = [i for i, e in enumerate(examples) if e.problem]
+        if rows:
+            message = Bilingual(
+                f"{len(rows):,} {PARTS[part]} rows have an answer that is not at its answer_start",
+                f"{len(rows):,} 条{PARTS[part].zh}样本的答案不在 answer_start 处",
+            )
+            yield Problem(message, s.places(rows, part), len(rows))
 
 
 def nothing_held_out(s: CheckInput) -> Iterator[Problem]:

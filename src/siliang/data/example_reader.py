@@ -40,8 +40,16 @@ class ExampleReader:
         columns: Of the first layout.
     """
 
-    def __init__(self, data: DataConfig, spec: DataSpec, like: RunLayouts | None = None) -> None:
+    def __init__(
+        self, data: DataConfig, spec: DataSpec, like: RunLayouts | None = None, *, is_checked: bool = False
+    ) -> None:
+        """Prepares a reader.
+
+        Args:
+            is_checked: `check` names the rows that have a problem although they can be read; otherwise they are bad.
+        """
         self.data, self.spec, self.like = data, spec, like
+        self._takes_problems = is_checked and not data.skip_bad_rows
         self.reading = Reading(data.header, data.encoding, data.separator, tagged="tokens-tags" in spec.layouts)
         self.bad: list[tuple[str, str]] = []
         self.labels: list[str] | None = data.labels
@@ -208,7 +216,7 @@ class ExampleReader:
             if self.spec.adapt is not None and not isinstance(made, str):
                 made = self.spec.adapt(made)
             made = with_task(made, row.values, columns.task_id)
-            if self.data.skip_bad_rows and not isinstance(made, str):  # otherwise SL018 names them all
+            if not self._takes_problems and not isinstance(made, str):
                 made = made.problem or made
             if isinstance(made, str) or self.labels is None or self.spec.named is None:
                 return made

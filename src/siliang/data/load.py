@@ -87,7 +87,7 @@ def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bo
     if data.streaming:
         return _head(data, spec, keep_going=keep_going)
     seed = seed if data.seed is None else data.seed
-    reader = ExampleReader(data, spec)
+    reader = ExampleReader(data, spec, is_checked=True)
     sizes: list[int] = []
     train = ExampleSet.build(_counted(data.train_sources, reader, sizes))
     stops = not data.skip_bad_rows and not keep_going
@@ -131,7 +131,7 @@ def _head(data: DataConfig, spec: DataSpec, *, keep_going: bool) -> Examples:
     Raises:
         DataError: As `load_examples` does.
     """
-    reader = ExampleReader(data, spec)
+    reader = ExampleReader(data, spec, is_checked=True)
     shares = Shares.of(data, reader)
     train, held_out = head(data, reader, shares)
     if not len(train):

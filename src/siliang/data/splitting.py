@@ -62,12 +62,17 @@ def mixed(sizes: Sequence[int], weights: Sequence[float], temperature: float) ->
 
 
 def weighted(chosen: list[int], sizes: list[int], weights: list[float], seed: int) -> list[int]:
-    """Each row as often as its source weighs; the part of a weight behind the point by chance."""
+    """Each row as often as its source weighs. Of a weight's part behind the point, as many rows of the source as that
+    is, drawn by chance: an epoch has as many rows as the weights say."""
     chance = random.Random(seed)
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    rows: list[int] = []
-    for i in chosen:
-        weight = weights[next(k for k, end in enumerate(ends) if i < end)]
-        times = math.floor(weight) + (chance.random() < weight - math.floor(weight))
-        rows += [i] * times
-    return rows
+    source_of = np.searchsorted(np.cumsum(sizes), chosen, side="right")
+    rows = [np.flatnonzero(source_of == k) for k in range(len(sizes))]
+    times = np.floor(weights).astype(int)[source_of]
+    exact = [(w - math.floor(w)) * len(own) for w, own in zip(weights, rows, strict=True)]
+    more = [math.floor(x + 1e-9) for x in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda k: more[k] - exact[k])
+    for k in by_remainder[: max(0, round(sum(exact)) - sum(more))]:
+        more[k] += 1
+    for own, n in zip(rows, more, strict=True):
+        times[chance.sample(own.tolist(), n)] += 1
+    return np.repeat(chosen, times).tolist()
