@@ -598,6 +598,18 @@ def test_labels_that_teach_nothing(case: Case) -> None:
     assert ("SL008", "none of the 18 windows holds an answer") in {(f.code, f.message) for f in found}
 
 
+@pytest.mark.parametrize(("best", "severity"), [(None, "warning"), ("accuracy", "warning"), ("margin", "error")])
+def test_held_out_answers_of_one_kind(best: str | None, severity: str, case: Case) -> None:
+    rows = [{"prompt": f"say {i}", "completion": "one two", "label": i % 2 == 0} for i in range(20)]
+    settings: dict[str, Any] = {
+        **ON_PAIRS,
+        "preference": {"loss": "kto"},
+        "train": {"best": best, "eval_every": 2 if best else None},
+    }
+    (found,) = [f for f in case(rows, held_out=rows[1::2], **settings) if f.code == "SL049"]
+    assert found.message == "all answers of the held-out rows are marked as bad" and found.severity == severity
+
+
 def test_a_held_out_answer_that_is_not_at_its_start(case: Case) -> None:
     rows = [
         {"context": f"the {w} was good", "question": f"say {w}", "answers": {"text": [w], "answer_start": [4]}}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run as run_command
-from every_task import configured, make_models
+from every_task import configured, make_models, rated_rows
 from safetensors.torch import load_file
 from tiny import write_jsonl
 
@@ -168,3 +168,16 @@ def test_a_section_of_another_task_is_refused(models: dict[str, Path], tmp_path:
     values = configured("causal_lm", models, tmp_path).model_dump(mode="json")
     with pytest.raises(ConfigError, match="is a section of the task preference"):
         type(configured("causal_lm", models, tmp_path)).build(values | {"preference": {"loss": "ipo"}})
+
+
+@pytest.mark.parametrize(("good", "absent"), [(True, "rejected_reward"), (False, "chosen_reward")])
+def test_no_figure_of_a_kind_of_answer_that_is_not_there(
+    good: bool, absent: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    config = configured("kto", models, tmp_path, max_steps=1)
+    train(config)
+    rows = [row for row in rated_rows() if row["label"] is good]
+    held_out = write_jsonl(tmp_path / "one_kind.jsonl", rows)
+    found = evaluate(open_run(Path(config.output)), str(held_out))
+    assert {"accuracy", "kl"} < found.keys() and not {"margin", absent} & found.keys()
+    assert {"chosen_reward", "rejected_reward"} - {absent} <= found.keys()

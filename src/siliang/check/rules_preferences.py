@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from siliang.check.finding import Problem
+from siliang.check.finding import PARTS, Problem
 from siliang.check.input import CheckInput
 from siliang.data.messages import Ranked, Rated
 from siliang.language import Bilingual
 
+OF_BOTH_KINDS = ("margin", "chosen_reward", "rejected_reward")  # metrics that need good answers and bad ones
 FEWEST = 20  # pairs of which a share says something
 LENGTH_SHARE = 0.9
 REFUSAL_SHARE = 0.2  # of chosen answers that refuse, where fewer rejected ones do
@@ -71,23 +72,31 @@ def one_kind_of_answer(s: CheckInput) -> Iterator[Problem]:
     """All answers are marked as good, or all as bad.
 
     Cause: KTO pushes good answers up and bad ones down. With one kind alone the model learns nothing about the
-    difference; good answers alone are learned better by task=causal_lm.
+    difference; good answers alone are learned better by task=causal_lm. Held-out rows of one kind have no margin, and
+    no reward of the other kind.
 
     Fix: Add answers of the other kind, or learn the good ones with task=causal_lm.
 
     所有回答都标为好，或都标为坏
 
     原因：KTO 提高好回答、压低坏回答的概率。只有一种时，模型学不到二者的差别；如果全是好回答，用 task=causal_lm 学习
-    更好。
+    更好。验证样本只有一种时，没有两种奖励的差值，也没有另一种的奖励。
 
     办法：加入另一种回答，或用 task=causal_lm 学习好回答。
     """
-    marks = {example.desirable for example in s.examples.train if isinstance(example, Rated)}
-    if len(marks) == 1 and len(s.examples.train) > 1:
-        word, word_zh = ("good", "好") if marks == {True} else ("bad", "坏")
-        yield Problem(
-            Bilingual(f"all answers of the training rows are marked as {word}", f"训练样本的回答全部标为{word_zh}")
-        )
+    for part, examples in (("train", s.examples.train), ("eval", s.examples.eval)):
+        marks = {example.desirable for example in examples if isinstance(example, Rated)}
+        if len(marks) == 1 and (part == "eval" or len(examples) > 1):
+            word, word_zh = ("good", "好") if marks == {True} else ("bad", "坏")
+            is_needed = part == "train" or s.config.train.best in OF_BOTH_KINDS
+            yield Problem(
+                Bilingual(
+                    f"all answers of the {PARTS[part]} rows are marked as {word}",
+                    f"{PARTS[part].zh}样本的回答全部标为{word_zh}",
+                ),
+                severity=None if is_needed else "warning",
+            )
+            return
 
 
 def length_decides(s: CheckInput) -> Iterator[Problem]:

@@ -152,15 +152,18 @@ def step_loss(s: PreferenceConfig) -> StepLoss:
 
 
 def measure(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
-    """The share of answers whose gain over z says whether they are good; rewards; z."""
+    """The share of answers whose gain over z says whether they are good; z; the mean reward of each kind of answer that
+    is there, and the margin between them."""
     gained, good, z = _of(found)
     right = (gained - z).sign() * (2 * good.float() - 1)  # a tie is half right, as before training
     means = {
-        name: float((s.beta * gained[where]).mean()) if bool(where.any()) else 0.0
+        name: float((s.beta * gained[where]).mean())
         for name, where in (("chosen_reward", good), ("rejected_reward", ~good))
+        if bool(where.any())
     }
-    margin = means["chosen_reward"] - means["rejected_reward"]
-    return {"accuracy": float((right + 1).mean()) / 2, "margin": margin, **means, KL.name: float(z)}
+    if len(means) == 2:
+        means = {"margin": means["chosen_reward"] - means["rejected_reward"], **means}
+    return {"accuracy": float((right + 1).mean()) / 2, **means, KL.name: float(z)}
 
 
 def replies(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
