@@ -18,7 +18,7 @@ from siliang.data import example_set
 from siliang.data.cache import prune, used
 from siliang.data.cells import BadRow
 from siliang.data.example_set import ExampleSet
-from siliang.data.examples import Labelled, Text
+from siliang.data.examples import Labelled, Span, Text
 from siliang.data.label_cells import a_number, several_labels
 from siliang.data.labels import alike, joined, strange
 from siliang.data.load import Examples, load_examples, load_rows
@@ -420,3 +420,17 @@ def test_what_is_used_is_kept(tmp_path: Path) -> None:
     used(tmp_path, "a-")
     prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1", "a-2"]
+
+
+def test_an_answer_without_lists_and_none(tmp_path: Path) -> None:
+    row = {"context": "the film was good", "question": "what"}
+    answers = [("film", 4), ("", 0), ("", -1), (["film", ""], [4, 0])]
+    rows = [row | {"answers": {"text": text, "answer_start": start}} for text, start in answers]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = load_examples(DataConfig(train=str(path), test_size=0.0), QUESTION_ANS.data, seed=0).train
+    assert [(e.answers, e.starts) for e in found if isinstance(e, Span)] == [
+        (("film",), (4,)),
+        ((), ()),
+        ((), ()),
+        (("film",), (4,)),
+    ]

@@ -84,7 +84,7 @@ def test_plain_runs_become_a_table(tmp_path: Path) -> None:
     other = record(0.8, trained=1000, memory=300, seed=1, method="lora")
     other.rows.eval = 21
     other.write(folders[1])
-    with pytest.raises(ConfigError, match="cannot be in one table: their held-out rows differ"):
+    with pytest.raises(ConfigError, match="cannot be in one table: they differ in the held-out rows"):
         gather(folders)
 
 

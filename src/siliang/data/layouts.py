@@ -115,13 +115,17 @@ def _squad(values: Values, c: Columns) -> Result:
             f"must hold text and answer_start in {c.answers!r}", f"的 {c.answers!r} 应含 text 和 answer_start"
         )
     found, starts = answers["text"], answers["answer_start"]
+    if isinstance(found, str) and type(starts) is int:
+        found, starts = [found], [starts]
     if not isinstance(found, list) or not isinstance(starts, list) or len(found) != len(starts):
         return Bilingual(
             f"must hold as many texts as starts in {c.answers!r}", f"的 {c.answers!r} 中文本与起点的数目应相同"
         )
     if not all(type(s) is int for s in starts) or not all(isinstance(t, str) for t in found):
         return Bilingual(f"must hold texts and whole numbers in {c.answers!r}", f"的 {c.answers!r} 应为文本和整数")
-    return Span(question, context, tuple(map(str, found)), tuple(s for s in starts if isinstance(s, int)))
+    pairs = zip(map(str, found), starts, strict=True)
+    there = [(text, start) for text, start in pairs if text and isinstance(start, int)]  # "" is no answer
+    return Span(question, context, tuple(text for text, _ in there), tuple(start for _, start in there))
 
 
 def _source_target(values: Values, c: Columns) -> Result:

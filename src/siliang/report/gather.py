@@ -149,14 +149,14 @@ def gather(folders: list[Path]) -> ReportData:
     first = records[0]
     for record in records:
         for what, a, b in (
-            (Bilingual("task", "任务"), first.config["task"], record.config["task"]),
-            (Bilingual("kinds of labels", "标签的种类"), _problem(first), _problem(record)),
-            (Bilingual("held-out rows", "验证集"), _split(first), _split(record)),
+            (Bilingual("the task", "任务"), *(TASKS[TaskType(r.config["task"])].title for r in (first, record))),
+            (Bilingual("the kind of labels", "标签的种类"), _problem(first), _problem(record)),
+            (Bilingual("the held-out rows", "验证集"), _split(first), _split(record)),
         ):
             if a != b:
                 raise ConfigError(
                     Bilingual(
-                        f"the runs cannot be in one table: their {what} differ ({a}, {b}).",
+                        f"the runs cannot be in one table: they differ in {what} ({a}, {b}).",
                         f"这些运行不能放进同一张表：{local(what, 'zh')}不同（{local(a, 'zh')}；{local(b, 'zh')}）。",
                     )
                 )
