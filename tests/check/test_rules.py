@@ -619,6 +619,9 @@ def test_a_held_out_answer_that_is_not_at_its_start(case: Case) -> None:
     (found,) = [f for f in case(rows[:20], held_out=wrong, task="question_ans", model="bert") if f.code == "SL018"]
     assert found.message == "1 held-out rows have an answer that is not at its answer_start"
     bad = str(write_jsonl(case.folder / "bad.jsonl", wrong))  # rows that no check sees
+    values = {"model": str(case.models["bert"]), "task": "question_ans", "output": str(case.folder / "out")}
+    subject = gather_input(RunConfig.build(values | {"data": {"train": bad, "test_size": 0.0, "max_length": 64}}))
+    assert count(subject)["rows"] == {"train": 3, "held_out": 0, "bad": 1}
     with pytest.raises(DataError, match=rf"bad.jsonl:1 has the answer '{WORDS[20]}', which is not at its start \(3\)"):
         load_rows(DataConfig(train="x"), QUESTION_ANS.data, bad)
     left = load_rows(DataConfig(train="x", skip_bad_rows=True), QUESTION_ANS.data, bad)

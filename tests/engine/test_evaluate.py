@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from every_task import METHODS, TASKS, configured, make_models
+from commands import refused
+from commands import run as run_command
+from every_task import METHODS, TASKS, configured, make_models, rows_of
 from tiny import VOCABULARY, WORDS, write_jsonl
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +25,7 @@ from siliang.train.prepare import prepare
 from siliang.train.run import train
 from siliang.train.types import Listener, Run
 from siliang.types import DataError, TaskType
-from siliang.use.evaluate import engine_of, eval_rows, evaluate, sums_of
+from siliang.use.evaluate import engine_of, eval_rows, evaluate, evaluation, sums_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 # in `make test` LoRA on every task, and each other method on two; all of them in `make test-long`
@@ -251,3 +254,29 @@ def test_rows_of_which_none_can_be_measured(models: dict[str, Path], tmp_path: P
     run.config.data.too_long = "drop"
     with pytest.raises(DataError, match="all 3 rows are longer"):
         evaluate(run, str(tmp_path / "long.jsonl"))
+
+
+def test_rows_with_an_answer_elsewhere_are_not_measured(models: dict[str, Path], tmp_path: Path) -> None:
+    """Their loss was that of other words."""
+    config = configured("question_ans", models, tmp_path, max_steps=1)
+    train(config)
+    good = [row for row in rows_of("question_ans", 8) if row["answers"]["text"]]
+    elsewhere = {
+        "question": "say one",
+        "context": "the film was good",
+        "answers": {"text": ["film"], "answer_start": [3]},
+    }
+    data = write_jsonl(tmp_path / "some.jsonl", [*good, elsewhere])
+    named = f"some.jsonl:{len(good) + 1} has the answer 'film', which is not at its start (3)"
+    ended = refused("eval", tmp_path / "run", "--data", data)
+    assert named in ended and "in the run.yaml of the run" in ended
+    with pytest.raises(DataError, match=re.escape(named)):
+        evaluate(open_run(tmp_path / "run"), str(data))
+    settings = tmp_path / "run" / "run.yaml"
+    settings.write_text(settings.read_text().replace("skip_bad_rows: false", "skip_bad_rows: true"))
+    found = evaluation(open_run(tmp_path / "run"), str(data))
+    assert (found.metrics["rows"], found.metrics["skipped"]) == (len(good), 1) and named in found.skipped[0]
+    only_good = evaluate(open_run(tmp_path / "run"), str(write_jsonl(tmp_path / "good.jsonl", good)))
+    assert only_good | {"skipped": 1.0} == found.metrics
+    ended = run_command("eval", tmp_path / "run", "--data", data)
+    assert named in ended.err and "skipped 1" in ended.out

@@ -13,6 +13,10 @@ from siliang.check.input import CheckInput
 def count(s: CheckInput) -> dict[str, JsonValue]:
     """The counts by name; shares are between 0 and 1."""
     lengths, tokens = s.train.lengths, int(s.train.lengths.sum())
+    parts, misplaced = (s.examples.train, s.examples.eval), [0, 0]
+    if s.finds_spans and "SL018" not in {code.upper() for code in s.config.accept}:
+        misplaced = [sum(example.problem is not None for example in part) for part in parts]
+    train, held_out = (len(part) - bad for part, bad in zip(parts, misplaced, strict=True))
     counts: dict[str, JsonValue] = {
         "layout": s.examples.layout,
         "columns": {**s.examples.columns},
@@ -20,7 +24,7 @@ def count(s: CheckInput) -> dict[str, JsonValue]:
         "template": s.prepared.template,
         "not_used": [*s.examples.unused],
         "notes": [*s.notes],
-        "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.skipped)},
+        "rows": {"train": train, "held_out": held_out, "bad": len(s.skipped) + sum(misplaced)},
         "tokens": tokens,
     }
     counts |= {"length": _spread(lengths)} if len(lengths) else {}

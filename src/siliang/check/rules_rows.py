@@ -275,13 +275,14 @@ def misplaced_answers(s: CheckInput) -> Iterator[Problem]:
     Cause: answer_start counts characters of the context. Counted in bytes, in words, or in a text that was cleaned
     later, it points elsewhere, and the model learns the wrong words.
 
-    Fix: Count again: context[answer_start:].startswith(text) must hold.
+    Fix: Count again: context[answer_start:].startswith(text) must hold. Or skip the rows with data.skip_bad_rows=true.
 
     答案不在 answer_start 处
 
     原因：answer_start 按上下文的字符计数。若按字节或词计数，或之后清洗过文本，它就指向别处，模型会学到错误的文字。
 
-    办法：重新计算位置：context[answer_start:].startswith(text) 必须成立。
+    办法：重新计算位置：context[answer_start:].startswith(text) 必须成立；或用 data.skip_bad_rows=true 跳过
+    这些行。
     """
     if not s.finds_spans:
         return

@@ -101,6 +101,7 @@ def evaluate(
     check_folders(run)
     with importing():
         from siliang.cli.show import metrics_line, quiet_loading
+        from siliang.data.example_set import SHOWN_BAD_ROWS, first_rows
         from siliang.hardware import find_device
         from siliang.run_folder import open_run
         from siliang.use.evaluate import evaluation, with_evaluation
@@ -133,6 +134,14 @@ def evaluate(
             both(
                 "the run has no held-out rows: these metrics are on its training rows",
                 "这次训练没有验证集：以下指标是在训练样本上测得的",
+            )
+        )
+    if bad := found.skipped:
+        shown = first_rows(bad, SHOWN_BAD_ROWS)
+        notes.append(
+            both(
+                f"{len(bad):,} rows cannot be used and are not measured (data.skip_bad_rows): {shown}",
+                f"{len(bad):,} 条样本无法使用，未参与评估（data.skip_bad_rows）：{shown.zh}",
             )
         )
     learned = opened.record.classification

@@ -38,7 +38,7 @@ def duration(seconds: float) -> str:
 
 def metrics_line(metrics: dict[str, float]) -> str:
     """Metrics in one line, with the names of the records; counts are integers."""
-    counts = ("rows", "dropped", "written")
+    counts = ("rows", "dropped", "skipped", "written")
     return "  ".join(
         f"{name} {value:.0f}" if name in counts else f"{name} {value:.4f}" for name, value in metrics.items()
     )

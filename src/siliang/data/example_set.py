@@ -25,15 +25,28 @@ KINDS = {"example": "str", "where": "str"}
 SHOWN_BAD_ROWS = 5
 
 
-def bad_rows_message(bad: list[str]) -> Bilingual:
-    """The first few bad rows, and how to continue without them."""
+def bad_rows_message(bad: list[str], *, trained: bool = False) -> Bilingual:
+    """The first few bad rows, and how to continue without them.
+
+    Args:
+        trained: The rows are for a trained run, whose settings are in its folder.
+    """
+    remedy = Bilingual(
+        "Correct them, or leave them out with data.skip_bad_rows=true.", "请改正，或用 data.skip_bad_rows=true 跳过。"
+    )
+    if trained:
+        remedy = Bilingual(
+            "Correct them, or leave them out with data.skip_bad_rows: true in the run.yaml of the run.",
+            "请改正，或在该运行的 run.yaml 中用 data.skip_bad_rows: true 跳过。",
+        )
+    return together(named_bad_rows(bad), "\n", remedy)
+
+
+def named_bad_rows(bad: list[str]) -> Bilingual:
+    """The first few bad rows, as a sentence."""
     n, shown = len(bad), first_rows(bad, SHOWN_BAD_ROWS)
     rows = "1 row is bad" if n == 1 else f"{n:,} rows are bad"
-    rows_zh = f"{n:,} 条样本有问题"
-    return Bilingual(
-        f"{rows}: {shown}.\nCorrect them, or leave them out with data.skip_bad_rows=true.",
-        f"{rows_zh}：{shown.zh}。\n请改正，或用 data.skip_bad_rows=true 跳过。",
-    )
+    return Bilingual(f"{rows}: {shown}.", f"{n:,} 条样本有问题：{shown.zh}。")
 
 
 def first_rows(bad: list[str], most: int) -> Bilingual:
@@ -51,7 +64,7 @@ def nothing_usable(source: str, bad: list[tuple[str, str]]) -> Bilingual:
         return Bilingual(
             f"{source}: not one row can be used: {row}{every}.", f"{source}：没有一条样本可用：{row.zh}{every_zh}。"
         )
-    rows = bad_rows_message([bad_row(where, reason) for where, reason in bad])
+    rows = named_bad_rows([bad_row(where, reason) for where, reason in bad])
     return Bilingual(f"{source}: not one row can be used. {rows}", f"{source}：没有一条样本可用。{rows.zh}")
 
 

@@ -174,7 +174,7 @@ def load_rows(data: DataConfig, spec: DataSpec, source: str, like: RunLayouts | 
     reader = ExampleReader(data, spec, like)
     rows = reader.evaluated([Source(path=source)])
     if reader.bad and not data.skip_bad_rows:
-        raise DataError(bad_rows_message(reader.skipped))
+        raise DataError(bad_rows_message(reader.skipped, trained=True))
     return _examples(reader, rows[:0], rows)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from siliang.config import DataConfig
 from siliang.data.example import Example
-from siliang.data.example_set import ExampleSet, bad_rows_message
+from siliang.data.example_set import ExampleSet, named_bad_rows
 from siliang.data.examples import Span
 from siliang.data.jinja import SERVED_LAYOUTS
 from siliang.data.spec import DataSpec
@@ -85,7 +85,7 @@ class PreparedData:
         self.examples.train, tokens = self._tokens(self.examples.train)
         if not len(tokens) and tokens.skipped:
             source = self.settings.train_sources[0].path
-            rows = bad_rows_message(tokens.skipped)
+            rows = named_bad_rows(tokens.skipped)
             raise DataError(
                 Bilingual(f"{source}: not one row can be used. {rows}", f"{source}：没有一条样本可用。{rows.zh}")
             )
@@ -172,6 +172,7 @@ class EvalRows:
         labels: The names of classes or tags, by number.
         unanswered: A question may have no answer in its context.
         step: Rows of an optimizer step, over which a loss of whole steps is formed.
+        skipped: Every row that is left out because it cannot be used, with its place and the reason.
     """
 
     tokens: TokenSet
@@ -179,6 +180,7 @@ class EvalRows:
     labels: list[str] = field(default_factory=list[str])
     unanswered: bool = False
     step: int = 1
+    skipped: list[str] = field(default_factory=list[str])
 
 
 def has_unanswered(examples: Sequence[Example]) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from siliang.config import RunConfig
 from siliang.data.collate import PadCollator
-from siliang.data.example_set import bad_rows_message
+from siliang.data.example_set import bad_rows_message, named_bad_rows
 from siliang.data.load import load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.tokens import TokenSet, tokenize, usable
@@ -42,14 +42,17 @@ class Evaluation:
         metrics: rows; loss (mean over rows for classes and answers, over labelled tokens for text and tags); and the
             task's own metrics: accuracy and f1; f1, precision and recall over spans, and f1_TYPE of each type of span;
             perplexity, byte_perplexity and bits_per_byte; rouge_l; exact_match and f1. `dropped`, where data.too_long =
-            "drop" left out rows; `written`, the number of texts that the measures of texts are computed from.
+            "drop" left out rows; `skipped`, where data.skip_bad_rows left out rows that cannot be used; `written`, the
+            number of texts that the measures of texts are computed from.
         signatures: How each measure of texts was computed.
         report: The rows by class, for labels and numbers of rows.
+        skipped: Every row that data.skip_bad_rows left out, with its place and the reason.
     """
 
     metrics: dict[str, float]
     signatures: dict[str, str] = field(default_factory=dict[str, str])
     report: ClassReport | None = None
+    skipped: list[str] = field(default_factory=list[str])
 
 
 def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None = None) -> dict[str, float]:
@@ -79,12 +82,13 @@ def evaluation(run: OpenedRun, data: str | None = None, *, batch_size: int | Non
         sums = sums_of(run, engine, rows.tokens, task.read, batch_size)
     metrics = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
     metrics |= {"dropped": float(rows.tokens.dropped)} if rows.tokens.dropped else {}
+    metrics |= {"skipped": float(len(rows.skipped))} if rows.skipped else {}
     metrics |= metrics_of(task, sums, rows)
     metrics |= task.of_loss(metrics["loss"], rows)
     measured = measures_of_texts(run, rows, task, batch_size=batch_size)
     metrics |= {"written": float(measured.rows), **measured.values} if measured.rows else {}
     report = None if task.labels is None else task.labels.report(sums.found, rows)
-    return Evaluation(metrics, dict(measured.signatures), report)
+    return Evaluation(metrics, dict(measured.signatures), report, rows.skipped)
 
 
 def with_evaluation(run: OpenedRun, settings: Mapping[str, object]) -> OpenedRun:
@@ -204,14 +208,18 @@ def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, sam
         run.trained.check_data()
     if data is not None:
         settings = settings.model_copy(update={"labels": run.record.labels, "encoding": "auto"})
-        rows = load_rows(settings, spec, data, run.record.layouts or None).eval
+        loaded = load_rows(settings, spec, data, run.record.layouts or None)
+        rows, bad = loaded.eval, loaded.skipped
     else:
         if any(HIDDEN in label for label in run.labels):  # classes that are secrets have no other names there
             settings = settings.model_copy(update={"labels": run.record.labels})
         examples = load_examples(settings, spec, seed=run.config.train.seed)
-        rows = examples.eval if len(examples.eval) else examples.train
+        rows, bad = (examples.eval if len(examples.eval) else examples.train), []
     rows = rows if limit is None else rows[:limit]
-    rows, tokens = usable(rows, tokenize(rows, run.tokenizer, settings, spec, labels=run.record.labels))
+    tokens = tokenize(rows, run.tokenizer, settings, spec, labels=run.record.labels, keep_going=True)
+    rows, tokens = usable(rows, tokens)
+    if tokens.skipped and not settings.skip_bad_rows:
+        raise DataError(bad_rows_message(tokens.skipped, trained=True))
     if not len(tokens) and tokens.dropped:
         raise DataError(
             Bilingual(
@@ -225,8 +233,9 @@ def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, sam
         )
     if not len(tokens):
         none = Bilingual("not one row can be used.", "没有一条样本可用。")
-        bad = together(Bilingual(" ", ""), bad_rows_message(tokens.skipped)) if tokens.skipped else ""
-        raise DataError(together(none, bad))
+        why = together(Bilingual(" ", ""), named_bad_rows(tokens.skipped)) if tokens.skipped else ""
+        raise DataError(together(none, why))
     check_positions(run, tokens, Bilingual("a row", "有样本"))
     unanswered = run.record.unanswered or has_unanswered(rows)
-    return EvalRows(tokens, rows, run.labels, unanswered, run.config.train.rows_per_step)
+    skipped = [*bad, *tokens.skipped]
+    return EvalRows(tokens, rows, run.labels, unanswered, run.config.train.rows_per_step, skipped)
