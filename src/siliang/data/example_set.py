@@ -45,8 +45,8 @@ def bad_rows_message(bad: list[str], *, trained: bool = False) -> Bilingual:
 def named_bad_rows(bad: list[str]) -> Bilingual:
     """The first few bad rows, as a sentence."""
     n, shown = len(bad), first_rows(bad, SHOWN_BAD_ROWS)
-    rows = "1 row is bad" if n == 1 else f"{n:,} rows are bad"
-    return Bilingual(f"{rows}: {shown}.", f"{n:,} 条样本有问题：{shown.zh}。")
+    rows, rows_zh = "1 row is bad" if n == 1 else f"{n:,} rows are bad", f"{n:,} 条样本有问题"
+    return Bilingual(f"{rows}: {shown}.", f"{rows_zh}：{shown.zh}。")
 
 
 def first_rows(bad: list[str], most: int) -> Bilingual:
