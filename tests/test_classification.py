@@ -31,6 +31,7 @@ from siliang.data.labels import alike
 from siliang.data.numbers import with_point
 from siliang.engine.order import Order
 from siliang.records import Answers, Record
+from siliang.run_folder import open_run
 from siliang.safety.safe_yaml import dump_yaml
 from siliang.tasks.labels import losses, metrics
 from siliang.tasks.labels.calibration import at_the_end, best_threshold, ece, sigmoid, softmax, temperature_of_classes
@@ -38,6 +39,7 @@ from siliang.tasks.metrics import classification, spearman
 from siliang.train.prepare import prepare
 from siliang.train.run import train
 from siliang.train.types import Listener
+from siliang.use.evaluate import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -431,6 +433,11 @@ def test_abstaining_and_pairs(model: Path, tmp_path: Path) -> None:
     assert record.layout == "sentence-pair" and {"coverage", "accuracy_covered"} <= record.final.keys()
     assert record.classification is not None and record.classification.class_weights == [0.5, 1.0]
     assert record.class_report is not None and np.array(record.class_report.confusion).sum() == record.rows.eval
+    opened = open_run(tmp_path / "run")
+    assert opened.config.classification is not None
+    opened.config.classification.min_confidence = 0.999
+    measured = evaluate(opened)
+    assert measured["coverage"] == 0 and "accuracy_covered" not in measured  # of no row at all
     found = run("predict", tmp_path / "run", "the film\tgood", "--min-confidence", 1.0, "--json")
     assert json.loads(found.out)["label"] is None
     assert "no label" in run("predict", tmp_path / "run", "the film\tgood", "--min-confidence", 1.0, "--top", 2).out

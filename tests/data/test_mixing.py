@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import WORDS, make, word_tokenizer, write_jsonl
 
 from siliang.config import DataConfig, RunConfig
+from siliang.config.sources import Source
 from siliang.data.layouts import LAYOUTS
 from siliang.data.layouts_in_words import IN_WORDS
 from siliang.data.load import load_examples, load_rows
@@ -132,6 +133,9 @@ def test_a_temperature_needs_several_sources(tmp_path: Path) -> None:
     texts, *_ = sources(tmp_path)
     with pytest.raises(ConfigError, match=r"data.mix_temperature = 2 needs several sources"):
         load_examples(DataConfig(train=texts, mix_temperature=2.0), CAUSAL, seed=0)
+    alone = DataConfig(train=[Source(path=texts, weight=0.5)], streaming=True)
+    with pytest.raises(ConfigError, match=r"of a single one, the weight 0\.5 has no effect"):
+        load_examples(alone, CAUSAL, seed=0)
 
 
 def test_a_mismatch_names_the_columns_and_the_task_that_fits(tmp_path: Path) -> None:

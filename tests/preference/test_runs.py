@@ -181,3 +181,14 @@ def test_no_figure_of_a_kind_of_answer_that_is_not_there(
     found = evaluate(open_run(Path(config.output)), str(held_out))
     assert {"accuracy", "kl"} < found.keys() and not {"margin", absent} & found.keys()
     assert {"chosen_reward", "rejected_reward"} - {absent} <= found.keys()
+    alone = write_jsonl(tmp_path / "alone.jsonl", rows[:1])  # no other prompt, whose answers z is the mean of
+    assert "kl" not in evaluate(open_run(Path(config.output)), str(alone))
+
+
+def test_best_by_a_figure_that_accepted_rows_do_not_have(models: dict[str, Path], tmp_path: Path) -> None:
+    config = configured("kto", models, tmp_path, max_steps=2, eval_every=1, best="margin")
+    bad = [row for row in rated_rows() if not row["label"]]
+    config.data.eval = str(write_jsonl(tmp_path / "bad.jsonl", bad))
+    config = type(config).build(config.model_dump(mode="json") | {"accept": ["SL049"]})
+    record = train(config)
+    assert record.best_step is None and "margin" not in record.final

@@ -17,6 +17,7 @@ from tiny import WORDS, make, word_tokenizer, write_jsonl
 
 from siliang.check import find, gather_input
 from siliang.config import DataConfig, RunConfig
+from siliang.config.sources import Source
 from siliang.data.example_reader import ExampleReader
 from siliang.data.stream import Block, Shares, TokenStream, head
 from siliang.records import Record
@@ -113,6 +114,16 @@ def test_sources_have_their_shares_in_every_stretch(tmp_path: Path) -> None:
             found = Counter(place.rpartition(":")[0] for place in places[:end])
             for file, part in zip(files, wanted, strict=True):
                 assert abs(found[file] - end * part / sum(wanted)) <= 2
+
+
+def test_the_other_half_of_a_source_comes_in_the_next_pass(tmp_path: Path) -> None:
+    whole, half = (str(write_jsonl(tmp_path / f"{name}.jsonl", texts(20))) for name in ("whole", "half"))
+    sources: list[str | Source] = [whole, Source(path=half, weight=0.5)]
+    data = DataConfig(train=sources, streaming=True, shuffle_buffer=30, test_size=0, max_length=64)
+    stream = stream_of(data, step=1)
+    passes = [{place for place, _ in entries(stream.block(k))} for k in range(2)]
+    halves = [{place for place in places if place.startswith(half)} for places in passes]
+    assert [len(part) for part in halves] == [10, 10] and not halves[0] & halves[1]
 
 
 def model_at(folder: Path) -> Path:

@@ -49,9 +49,10 @@ class Source(Section):
 
     文件、文件夹、data/*.jsonl 这样的通配模式，或 Hub 上的名称。"""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often each row is used in an epoch: 2 for twice, 0.5 for a random half. Held-out rows have no weight.
+    """How often each row is used in an epoch: 2 for twice, 0.5 for a random half, by the seed the same in each epoch.
+    Held-out rows have no weight.
 
-    每条样本在一轮中使用的次数：2 是两次，0.5 是随机的一半。对验证集无效。"""
+    每条样本在一轮中使用的次数：2 是两次，0.5 是随机的一半，由种子决定，各轮相同。对验证集无效。"""
     layout: LayoutName | None = None
     """The layout of this source's rows. None: data.layout.
 

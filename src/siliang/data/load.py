@@ -85,6 +85,7 @@ def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bo
             )
         )
     if data.streaming:
+        _check_weight(data)
         return _head(data, spec, keep_going=keep_going)
     seed = seed if data.seed is None else data.seed
     reader = ExampleReader(data, spec, is_checked=True)
@@ -123,6 +124,19 @@ def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bo
     if len(chosen) != len(train) or chosen != list(range(len(train))):
         train = train.select(chosen)
     return _examples(reader, train, held_out)
+
+
+def _check_weight(data: DataConfig) -> None:
+    """Raises ConfigError where the only source of a stream has a weight: it is a share among several."""
+    if len(data.train_sources) == 1 and (weight := data.train_sources[0].weight) != 1:
+        raise ConfigError(
+            Bilingual(
+                f"data.streaming takes the weight of a source as its share among several: of a single one, the weight "
+                f"{weight:g} has no effect. Leave it out.",
+                f"data.streaming 把来源的权重当作它在多个来源中的份额：只有一个来源时，权重 {weight:g} 不起作用。"
+                "请去掉它。",
+            )
+        )
 
 
 def _head(data: DataConfig, spec: DataSpec, *, keep_going: bool) -> Examples:

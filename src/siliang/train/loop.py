@@ -294,7 +294,8 @@ class Training:
         name = t.best or ("loss" if t.patience else None)
         name = "loss" if name is not None and self.engine.task.metric(name).of_loss else name  # the same step is best
         best = self.best.value if self.best else None
-        if name is not None and self.engine.task.metric(name).better(metrics[name], best):
+        # a finding that was accepted may leave a metric without the rows that it is of
+        if name is not None and name in metrics and self.engine.task.metric(name).better(metrics[name], best):
             self.best, self._no_better = Best(self.step, metrics[name]), 0
         elif name is not None:
             self._no_better += 1

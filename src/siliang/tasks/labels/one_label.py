@@ -111,7 +111,7 @@ def measure(
     settings: ClassificationConfig, temperature: float, found: Mapping[int, np.ndarray], rows: EvalRows
 ) -> dict[str, float]:
     """Accuracy and F1; of ordered classes their distance too; where some get no label, the share of those that do, and
-    the accuracy on them."""
+    the accuracy on them, if there are any."""
     logits, labels = stacked(found), _labels(found, rows)
     numbers = logits.argmax(1)
     values = classification(numbers.tolist(), labels.tolist())
@@ -120,7 +120,8 @@ def measure(
     if settings.min_confidence:
         sure = softmax(logits / temperature).max(1) >= settings.min_confidence
         values["coverage"] = float(sure.mean())
-        values["accuracy_covered"] = float((numbers == labels)[sure].mean()) if sure.any() else 0.0
+        if sure.any():
+            values["accuracy_covered"] = float((numbers == labels)[sure].mean())
     return values
 
 

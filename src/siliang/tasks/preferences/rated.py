@@ -152,8 +152,8 @@ def step_loss(s: PreferenceConfig) -> StepLoss:
 
 
 def measure(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> dict[str, float]:
-    """The share of answers whose gain over z says whether they are good; z; the mean reward of each kind of answer that
-    is there, and the margin between them."""
+    """The share of answers whose gain over z says whether they are good; z, if some answer has another prompt; the mean
+    reward of each kind of answer that is there, and the margin between them."""
     gained, good, z = _of(found)
     right = (gained - z).sign() * (2 * good.float() - 1)  # a tie is half right, as before training
     means = {
@@ -163,7 +163,8 @@ def measure(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRow
     }
     if len(means) == 2:
         means = {"margin": means["chosen_reward"] - means["rejected_reward"], **means}
-    return {"accuracy": float((right + 1).mean()) / 2, **means, KL.name: float(z)}
+    is_known = any(len(kept.values) > 1 for kept in found.values())
+    return {"accuracy": float((right + 1).mean()) / 2, **means, **({KL.name: float(z)} if is_known else {})}
 
 
 def replies(s: PreferenceConfig, found: Mapping[int, EntryValues], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
