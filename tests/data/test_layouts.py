@@ -424,7 +424,7 @@ def test_what_is_used_is_kept(tmp_path: Path) -> None:
 
 def test_an_answer_without_lists_and_none(tmp_path: Path) -> None:
     row = {"context": "the film was good", "question": "what"}
-    answers = [("film", 4), ("", 0), ("", -1), (["film", ""], [4, 0])]
+    answers = [("film", 4), ("", 0), ("", -1), ("", None), (["film", ""], [4, 0])]
     rows = [row | {"answers": {"text": text, "answer_start": start}} for text, start in answers]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     found = load_examples(DataConfig(train=str(path), test_size=0.0), QUESTION_ANS.data, seed=0).train
@@ -432,5 +432,9 @@ def test_an_answer_without_lists_and_none(tmp_path: Path) -> None:
         (("film",), (4,)),
         ((), ()),
         ((), ()),
+        ((), ()),
         (("film",), (4,)),
     ]
+    write_jsonl(path, [row | {"answers": {"text": ["film"], "answer_start": []}}])
+    with pytest.raises(DataError, match=r"as many texts as starts in 'answers' \(without an answer: two empty lists\)"):
+        load_examples(DataConfig(train=str(path), test_size=0.0), QUESTION_ANS.data, seed=0)

@@ -86,6 +86,10 @@ def test_plain_runs_become_a_table(tmp_path: Path) -> None:
     other.write(folders[1])
     with pytest.raises(ConfigError, match="cannot be in one table: they differ in the held-out rows"):
         gather(folders)
+    other.config["task"] = "TOKEN_CLS"
+    other.write(folders[1])
+    with pytest.raises(ConfigError, match=r"they differ in the task \(seq_cls, token_cls\)"):
+        gather(folders)
 
 
 def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(tmp_path: Path) -> None:

@@ -115,11 +115,14 @@ def _squad(values: Values, c: Columns) -> Result:
             f"must hold text and answer_start in {c.answers!r}", f"的 {c.answers!r} 应含 text 和 answer_start"
         )
     found, starts = answers["text"], answers["answer_start"]
+    if (found is None or found == "") and not isinstance(starts, list):
+        found, starts = [], []
     if isinstance(found, str) and type(starts) is int:
         found, starts = [found], [starts]
     if not isinstance(found, list) or not isinstance(starts, list) or len(found) != len(starts):
         return Bilingual(
-            f"must hold as many texts as starts in {c.answers!r}", f"的 {c.answers!r} 中文本与起点的数目应相同"
+            f"must hold as many texts as starts in {c.answers!r} (without an answer: two empty lists)",
+            f"的 {c.answers!r} 中文本与起点的数目应相同（没有答案时为两个空列表）",
         )
     if not all(type(s) is int for s in starts) or not all(isinstance(t, str) for t in found):
         return Bilingual(f"must hold texts and whole numbers in {c.answers!r}", f"的 {c.answers!r} 应为文本和整数")

@@ -30,10 +30,12 @@ def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
         n = len(examples.train)
         if examples.layout == "text":
             parts[0] += both(f" (windows of {n:,})", f"（由 {n:,} 条文本切成的窗口）")
+        elif data.spec.windows:
+            parts[0] += both(f" (windows of {n:,} questions)", f"（由 {n:,} 个问题切成的窗口）")
         elif data.template_in_words is not None:
             parts[0] += both(f" (made of {n:,} conversations)", f"（来自 {n:,} 段对话）")
         else:
-            parts[0] += both(f" (made of {n:,} rows of the data)", f"（来自数据中的 {n:,} 条）")
+            parts[0] += both(f" (entries of {n:,} rows of the data)", f"（来自数据中 {n:,} 条样本的条目）")
     parts.append(both(f"{len(data.eval):,} held-out rows", f"{len(data.eval):,} 条验证样本"))
     if skipped:
         parts.append(both(f"{len(skipped):,} skipped", f"跳过 {len(skipped):,} 条"))
