@@ -16,6 +16,7 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     Llama4TextConfig,
+    MiniMaxM3VLTextConfig,
     MistralConfig,
     MistralForCausalLM,
     PhimoeConfig,
@@ -140,6 +141,19 @@ SIZES: dict[str, Any] = {
 }
 MIXTURE: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 
+CHOSEN_BLOCKS = MiniMaxM3VLTextConfig(
+    **SIZES,
+    num_local_experts=2,
+    num_experts_per_tok=1,
+    index_head_dim=16,
+    index_n_heads=2,
+    index_block_size=4,
+    index_topk_blocks=2,
+    index_local_blocks=1,
+    layer_types=["minimax_m3_sparse"] * 2,
+    mlp_layer_types=["dense"] * 2,
+)
+
 
 @pytest.mark.parametrize(
     ("config", "is_packed"),
@@ -159,19 +173,23 @@ MIXTURE: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 32, "share
         (Qwen2MoeConfig(**SIZES, **MIXTURE, sliding_window=8, use_sliding_window=False), True),
         (PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=8), False),
         (PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=None), True),
+        (CHOSEN_BLOCKS, False),
         (MistralConfig(**SIZES, sliding_window=8), True),
         (Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=8), True),
     ],
-    ids=["chunks", "mask-by-layer", "no-window", "mask", "no-mask", "attention", "attention-by-layer"],
+    ids=["chunks", "mask-by-layer", "no-window", "mask", "no-mask", "blocks", "attention", "attention-by-layer"],
 )
-def test_windows_that_masks_alone_know_are_not_packed(config: Any, is_packed: bool) -> None:
-    """Packed rows have no masks, and the trial's rows are too short to show a window."""
+def test_what_packed_rows_would_lose(config: Any, is_packed: bool) -> None:
+    """Packed rows have no masks, and the trial's rows are too short to show a window, or which blocks are chosen."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config).eval()
     engine = Engine(model, CAUSAL_LM)
     assert (engine.padding is not None) == is_packed
     if not is_packed:
-        assert engine.notes[0].startswith("packing is off: some of its layers see windows of 8 tokens, which their")
+        why = "some of its layers see windows of 8 tokens, which their masks alone know"
+        if config is CHOSEN_BLOCKS:
+            why = "MiniMaxM3VLAttention gives its attention block_indices, which is not known here"
+        assert engine.notes[0] == f"packing is off: {why}"
     rows = rows_for(CAUSAL_LM, (30, 9, 21))
     expected = sum(
         model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss

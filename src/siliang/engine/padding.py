@@ -46,6 +46,15 @@ UNSUPPORTED = {  # arguments of some attentions, and what they do
     "s_aux": Bilingual("has attention sinks (s_aux)", "使用注意力汇（attention sink，s_aux）"),
     "position_bias": Bilingual("adds a bias of positions to the scores of its attention", "在注意力分数上加位置偏置"),
 }
+# arguments that change nothing in an attention: keys are rotated before it
+WITHOUT_EFFECT = (
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+)
 
 
 class NotPackableError(WayRefusedError):
@@ -251,15 +260,22 @@ def _note_window(*, local_size: int | None = None, **arguments: object) -> None:
 
 
 def refuse_unsupported(module: nn.Module, arguments: Mapping[str, object]) -> None:
-    """Refuses what packed rows and shared keys do not compute.
+    """Refuses what packed rows and shared keys do not compute: any argument of an attention that is not known.
+
+    Some choose which tokens are seen (MiniMax-M3's block_indices), which short rows would not show.
 
     Raises:
-        NotPackableError: The attention does one of `UNSUPPORTED`.
+        NotPackableError: There is one.
     """
-    for argument, what in UNSUPPORTED.items():
-        if arguments.get(argument) is not None:
-            name = type(module).__name__
-            raise NotPackableError(Bilingual(f"{name} {what}", f"{name} {what.zh}"))
+    for argument, value in arguments.items():
+        if value is None or value is False or argument in WITHOUT_EFFECT:
+            continue
+        name = type(module).__name__
+        other = Bilingual(
+            f"gives its attention {argument}, which is not known here", f"的注意力有未知的参数 {argument}"
+        )
+        what = UNSUPPORTED.get(argument, other)
+        raise NotPackableError(Bilingual(f"{name} {what}", f"{name} {what.zh}"))
 
 
 def attend(
