@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from every_task import TASKS, configured, make_models
+from every_task import TASKS, configured, make_models, rated_rows
 from ranked import changed, train_on
+from tiny import write_jsonl
 
 from faults.runs import run
 from siliang.config import RunConfig
@@ -57,6 +58,18 @@ def test_metrics_on_several_ranks(
         rounded = name.endswith(("loss", "perplexity", "per_byte", "margin", "reward", "mse", "mae", "r2"))
         close = pytest.approx(value, rel=1e-4, abs=1e-6) if rounded else pytest.approx(value, rel=1e-12)
         assert found[name] == close, name
+
+
+def test_answers_of_one_kind_on_several_ranks(models: dict[str, Path], tmp_path: Path) -> None:
+    """No rank makes up a figure of the kind that is not there."""
+    config = configured("kto", models, tmp_path, max_steps=1, batch_size=11, learning_rate=1e-5)
+    bad = [row for row in rated_rows() if not row["label"]]
+    config.data.eval = str(write_jsonl(tmp_path / "bad.jsonl", bad))
+    assert run(config).code == 0
+    assert [e.code for e in train_on(changed(config, tmp_path / "two", "ddp"), 2)] == [0, 0]
+    expected, found = Record.read(Path(config.output)).final, Record.read(tmp_path / "two").final
+    assert found.keys() == expected.keys() and not {"margin", "chosen_reward"} & found.keys()
+    assert found["rejected_reward"] == pytest.approx(expected["rejected_reward"], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(("task", "strategies"), [("causal_lm", ("ddp", "fsdp")), ("seq_2_seq_lm", ("ddp", "fsdp"))])

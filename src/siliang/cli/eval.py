@@ -144,6 +144,15 @@ def evaluate(
                 f"{len(bad):,} 条样本无法使用，未参与评估（data.skip_bad_rows）：{shown.zh}",
             )
         )
+    metrics = [metric.name for metric in opened.task.metrics if metric.name in opened.record.final]
+    if absent := [name for name in metrics if name not in found.metrics]:
+        notes.append(
+            both(
+                f"not measured: {', '.join(absent)}, since these rows lack what is compared, such as good and "
+                "bad answers",
+                f"未测 {'、'.join(absent)}：这些样本缺少要比较的内容，例如好回答与坏回答",
+            )
+        )
     learned = opened.record.classification
     if data is None and learned is not None and learned.chosen_on is not None:
         notes.append(
