@@ -50,7 +50,7 @@ def test_every_command_on_every_terminal(
         (("eval", trained), 0),
         (("generate", trained, TALK, "--max-new-tokens", 3), 0),
         (("report", trained, "--output", page), 0),
-        (("report", trained, "--output", page, "--lang", "zh"), 0),
+        (("report", trained, "--output", tmp_path / "页二.html", "--lang", "zh"), 0),
         (("plan", *flags, "--method", "lora", "--device", "cpu", "--memory", "8GB"), 0),
         (("config",), 0),
         (("methods",), 0),

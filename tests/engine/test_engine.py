@@ -16,11 +16,15 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MiniMaxM3VLTextConfig,
     MistralConfig,
     MistralForCausalLM,
     PhimoeConfig,
     Qwen2MoeConfig,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 import siliang
@@ -199,6 +203,37 @@ def test_what_packed_rows_would_lose(config: Any, is_packed: bool) -> None:
     (batch,) = StepCollator(PadCollator(0), CAUSAL_LM, 3, packed=is_packed)(rows)["batches"]
     with torch.no_grad(), engine.loss(model, batch) as loss:
         assert_close(loss, expected)
+
+
+class Capped(LlamaForCausalLM):
+    """Caps its logits, by a setting that nobody knows."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_softcap_that_small_logits_do_not_show(dtype: torch.dtype) -> None:
+    """A trained model's logits are large; those of a trial may be near 0, where a cap does nothing."""
+    torch.manual_seed(0)
+    unknown = Engine(Capped(LlamaConfig(**SIZES)).eval().to(dtype), CAUSAL_LM)
+    assert unknown.notes == ["the loss takes all logits: its logits are changed after the output layer"]
+    model: Any = RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(**SIZES | {"num_hidden_layers": 3}, logits_soft_cap=30.0)
+    )
+    engine = Engine(model.eval().to(dtype), CAUSAL_LM)
+    assert not [note for note in engine.notes if "logits" in note]
+    model.lm_head.weight.data *= 200
+    (row,) = rows_for(CAUSAL_LM, (21,))
+    (batch,) = StepCollator(PadCollator(0), CAUSAL_LM, 1, packed=engine.padding is not None)([row])["batches"]
+    with torch.no_grad(), engine.loss(model, batch) as loss:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+        labels = torch.tensor(row["labels"][1:])
+        expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        assert float(logits.abs().max()) > 20
+        assert float(loss) == pytest.approx(float(expected), rel=1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_a_model_without_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:

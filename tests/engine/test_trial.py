@@ -17,6 +17,7 @@ from siliang.engine.batches import SEPARATE, Sharing
 from siliang.engine.step import Engine
 from siliang.engine.trial import modes
 from siliang.engine.trial_batch import BEGIN, LENGTHS, trial_batch
+from siliang.models.introspect import layer_stack
 from siliang.tasks import CAUSAL_LM, SEQ_CLS, TASKS
 from siliang.tasks.embedding import with_vectors
 from siliang.types import TaskType
@@ -43,10 +44,10 @@ def test_the_sequences(name: str, vocabulary: int) -> None:
 
 
 def passes_of(model: Any, task: Any, **how: Any) -> int:
-    """How often an engine runs the model before its first step."""
+    """How often an engine runs the model's layers before its first step."""
     seen: list[int] = []
     base = model.get_base_model() if isinstance(model, siliang.PeftModel) else model
-    handle = base.register_forward_pre_hook(lambda *_: seen.append(1))
+    handle = layer_stack(base)[0].register_forward_pre_hook(lambda *_: seen.append(1))
     Engine(model, task, **how).close()
     handle.remove()
     return len(seen)

@@ -21,11 +21,12 @@ from siliang.engine.causal import check_causal, reads_back
 from siliang.engine.fused import FusedModules
 from siliang.engine.head_loss import HeadLoss
 from siliang.engine.padding import NotPackableError, PaddingFree
+from siliang.engine.patches import patched
 from siliang.engine.splits import mixing
 from siliang.engine.trial import PACKED, PADDED, PLAIN, ModelTrial, Output, Way, trial_error
 from siliang.engine.trial_batch import of_tokens
 from siliang.language import Bilingual
-from siliang.models.introspect import output_layer
+from siliang.models.introspect import backbone, output_layer
 from siliang.ops.layout import Layout
 from siliang.ops.stored import is_fake
 from siliang.peft_api.model import PeftModel
@@ -69,6 +70,7 @@ class ForwardPass:
             head = None  # its forward needs the labels, and so all logits
         self.head = HeadLoss(base, head) if head is not None and all_logits is None else None
         self.why_all_logits = all_logits if head is not None else None
+        self._made: object = None  # by the model's body, in a trial
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The model's arguments: without labels, so that the model computes no loss."""
@@ -157,10 +159,19 @@ class ForwardPass:
 
     def _plain(self, model: nn.Module, batch: Batch) -> Output:
         """The logits of a model that writes, and, if the loss does without them, the states that they are made of."""
-        with self.head.watched() if self.head else nullcontext([]) as seen:
-            logits = model(**self.inputs(batch), use_cache=False).logits
+        body = backbone(self.base)
+        handle = body.register_forward_hook(self._keep) if self.head and body is not self.base else None
+        try:
+            with self.head.watched() if self.head else nullcontext([]) as seen:
+                logits = model(**self.inputs(batch), use_cache=False).logits
+        finally:
+            if handle is not None:
+                handle.remove()
         states = logits if self.head is None else seen[0]
         return replace(self._of_writer(states, self.rows(states, batch, None), batch, alone=False), logits=logits)
+
+    def _keep(self, body: nn.Module, args: object, output: object) -> None:
+        self._made = output
 
     def _of_writer(self, states: Tensor, rows: Tensor, batch: Batch, *, alone: bool) -> Output:
         """The labelled tokens' states, or their logits; and, unless the last layer has computed these alone, those of
@@ -212,13 +223,22 @@ class ForwardPass:
             logits = plain.logits
             if head is not None and logits is not None and trial.batch.targets is not None:
                 own = logits.flatten(0, 1)[self.rows(logits, trial.batch, None)]
-                reason = head.why_not(plain.values[0], own, trial.batch.targets[0])
+                reason = head.why_not(plain.values[0], own, trial.batch.targets[0]) or self._why_other(head, trial)
         except Exception as error:  # a model may raise any exception in a trial
             reason = trial_error(error, WITHOUT_LOGITS)
+        self._made = None
         if self.task.decoder_only and not (logits is not None and reads_back(trial, logits)):
             check_causal(trial, self._trial)
         if reason is not None and head is not None:
             self._take_all_logits(trial, reason)
+
+    def _why_other(self, head: HeadLoss, trial: ModelTrial) -> str | None:
+        """Why the model's logits are not those of the loss, where they are large; None if they are."""
+        body, made = backbone(self.base), self._made
+        again = [(body, lambda *args, **kwargs: made)] if body is not self.base and made is not None else []
+        with torch.no_grad(), patched(again), head.amplified() as given:
+            logits = self.base(**self.inputs(trial.batch), use_cache=False).logits
+        return head.why_other(given[0], logits)
 
     def _take_all_logits(self, trial: ModelTrial, reason: str) -> None:
         self.head, self.why_all_logits = None, reason

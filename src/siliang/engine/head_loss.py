@@ -13,7 +13,11 @@ from transformers import PreTrainedModel
 from siliang.engine.patches import patched
 from siliang.language import Bilingual
 from siliang.ops.layout import repeat_rows
-from siliang.ops.masked_ce import head_logits, masked_cross_entropy
+from siliang.ops.masked_ce import head_logits, masked_cross_entropy, scaled_and_capped
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma's, RecurrentGemma's, xLSTM's
+CHANGED = Bilingual("its logits are changed after the output layer", "它的 logits 在输出层之后又有改动")
+AMPLIFIED = 100.0  # the largest logit that a trial gives a model to change
 
 
 class HeadLoss:
@@ -30,7 +34,7 @@ class HeadLoss:
         """
         config = model.config.get_text_config()
         self._head = head
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._softcap: float | None = next((c for name in SOFTCAPS if (c := getattr(config, name, None))), None)
         scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
         self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
 
@@ -83,6 +87,39 @@ class HeadLoss:
         hidden_ND = repeat_rows(states.flatten(0, -2), rows)
         return head_logits(hidden_ND, self._head, softcap=self._softcap, scale=self._scale)
 
+    @contextmanager
+    def amplified(self) -> Iterator[list[Tensor]]:
+        """Within the block, the output layer's logits are multiplied, so that the largest is `AMPLIFIED`. They are
+        appended to the list."""
+        seen: list[Tensor] = []
+
+        def amplify(head: nn.Module, args: object, logits: Tensor) -> Tensor:
+            seen.append(logits * (AMPLIFIED / logits.abs().max().clamp(min=1e-6)))
+            return seen[-1]
+
+        handle = self._head.register_forward_hook(amplify)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def why_other(self, given: Tensor, logits: Tensor) -> str | None:
+        """Why the loss is not that of the model's logits, by what the model makes of large ones; None if it is.
+
+        A trained model's logits are large. What it does to them may hardly show in those of a trial (a softcap does
+        nothing near 0), or only in a loss of less than a format's digits.
+
+        Args:
+            given: The output layer's logits, as the model got them.
+            logits: The model's.
+        """
+        expected = scaled_and_capped(given, softcap=self._softcap, scale=self._scale)
+        limit = 1e-4 if given.dtype == torch.float32 else 2e-2
+        if logits.shape == expected.shape and bool((logits - expected).abs().max() <= limit * expected.abs().max()):
+            return None
+        return CHANGED
+
     @torch.no_grad()
     def why_not(self, states: Tensor, logits: Tensor, labels: Tensor) -> str | None:
         """Why the loss of these states is not that of the model's own logits; None if it is.
@@ -96,4 +133,4 @@ class HeadLoss:
         off = float((found - expected).abs() / expected.abs().clamp(min=1e-6))
         if off < (1e-4 if states.dtype == torch.float32 else 2e-2):
             return None
-        return Bilingual("its logits are changed after the output layer", "它的 logits 在输出层之后又有改动")
+        return CHANGED

@@ -35,7 +35,6 @@ class Order(Sampler[int]):
             few attention sizes.
         beginnings: Of the rows: give each step rows that begin alike, if rows have enough in common. With `by_length`,
             those of similar length among them.
-        shares: Beginnings that rows have in common are computed once.
     """
 
     def __init__(
@@ -46,29 +45,25 @@ class Order(Sampler[int]):
         seed: int,
         by_length: bool,
         beginnings: RowBeginnings | None = None,
-        shares: bool = True,
     ) -> None:
-        self.step, self._shares = step, shares
+        self.step = step
         self._lengths, self._seed, self._by_length = np.asarray(lengths, np.int64), seed, by_length
         self._beginnings = beginnings if beginnings is not None and beginnings.worth else None
         self._random = SeedableRandomSampler(range(len(lengths)), data_seed=seed)
         self._epoch = 0
 
     @classmethod
-    def of(cls, config: RunConfig, tokens: TokenSet, *, by_beginnings: bool = True, shares: bool = True) -> Order:
+    def of(cls, config: RunConfig, tokens: TokenSet, *, by_beginnings: bool = True) -> Order:
         """The order of a run's rows.
 
         Args:
             by_beginnings: As the settings say; otherwise, never.
-            shares: Training computes beginnings that rows have in common once.
         """
         t = config.train
         by_length = groups_by_length(config, tokens)
         beginnings = row_beginnings(tokens) if t.group_by_beginnings and by_beginnings else None
         lengths = tokens.lengths.tolist()
-        return cls(
-            lengths, step=t.rows_per_step, seed=t.seed, by_length=by_length, beginnings=beginnings, shares=shares
-        )
+        return cls(lengths, step=t.rows_per_step, seed=t.seed, by_length=by_length, beginnings=beginnings)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next order."""
@@ -99,8 +94,8 @@ class Order(Sampler[int]):
             tiebreak = self._lengths / self._lengths.max() * (1 - SPREAD * (1 - tiebreak))
         steps = in_steps(self._beginnings.shuffled(salt, tiebreak), self.step)
         whole = steps[: len(self) // self.step] or steps
-        all_tokens = np.array([self._lengths[list(rows)].sum() for rows in whole])
-        heaviest = int((self._beginnings.computed(whole) if self._shares else all_tokens).argmax())
+        # by the tokens of shared beginnings also where a run computes them apart: no order depends on that
+        heaviest = int(self._beginnings.computed(whole).argmax())
         steps[0], steps[heaviest] = steps[heaviest], steps[0]
         return steps
 

@@ -82,9 +82,14 @@ def masked_cross_entropy(
 def head_logits(hidden_ND: Tensor, head: nn.Module, *, softcap: float | None = None, scale: float = 1.0) -> Tensor:
     """The logits of all rows, (N, V), in fp32, or in fp64 if the head's are; the arguments are those of the loss."""
     logits_NV: Tensor = head(hidden_ND)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    logits_NV = logits_NV * scale if scale != 1.0 else logits_NV
-    return softcap * torch.tanh(logits_NV / softcap) if softcap else logits_NV
+    return scaled_and_capped(logits_NV, softcap=softcap, scale=scale)
+
+
+def scaled_and_capped(logits: Tensor, *, softcap: float | None = None, scale: float = 1.0) -> Tensor:
+    """What a model makes of its head's output z, in fp32 or fp64: scale z, or c tanh(scale z / c), c the softcap."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits * scale if scale != 1.0 else logits
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 class _Frozen(torch.autograd.Function):

@@ -148,7 +148,7 @@ class Training:
     def _use(self, tokens: TokenSet) -> None:
         """Takes the rows of the steps to come: all, or a block of the stream."""
         self._rows, self._lengths = tokens.number(), tokens.lengths.tolist()
-        self._order = Order.of(self.prepared.config, tokens, shares=self.engine.shares.training)
+        self._order = Order.of(self.prepared.config, tokens)
         self._backward.use(tokens)
 
     def _prepare(self) -> None:
