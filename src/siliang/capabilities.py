@@ -74,7 +74,6 @@ CAPABILITIES: tuple[Capability, ...] = (
             "transformers.cache_utils:DynamicSlidingWindowLayer",
             "transformers:AttentionInterface.register(key, value)",
             "transformers:AttentionMaskInterface.register(key, value)",
-            "transformers:AttentionMaskInterface.register(key, value)",
             "transformers:PreTrainedConfig._attn_implementation",
         ),
         "the beginning of prompts is computed for each row",

@@ -422,6 +422,16 @@ def test_what_is_used_is_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1", "a-2"]
 
 
+@pytest.mark.parametrize("answer", [("", 57), (["film", ""], [4, 9])])
+def test_an_empty_answer_at_a_place(answer: tuple[object, object], tmp_path: Path) -> None:
+    """A damaged row is not a question without an answer."""
+    answers = dict(zip(("text", "answer_start"), answer, strict=True))
+    row = {"context": "the film was good", "question": "what", "answers": answers}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=r"has an empty answer at (57|9) in 'answers'"):
+        load_examples(DataConfig(train=str(path), test_size=0.0), QUESTION_ANS.data, seed=0)
+
+
 def test_an_answer_without_lists_and_none(tmp_path: Path) -> None:
     row = {"context": "the film was good", "question": "what"}
     answers = [("film", 4), ("", 0), ("", -1), ("", None), (["film", ""], [4, 0])]

@@ -174,6 +174,45 @@ def test_turns_that_cannot_be_read(tmp_path: Path) -> None:
         load_examples(DataConfig(train=str(path), test_size=0.0), CAUSAL_LM.data, seed=0)
 
 
+@pytest.mark.parametrize(
+    "text", ['["a\nb", "c]', "['a\nb', 'c']", "[['q\n1', 'a']]", "[it's]", "['a', \"b]", "[`a`]", "[$1, 2]", "[a?]"]
+)
+def test_quotes_that_are_not_closed(text: str) -> None:
+    """Python's own tokens of such a text would make another one of it."""
+    assert held_in_text(text) is None
+
+
+def test_line_breaks_in_json() -> None:
+    assert held_in_text('["it is\ntwo lines", "b"]') == ["it is\ntwo lines", "b"]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [{"from": "Beijing", "to": "Shanghai"}],
+        [{"role": "admin", "name": "Ann"}],
+        [{"role": "user", "name": "Ann"}],
+        [{"from": "user", "content": 1}, {"a": 2}],
+    ],
+)
+def test_objects_that_are_no_turns(answer: object, name: str, tmp_path: Path) -> None:
+    path, text = tmp_path / name, json.dumps(answer)
+    frame = pd.DataFrame({"instruction": ["p"], "output": [text]})
+    frame.to_csv(path, index=False) if name == "rows.csv" else frame.to_json(path, orient="records", lines=True)
+    (found,) = load_examples(DataConfig(train=str(path), test_size=0.0), CAUSAL_LM.data, seed=0).train
+    assert isinstance(found, Conversation) and found.messages[-1].content == text
+
+
+def test_turns_as_json_in_a_text_of_jsonl_are_a_text(tmp_path: Path) -> None:
+    """Only csv has no lists."""
+    text = json.dumps(turns("a", "b"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "p", "output": text}))
+    (found,) = load_examples(DataConfig(train=str(path), test_size=0.0), CAUSAL_LM.data, seed=0).train
+    assert isinstance(found, Conversation) and found.messages[-1].content == text
+
+
 def test_a_list_of_objects_is_an_answer(tmp_path: Path) -> None:
     """Calls of functions are what many models learn to write."""
     path, calls = tmp_path / "rows.csv", '[{"name": "weather", "arguments": {}}]'

@@ -190,7 +190,7 @@ def test_what_packed_rows_would_lose(config: Any, is_packed: bool) -> None:
     engine = Engine(model, CAUSAL_LM)
     assert (engine.padding is not None) == is_packed
     if not is_packed:
-        why = "some of its layers see windows of 8 tokens, which their masks alone know"
+        why = "some of its layers see windows or chunks of 8 tokens, which their masks alone know"
         if config is CHOSEN_BLOCKS:
             why = "MiniMaxM3VLAttention gives its attention block_indices, which is not known here"
         assert engine.notes[0] == f"packing is off: {why}"
@@ -208,9 +208,14 @@ def test_what_packed_rows_would_lose(config: Any, is_packed: bool) -> None:
 class Capped(LlamaForCausalLM):
     """Caps its logits, by a setting that nobody knows."""
 
+    in_place = False
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        output.logits = 30 * torch.tanh(output.logits / 30)
+        if self.in_place:
+            output.logits.div_(30).tanh_().mul_(30)
+        else:
+            output.logits = 30 * torch.tanh(output.logits / 30)
         return output
 
 
@@ -218,8 +223,11 @@ class Capped(LlamaForCausalLM):
 def test_a_softcap_that_small_logits_do_not_show(dtype: torch.dtype) -> None:
     """A trained model's logits are large; those of a trial may be near 0, where a cap does nothing."""
     torch.manual_seed(0)
-    unknown = Engine(Capped(LlamaConfig(**SIZES)).eval().to(dtype), CAUSAL_LM)
-    assert unknown.notes == ["the loss takes all logits: its logits are changed after the output layer"]
+    for in_place in (False, True):
+        capped = Capped(LlamaConfig(**SIZES)).eval().to(dtype)
+        capped.in_place = in_place
+        note = Engine(capped, CAUSAL_LM).notes[-1]
+        assert note == "the loss takes all logits: its logits are changed after the output layer"
     model: Any = RecurrentGemmaForCausalLM(
         RecurrentGemmaConfig(**SIZES | {"num_hidden_layers": 3}, logits_soft_cap=30.0)
     )

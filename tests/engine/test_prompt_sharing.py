@@ -416,3 +416,13 @@ def test_memory_is_less(name: str, share: float) -> None:
             model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
         peaks.append(tracker.peak_bytes)
     assert peaks[0] < share * peaks[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read_there"),
+    [("llama", True), ("gpt2", True), ("opt", True), ("bloom", False), ("wide gemma2", False)],
+)
+def test_which_models_read_the_shared_keys_where_they_are(name: str, is_read_there: bool) -> None:
+    """The others copy them for each row, which only takes longer: BLOOM has its own attention, Gemma 2 a softcap."""
+    found = find_prompt_sharing(family(name), 0)
+    assert found.why_not is None and found.in_place == is_read_there

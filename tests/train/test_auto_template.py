@@ -107,3 +107,29 @@ def test_a_run_of_texts_ends_as_its_base(base: Path, tmp_path: Path) -> None:
     assert run("train", "--model", base, "--data", rows, "--task", "causal_lm", *more).code == 0
     saved = GenerationConfig.from_pretrained(tmp_path / "run" / "model")
     assert saved.eos_token_id == GenerationConfig.from_pretrained(base).eos_token_id
+
+
+STRICT = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + CHATTY
+
+
+def test_a_template_that_wants_a_system_message(base: Path, tmp_path: Path) -> None:
+    """What ends an answer is found with one; a run is saved, and generates with a system message."""
+    tok = word_tokenizer()
+    tok.chat_template = STRICT
+    tok.save_pretrained(base)
+    rows = [{"messages": [{"role": "system", "content": "one"}, *row["messages"]]} for row in ROWS]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    short = ("--set", "train.max_steps=2", "--set", "train.batch_size=2", "--method", "full")
+    ended = run("train", "--model", base, "--data", data, "--task", "causal_lm", "--output", tmp_path / "run", *short)
+    assert ended.code == 0, ended
+    assert isinstance(generate(open_run(tmp_path / "run"), "one", system="one", max_new_tokens=2), str)
+
+
+def test_a_template_of_one_round_is_saved(base: Path, tmp_path: Path) -> None:
+    tok = word_tokenizer()
+    tok.chat_template = "{% if messages | length > 2 %}{{ raise_exception('one round') }}{% endif %}" + CHATTY
+    tok.save_pretrained(base)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": row["messages"][:2]} for row in ROWS])
+    short = ("--set", "train.max_steps=2", "--set", "train.batch_size=2", "--method", "full")
+    ended = run("train", "--model", base, "--data", data, "--task", "causal_lm", "--output", tmp_path / "run", *short)
+    assert ended.code == 0, ended

@@ -148,9 +148,8 @@ def evaluate(
     if absent := [name for name in metrics if name not in found.metrics]:
         notes.append(
             both(
-                f"not measured: {', '.join(absent)}, since these rows lack what is compared, such as good and "
-                "bad answers",
-                f"未测 {'、'.join(absent)}：这些样本缺少要比较的内容，例如好回答与坏回答",
+                f"not measured: {', '.join(absent)}, for which there is no row among these",
+                f"未测 {'、'.join(absent)}：这些样本中没有可用于计算的样本",
             )
         )
     learned = opened.record.classification

@@ -48,29 +48,43 @@ def prompt_tokens(
 
 
 def stop_tokens(tokenizer: Tokenizer, *, template: str, arguments: Arguments | None = None) -> list[int]:
-    """The tokens that end an answer in this template, and the tokenizer's own end of sequence."""
+    """The tokens that end an answer in this template, and the tokenizer's own end of sequence.
+
+    Raises:
+        DataError: The template refuses conversations of two rounds and of one, with a system message and without.
+    """
     encoder = Encoder(tokenizer)
     write = writer(template, encoder, arguments)
     # ChatGLM3's answers end with the token of the next role, and only the last one with </s>
-    talk = Conversation(
-        (Message("user", "a"), Message("assistant", "a"), Message("user", "a"), Message("assistant", "a"))
-    )
+    rounds = (Message("user", "a"), Message("assistant", "a")) * 2
+    system = (Message("system", "a"),)
+    entries: list[Written] = []
+    for talk in (rounds, system + rounds, rounds[:2], system + rounds[:2]):  # some want a system message, or one round
+        try:
+            (entries,) = write.entries([Conversation(talk)])
+            break
+        except DataError:
+            if talk == system + rounds[:2]:
+                raise
     ends: list[int] = []
-    (entries,) = write.entries([talk])
     for _, labels in encoder.rows([entry.pieces for entry in entries], own_spacing=write.own_spacing):
         ends += [a for a, b in zip(labels, [*labels[1:], IGNORED], strict=True) if a != IGNORED and b == IGNORED]
     return list(dict.fromkeys([ends[-1], *ends, encoder.need_eos()]))
 
 
 def served_ends(tokenizer: Tokenizer, data: DataConfig, layouts: Collection[str]) -> list[int]:
-    """The tokens at which a program that serves the trained model stops; none where no answers were learned.
+    """The tokens at which a program that serves the trained model stops; none where no answers were learned, or where
+    the template refuses such conversations as `stop_tokens` tries.
 
     Args:
         layouts: Of the rows of the training.
     """
     if all(layout in SERVED_LAYOUTS for layout in layouts):
         return []
-    return stop_tokens(tokenizer, template=data.template, arguments=data.template_arguments)
+    try:
+        return stop_tokens(tokenizer, template=data.template, arguments=data.template_arguments)
+    except DataError:  # a trained model is saved all the same
+        return []
 
 
 def encode(

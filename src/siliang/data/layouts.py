@@ -115,7 +115,7 @@ def _squad(values: Values, c: Columns) -> Result:
             f"must hold text and answer_start in {c.answers!r}", f"的 {c.answers!r} 应含 text 和 answer_start"
         )
     found, starts = answers["text"], answers["answer_start"]
-    if (found is None or found == "") and not isinstance(starts, list):
+    if found in (None, "") and starts in (None, 0, -1):
         found, starts = [], []
     if isinstance(found, str) and type(starts) is int:
         found, starts = [found], [starts]
@@ -126,8 +126,10 @@ def _squad(values: Values, c: Columns) -> Result:
         )
     if not all(type(s) is int for s in starts) or not all(isinstance(t, str) for t in found):
         return Bilingual(f"must hold texts and whole numbers in {c.answers!r}", f"的 {c.answers!r} 应为文本和整数")
-    pairs = zip(map(str, found), starts, strict=True)
-    there = [(text, start) for text, start in pairs if text and isinstance(start, int)]  # "" is no answer
+    pairs = [(str(text), start) for text, start in zip(found, starts, strict=True) if isinstance(start, int)]
+    there = [(text, start) for text, start in pairs if text or start > 0]  # "" at 0 or -1 is no answer
+    if lost := next((start for text, start in there if not text), None):
+        return Bilingual(f"has an empty answer at {lost} in {c.answers!r}", f"的 {c.answers!r} 在 {lost} 处的答案为空")
     return Span(question, context, tuple(text for text, _ in there), tuple(start for _, start in there))
 
 

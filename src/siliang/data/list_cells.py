@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import tokenize
 from functools import partial
 
@@ -35,7 +36,7 @@ def held_in_text(value: object, *, longest: int | None = None) -> list[object] |
     text = value.strip(BLANKS) if isinstance(value, str) else ""
     if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")) or (longest is not None and len(text) > longest):
         return None
-    for parse in (partial(parse_json, foreign=True), _of_python):
+    for parse in (partial(parse_json, foreign=True), json.JSONDecoder(strict=False).decode, _of_python):
         try:
             found = parse(text)
         except (JsonError, ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
@@ -62,6 +63,8 @@ def _of_python(text: str) -> object:
     words: list[str] = []
     last: tokenize.TokenInfo | None = None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.ERRORTOKEN:  # such as a quote that is not closed
+            raise ValueError("not a literal")
         if token.type in (tokenize.NL, tokenize.NEWLINE):
             continue
         if last is not None and _are_two_values(last, token):

@@ -94,9 +94,9 @@ def text_or_turns(value: object, column: str) -> object:
         BadRow: It looks like turns, and cannot be read as a list.
     """
     found = as_list(value)
-    if isinstance(found, list) and found and all(isinstance(t, dict) and ("role" in t or "from" in t) for t in found):
+    if isinstance(found, list) and found and all(map(_is_turn, found)):
         return found
-    if isinstance(value, CsvCell) and LIKE_TURNS.match(value):
+    if isinstance(found, CsvCell) and LIKE_TURNS.match(found):
         raise BadRow(
             Bilingual(
                 f"looks like turns in {column!r}, and cannot be read as a list: {short(value)}",
@@ -104,6 +104,14 @@ def text_or_turns(value: object, column: str) -> object:
             )
         )
     return value
+
+
+def _is_turn(value: object) -> bool:
+    """Whether a role says something, and not only {from, to} of something else."""
+    if not isinstance(value, dict):
+        return False
+    named, says = _first(value, "role", "from"), ("content", "value", "tool_calls", "function_call")
+    return isinstance(named, str) and named.lower() in ROLES and any(name in value for name in says)
 
 
 def turns_of(turns: object, column: str) -> list[Message]:
@@ -327,7 +335,10 @@ def read_pair(instruction: str, output: str) -> Callable[[Values, Columns], Resu
     def read(values: Values, c: Columns) -> Result:
         asked, answered = getattr(c, instruction), getattr(c, output)
         refuse_other_lessons(values, c, (asked, answered))
-        turns = {column: text_or_turns(values.get(column), column) for column in (asked, answered)}
+        turns = {
+            column: text_or_turns(held, column) if isinstance(held := values.get(column), CsvCell) else held
+            for column in (asked, answered)
+        }
         if any(isinstance(held, list | tuple) for held in turns.values()):
             return _prompt_and_completion({**values, **turns}, c, asked, answered)
         about = "" if c.input == asked else cell(values, c.input)

@@ -95,7 +95,7 @@ class HeadLoss:
 
         def amplify(head: nn.Module, args: object, logits: Tensor) -> Tensor:
             seen.append(logits * (AMPLIFIED / logits.abs().max().clamp(min=1e-6)))
-            return seen[-1]
+            return seen[-1].clone()  # a model may change it in place
 
         handle = self._head.register_forward_hook(amplify)
         try:

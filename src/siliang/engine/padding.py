@@ -209,8 +209,8 @@ class PaddingFree:
         if lost is None:
             return None
         return Bilingual(
-            f"some of its layers see windows of {lost:,} tokens, which their masks alone know",
-            f"有的层只看 {lost:,} 个词元的窗口，而窗口只写在掩码里",
+            f"some of its layers see windows or chunks of {lost:,} tokens, which their masks alone know",
+            f"有的层只看 {lost:,} 个词元的窗口或分块，而这只写在掩码里",
         )
 
     def _tree_behind(self, virtual: int, lengths: tuple[int, ...]) -> Beginnings | None:

@@ -108,12 +108,16 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function for transformers' interface: (B, H, N, K) in, (B, N, H, K) out."""
+    """The attention function for transformers' interface, (B, H, N, K) in, (B, N, H, K) out. The mask has windows."""
     refuse_unsupported(module, kwargs)
     if query.shape[2] > 1:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        known: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **known)
     cache, number = _cache.get(), layer_number(module)
     layer = None if cache is None or number is None else cache.layers[number]
     if not isinstance(layer, SharedLayer) or key is not layer.keys:

@@ -88,9 +88,10 @@ def trained_length(model: nn.Module | PreTrainedConfig) -> int | None:
     if not isinstance(length, int) or length <= 0:
         return None
     kinds = _rotations(config)
-    if len(kinds) != 1 or kinds[0].get("rope_type") not in STRETCHED:
+    factor = kinds[0].get("factor") if len(kinds) == 1 and kinds[0].get("rope_type") in STRETCHED else None
+    if not isinstance(factor, int | float):
         return length
-    return max(length, int((kinds[0].get("original_max_position_embeddings") or length) * kinds[0].get("factor", 1)))
+    return max(length, int((kinds[0].get("original_max_position_embeddings") or length) * factor))
 
 
 def _rotations(config: Any) -> list[Mapping[str, Any]]:

@@ -297,7 +297,7 @@ class Training:
         # a finding that was accepted may leave a metric without the rows that it is of
         if name is not None and name in metrics and self.engine.task.metric(name).better(metrics[name], best):
             self.best, self._no_better = Best(self.step, metrics[name]), 0
-        elif name is not None:
+        elif name is not None and name in metrics:
             self._no_better += 1
         return metrics
 
