@@ -182,6 +182,11 @@ def test_quotes_that_are_not_closed(text: str) -> None:
     assert held_in_text(text) is None
 
 
+@pytest.mark.parametrize("text", ['["\\ud83d"]', '["a\n\\ud83d"]', "['\\ud83d']", "[{(1, 2): 'a'}]"])
+def test_half_of_a_character(text: str) -> None:
+    assert held_in_text(text) is None
+
+
 def test_line_breaks_in_json() -> None:
     assert held_in_text('["it is\ntwo lines", "b"]') == ["it is\ntwo lines", "b"]
 

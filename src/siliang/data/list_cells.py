@@ -36,10 +36,12 @@ def held_in_text(value: object, *, longest: int | None = None) -> list[object] |
     text = value.strip(BLANKS) if isinstance(value, str) else ""
     if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")) or (longest is not None and len(text) > longest):
         return None
+    # JSON, JSON with line breaks in its texts, Python
     for parse in (partial(parse_json, foreign=True), json.JSONDecoder(strict=False).decode, _of_python):
         try:
             found = parse(text)
-        except (JsonError, ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+            json.dumps(found, ensure_ascii=False, default=str).encode()  # fails on half of a character
+        except (JsonError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             continue
         if isinstance(found, list | dict):
             return found
