@@ -182,7 +182,7 @@ def test_no_figure_of_a_kind_of_answer_that_is_not_there(
     assert {"accuracy", "kl"} < found.keys() and not {"margin", absent} & found.keys()
     assert {"chosen_reward", "rejected_reward"} - {absent} <= found.keys()
     ended = run_command("eval", config.output, "--data", held_out)
-    assert "not measured: margin, since these rows lack what is compared" in ended.err and "margin" not in ended.out
+    assert "not measured: margin, for which these rows are not enough" in ended.err and "margin" not in ended.out
     alone = write_jsonl(tmp_path / "alone.jsonl", rows[:1])  # no other prompt, whose answers z is the mean of
     assert "kl" not in evaluate(open_run(Path(config.output)), str(alone))
 

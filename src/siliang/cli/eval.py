@@ -148,8 +148,8 @@ def evaluate(
     if absent := [name for name in metrics if name not in found.metrics]:
         notes.append(
             both(
-                f"not measured: {', '.join(absent)}, for which there is no row among these",
-                f"未测 {'、'.join(absent)}：这些样本中没有可用于计算的样本",
+                f"not measured: {', '.join(absent)}, for which these rows are not enough",
+                f"未测 {'、'.join(absent)}：这些样本不足以计算",
             )
         )
     learned = opened.record.classification
