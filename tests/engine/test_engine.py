@@ -135,18 +135,10 @@ def compare(name: str, method: str, *, checkpointing: bool = False) -> tuple[Eng
     return engines[0], engines[1]
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 MIXTURE: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 
 CHOSEN_BLOCKS = MiniMaxM3VLTextConfig(
-    **SIZES,
+    **SHAPE,
     num_local_experts=2,
     num_experts_per_tok=1,
     index_head_dim=16,
@@ -164,7 +156,7 @@ CHOSEN_BLOCKS = MiniMaxM3VLTextConfig(
     [
         (
             Llama4TextConfig(
-                **SIZES,
+                **SHAPE,
                 intermediate_size_mlp=64,
                 head_dim=8,
                 moe_layers=[],
@@ -173,13 +165,13 @@ CHOSEN_BLOCKS = MiniMaxM3VLTextConfig(
             ),
             False,
         ),
-        (Qwen2MoeConfig(**SIZES, **MIXTURE, sliding_window=8, use_sliding_window=True, max_window_layers=1), False),
-        (Qwen2MoeConfig(**SIZES, **MIXTURE, sliding_window=8, use_sliding_window=False), True),
-        (PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=8), False),
-        (PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=None), True),
+        (Qwen2MoeConfig(**SHAPE, **MIXTURE, sliding_window=8, use_sliding_window=True, max_window_layers=1), False),
+        (Qwen2MoeConfig(**SHAPE, **MIXTURE, sliding_window=8, use_sliding_window=False), True),
+        (PhimoeConfig(**SHAPE, num_local_experts=2, sliding_window=8), False),
+        (PhimoeConfig(**SHAPE, num_local_experts=2, sliding_window=None), True),
         (CHOSEN_BLOCKS, False),
-        (MistralConfig(**SIZES, sliding_window=8), True),
-        (Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=8), True),
+        (MistralConfig(**SHAPE, sliding_window=8), True),
+        (Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=8), True),
     ],
     ids=["chunks", "mask-by-layer", "no-window", "mask", "no-mask", "blocks", "attention", "attention-by-layer"],
 )
@@ -224,12 +216,12 @@ def test_a_softcap_that_small_logits_do_not_show(dtype: torch.dtype) -> None:
     """A trained model's logits are large; those of a trial may be near 0, where a cap does nothing."""
     torch.manual_seed(0)
     for in_place in (False, True):
-        capped = Capped(LlamaConfig(**SIZES)).eval().to(dtype)
+        capped = Capped(LlamaConfig(**SHAPE)).eval().to(dtype)
         capped.in_place = in_place
         note = Engine(capped, CAUSAL_LM).notes[-1]
         assert note == "the loss takes all logits: its logits are changed after the output layer"
     model: Any = RecurrentGemmaForCausalLM(
-        RecurrentGemmaConfig(**SIZES | {"num_hidden_layers": 3}, logits_soft_cap=30.0)
+        RecurrentGemmaConfig(**SHAPE | {"num_hidden_layers": 3}, logits_soft_cap=30.0)
     )
     engine = Engine(model.eval().to(dtype), CAUSAL_LM)
     assert not [note for note in engine.notes if "logits" in note]

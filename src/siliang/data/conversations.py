@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 
 from siliang.config import DataConfig
 from siliang.data.chat import ChatTemplate, Written
@@ -10,7 +11,7 @@ from siliang.data.encode import IGNORED, Encoder
 from siliang.data.entries import Rows, TokenEntry, dropped, token_labels
 from siliang.data.example import Example
 from siliang.data.examples import Prepared, Text
-from siliang.data.jinja import SERVED_LAYOUTS, Arguments
+from siliang.data.jinja import Arguments, need_no_template
 from siliang.data.messages import Conversation, Message
 from siliang.data.templates import Piece, find_template, template_for
 from siliang.language import Bilingual
@@ -55,21 +56,21 @@ def stop_tokens(tokenizer: Tokenizer, *, template: str, arguments: Arguments | N
     """
     encoder = Encoder(tokenizer)
     write = writer(template, encoder, arguments)
+    ends: list[int] = []
+    for _, labels in encoder.rows([entry.pieces for entry in _with_answers(write)], own_spacing=write.own_spacing):
+        ends += [a for a, b in zip(labels, [*labels[1:], IGNORED], strict=True) if a != IGNORED and b == IGNORED]
+    return list(dict.fromkeys([ends[-1], *ends, encoder.need_eos()]))
+
+
+def _with_answers(write: ChatTemplate) -> list[Written]:
+    """The entries of a conversation that the template takes: some want a system message, or one round."""
     # ChatGLM3's answers end with the token of the next role, and only the last one with </s>
     rounds = (Message("user", "a"), Message("assistant", "a")) * 2
     system = (Message("system", "a"),)
-    entries: list[Written] = []
-    for talk in (rounds, system + rounds, rounds[:2], system + rounds[:2]):  # some want a system message, or one round
-        try:
-            (entries,) = write.entries([Conversation(talk)])
-            break
-        except DataError:
-            if talk == system + rounds[:2]:
-                raise
-    ends: list[int] = []
-    for _, labels in encoder.rows([entry.pieces for entry in entries], own_spacing=write.own_spacing):
-        ends += [a for a, b in zip(labels, [*labels[1:], IGNORED], strict=True) if a != IGNORED and b == IGNORED]
-    return list(dict.fromkeys([ends[-1], *ends, encoder.need_eos()]))
+    for talk in (rounds, system + rounds, rounds[:2]):
+        with suppress(DataError):
+            return write.entries([Conversation(talk)])[0]
+    return write.entries([Conversation(system + rounds[:2])])[0]
 
 
 def served_ends(tokenizer: Tokenizer, data: DataConfig, layouts: Collection[str]) -> list[int]:
@@ -79,7 +80,7 @@ def served_ends(tokenizer: Tokenizer, data: DataConfig, layouts: Collection[str]
     Args:
         layouts: Of the rows of the training.
     """
-    if all(layout in SERVED_LAYOUTS for layout in layouts):
+    if need_no_template(layouts):
         return []
     try:
         return stop_tokens(tokenizer, template=data.template, arguments=data.template_arguments)

@@ -11,8 +11,13 @@ from siliang.data.templates import BORDER, FieldTemplate, Template, find_templat
 from siliang.language import Bilingual
 from siliang.models.tokenizer import Tokenizer
 
-SERVED_LAYOUTS = ("text", "prepared")  # these were not written in a template
+WITHOUT_TEMPLATE = ("text", "prepared")  # layouts
 Arguments = Mapping[str, bool | int | float | str]
+
+
+def need_no_template(layouts: Collection[str]) -> bool:
+    """Whether no rows of these layouts are written in a template."""
+    return all(layout in WITHOUT_TEMPLATE for layout in layouts)
 
 
 def with_chat_template(
@@ -29,7 +34,7 @@ def with_chat_template(
         A tokenizer whose chat template writes what training wrote, the one given where it does so already; and in a
         sentence what it is, and what differs.
     """
-    if all(layout in SERVED_LAYOUTS for layout in layouts):
+    if need_no_template(layouts):
         return tokenizer, ""
     named, given = find_template(template_for(template, tokenizer.chat_template)), dict(arguments or {})
     with_given = f", with {json.dumps(given, ensure_ascii=False)}" if given else ""

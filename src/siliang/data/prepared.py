@@ -11,7 +11,7 @@ from siliang.config import DataConfig
 from siliang.data.example import Example
 from siliang.data.example_set import ExampleSet, named_bad_rows
 from siliang.data.examples import Span
-from siliang.data.jinja import SERVED_LAYOUTS
+from siliang.data.jinja import need_no_template
 from siliang.data.spec import DataSpec
 from siliang.data.templates import AUTO, CHAT, template_for
 from siliang.language import Bilingual
@@ -143,7 +143,7 @@ class PreparedData:
     def template_in_words(self) -> Bilingual | None:
         """Which template is used, and why; None where the rows need none."""
         name = self.template
-        if name is None or all(layout in SERVED_LAYOUTS for layout in self.examples.layouts):
+        if name is None or need_no_template(self.examples.layouts):
             return None
         given = ", ".join(f"{key}={value}" for key, value in self.settings.template_arguments.items())
         own = name == CHAT

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import checkpoint_layers
-from siliang.models.introspect import supports_checkpointing, transformer_layers
+from siliang.models.checkpointing import supports_checkpointing
+from siliang.models.introspect import transformer_layers
 from siliang.ops.stored import as_kept
 
 FLAG = "gradient_checkpointing"  # of transformers' modules that can recompute

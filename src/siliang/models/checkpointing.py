@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from siliang.language import Bilingual
-from siliang.models.introspect import supports_checkpointing
 from siliang.types import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
+
+
+def supports_checkpointing(model: nn.Module) -> bool:
+    """Whether transformers lets the model's layers recompute their activations."""
+    return getattr(model, "supports_gradient_checkpointing", True)
 
 
 def enable_checkpointing(model: PreTrainedModel, **settings: object) -> None:

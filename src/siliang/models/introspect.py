@@ -124,11 +124,6 @@ def layer_stack(model: nn.Module) -> list[nn.Module]:
     return list(stacks[0])
 
 
-def supports_checkpointing(model: nn.Module) -> bool:
-    """Whether transformers lets the model's layers recompute their activations."""
-    return getattr(model, "supports_gradient_checkpointing", True)
-
-
 def transformer_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """Every transformer layer, of all stacks: modules of the class that can recompute its activations."""
     from transformers.modeling_layers import GradientCheckpointingLayer
